@@ -1,0 +1,42 @@
+# Each target sets up what it needs: .venv is made once, from pinned versions, by plain pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out/digits
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench gpu assets clean
+.DEFAULT_GOAL := help
+
+help: ## say what the targets do
+	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 10
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/.ready ## the main job: draw a guided set of digits, distil a student, write the report
+	$(BIN)/synthkd run digits --out $(OUT)
+
+test: $(VENV)/.ready ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu" -n 2
+
+lint: $(VENV)/.ready ## ruff, mypy --strict, import contracts
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd
+	$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
+
+bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/results/
+	$(BIN)/synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record
+
+gpu: ## on a GPU machine: all GPU tests, then its benchmark suites, in resumable parts
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m synthkd.bench.gpu --minutes 9
+
+assets: $(VENV)/.ready ## rebuild the embedded default from scratch (about 1.5 hours on one core)
+	$(BIN)/python -m pip install -q -c constraints.txt '.[assets]'
+	$(BIN)/python engine/assets/build/build.py
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) build out .pytest_cache .ruff_cache .benchmarks *.egg-info

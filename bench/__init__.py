@@ -1,0 +1,1 @@
+"""Named workloads, measured by one protocol, recorded as rows."""

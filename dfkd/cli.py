@@ -1,0 +1,237 @@
+"""The `synthkd` command; further subcommands come from the entry-point group `synthkd.commands`."""
+
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.environment import versions
+
+app = typer.Typer(
+    name="synthkd",
+    help="A trained classifier goes in, a smaller one comes out, and no training image is needed.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+EXIT_TRY_AGAIN = 75
+
+
+@app.command(epilog="Example: synthkd run digits --out runs/digits --seed 0")
+def run(
+    preset: Annotated[str, typer.Argument(help="Preset to run; `synthkd info` lists them.")],
+    out_dir: options.Out,
+    seed: options.Seed = 0,
+    num_images: Annotated[int | None, typer.Option("--num-images", help="Images per set, not the preset's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of the students instead of the preset's.")] = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+) -> None:
+    """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
+    from synthkd.dfkd.presets import load_preset
+    from synthkd.dfkd.run import Interrupted, Run
+
+    chosen = load_preset(preset).on(options.pick_device(device))
+    if steps is not None:
+        chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))
+    if num_images is not None:
+        Request(num_samples=num_images, seed=seed)
+    with Bars(out) as bars, StopFlag() as stop:
+        job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, stop.is_set)
+        try:
+            result = job.execute()
+        except Interrupted:
+            raise typer.Exit(stop.exit_code(out, "the same command goes on from here")) from None
+    out.print(_summary(result))
+    out.print(f"report: {out_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _summary(result: dict[str, object]) -> Table:
+    table = Table(title=f"{result['preset']}, seed {result['seed']}", show_header=False)
+    for name in (
+        "teacher_accuracy",
+        "student_accuracy",
+        "unguided_student_accuracy",
+        "num_images",
+        "images_per_second",
+        "guided_images_per_second",
+        "seconds",
+    ):
+        table.add_row(name.replace("_", " "), str(result.get(name, "not measured")))
+    return table
+
+
+@app.command(epilog="Example: synthkd synth --preset digits --num-samples 500 --out sets/digits --scale 0.3")
+def synth(
+    out_dir: options.Out,
+    num_samples: Annotated[int, typer.Option(help="Images in the set; raise it later to grow the same set.")] = 1000,
+    seed: options.Seed = 0,
+    preset: Annotated[str | None, typer.Option(help="Start from a preset's recipe, model and teacher.")] = None,
+    model: Annotated[str | None, typer.Option(help="Diffusers pipeline folder, hub id, or embedded:digits.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Teacher card (TOML), or embedded:digits.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of recipe fields, [guidance], [cutmix].")] = None,
+    classes: Annotated[Path | None, typer.Option(help="File of class names, one a line (or the teacher's).")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompt templates, one a line, with {class}.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Teacher guidance scale; 0 draws the unguided control.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the BatchNorm term.")] = None,
+    beta: Annotated[float | None, typer.Option(help="Weight of the class term.")] = None,
+    shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
+    workers: options.Workers = None,
+    device: options.Device = None,
+) -> None:
+    """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
+    from synthkd.dfkd.run import synthesize
+
+    job = options.build_job(preset, model, teacher, recipe, classes, prompts, scale, alpha, beta, device)
+    request = Request(num_samples=num_samples, seed=seed)
+    order = options.parse_shards(shards, Plan(job.recipe, request).num_shards)
+    workers = options.check_workers(workers)
+    with Bars(out) as bars, StopFlag() as stop:
+        summary = synthesize(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order)
+        if summary.stopped:
+            raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
+    out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")
+def distill(
+    set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")],
+    out_dir: options.Out,
+    teacher: Annotated[str | None, typer.Option(help="Teacher card (default: the one that guided the set).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Take student and training settings from a preset.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of the KL loss.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+) -> None:
+    """Train a student on a synthetic set under its teacher."""
+    from synthkd.dfkd.data import load_synthetic
+    from synthkd.dfkd.student import distill as train
+    from synthkd.dfkd.student import save_student
+    from synthkd.dfkd.teachers import load_teacher
+
+    spec = options.distill_spec(preset, steps, batch_size, temperature, seed)
+    card = teacher or options.set_teacher(set_dir)
+    chosen = load_teacher(card, options.pick_device(device))
+    data = load_synthetic(set_dir)
+    ours, theirs = len(data.classes), len(chosen.classes)
+    if ours != theirs:
+        raise SynthkdError(f"teacher {card!r} has {theirs} outputs, the set has {ours} classes")
+    options.check_limit(limit, len(data))
+    with Bars(out) as bars:
+        bars.begin("distill", spec.steps, "steps")
+        student = train(data.first(limit or len(data)), chosen, spec, lambda _: bars.advance("distill", 1))
+    path = save_student(student, spec, out_dir, {"teacher": card, "set": set_dir.name})
+    says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
+    out.print(f"{path}: {says}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")
+def evaluate(
+    card: Annotated[str, typer.Argument(help="Card of a student or teacher.")],
+    data: Annotated[str, typer.Option(help="digits:test, a folder of class folders, or an .npz of x and y.")],
+    json_output: Annotated[bool, typer.Option("--json", help="Print accuracy and confusion matrix as JSON.")] = False,
+    device: options.Device = None,
+) -> None:
+    """Score a classifier on real labelled images."""
+    from synthkd.dfkd.data import load_test_set
+    from synthkd.dfkd.evaluate import evaluate as score
+    from synthkd.dfkd.teachers import load_teacher
+
+    net = load_teacher(card, options.pick_device(device))
+    result = score(net, load_test_set(data, net.classes, net.input_size))
+    if json_output:
+        print(json.dumps({"accuracy": result.accuracy, "confusion": result.confusion}))
+    else:
+        out.print(f"{card}: {result.accuracy:.2f} % on {data}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: synthkd verify sets/digits")
+def verify(set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]) -> None:
+    """Check a set against its manifest and index; every damaged or missing member is named."""
+    from synthkd.engine.index import read_manifest
+    from synthkd.engine.verify import verify_set
+
+    total = int(read_manifest(set_dir)["num_samples"])
+    with Bars(out) as bars:
+        bars.begin("verify", total, "images")
+        report = verify_set(set_dir, lambda n: bars.advance("verify", n))
+    for problem in report.problems:
+        print(problem, file=sys.stderr)
+    if report.problems:
+        raise SynthkdError(f"{set_dir}: {len(report.problems)} problems in {report.shards} shards")
+    out.print(f"{set_dir}: {report.samples} images in {report.shards} shards, all as written", soft_wrap=True)
+
+
+@app.command(epilog="Example: synthkd replay sets/digits --id 42 --out 42.png")
+def replay(
+    set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")],
+    sample_id: Annotated[int, typer.Option("--id", help="Sample to redraw.")],
+    target: Annotated[Path | None, typer.Option("--out", help="Where to write it (or ID.EXTENSION here).")] = None,
+    device: options.Device = None,
+) -> None:
+    """Draw one image again from the manifest alone and compare it with the stored one."""
+    from synthkd.dfkd.replay import replay_sample
+
+    path, verdict = replay_sample(set_dir, sample_id, target, options.pick_device(device))
+    out.print(f"{path}: {verdict}", soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: synthkd report runs/digits")
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run or of a set.")]) -> None:
+    """Write report.html, one self-contained page, for a run or a set."""
+    from synthkd.dfkd.report import write_report
+
+    out.print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+
+
+@app.command(epilog="Example: synthkd info")
+def info() -> None:
+    """Show versions, devices, presets and embedded models."""
+    from synthkd.dfkd.presets import preset_names
+
+    table = Table(show_header=False)
+    for name, version in versions().items():
+        table.add_row(name, version)
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    table.add_row("GPU", cuda)
+    table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    table.add_row("presets", ", ".join(preset_names()))
+    table.add_row("embedded models", "embedded:digits")
+    out.print(table)
+
+
+def _add_plugins() -> None:
+    for entry in sorted(entry_points(group="synthkd.commands"), key=lambda e: e.name):
+        app.add_typer(entry.load(), name=entry.name)
+
+
+def main() -> None:
+    """Run the command; a wrong input ends in one line on standard error and its exit code."""
+    _add_plugins()
+    try:
+        app()
+    except SynthkdError as error:
+        print(f"synthkd: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("synthkd: interrupted; every finished group is safe", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

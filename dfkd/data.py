@@ -1,0 +1,109 @@
+"""Labelled images in memory: synthetic sets from shards, real test sets for scoring."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from synthkd.engine.assets import embedded_path
+from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.reading import decode_image, read_set
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """images: uint8 [N,3,H,W]; labels: int64 [N]; classes: names in label order."""
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    def first(self, count: int) -> "LabelledImages":
+        """The first `count` images."""
+        return LabelledImages(self.images[:count], self.labels[:count], self.classes)
+
+
+def load_synthetic(folder: Path) -> LabelledImages:
+    """A whole synthetic set in id order; raises SynthkdError where a shard is damaged."""
+    classes = json.loads((folder / "manifest.json").read_text())["recipe"]["classes"] if folder.is_dir() else []
+    pixels, labels = [], []
+    for sample in read_set(folder):
+        pixels.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
+        labels.append(int(sample.meta["label"]))
+    return LabelledImages(torch.stack(pixels), torch.tensor(labels), tuple(classes))
+
+
+def real_digits(part: str) -> LabelledImages:
+    """scikit-learn's handwritten digits, `train` (1,000, the teacher's) or `test` (797), as 32x32 RGB.
+
+    8x8 values 0..16 are scaled to 0..1, enlarged bilinearly and rounded to uint8.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise SynthkdError("scikit-learn is not installed: pip install 'synthkd[digits]'") from error
+    folder = embedded_path("digits")
+    index = json.loads((folder / "digits_split.json").read_text())[part]
+    digits = load_digits()
+    small = torch.from_numpy(digits.images[index] / 16.0).float()[:, None]
+    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = large.mul(255).round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    return LabelledImages(images, torch.from_numpy(digits.target[index].astype(np.int64)), names)
+
+
+def load_test_set(reference: str, classes: tuple[str, ...], size: tuple[int, int]) -> LabelledImages:
+    """A real labelled set: `digits:test`, a folder with one sub-folder per class, or an .npz of `x` and `y`.
+
+    npz: x uint8 [N,H,W,3] or [N,H,W], y integers [N]. Images of a folder are resized to `size`.
+    Raises SynthkdError where names, shapes or labels do not fit.
+    """
+    if reference.startswith("digits:"):
+        part = reference.removeprefix("digits:")
+        if part not in ("test", "train"):
+            raise SynthkdError(f"data {reference!r}: {suggest(part, ('test', 'train'))}")
+        return real_digits(part)
+    path = Path(reference)
+    if path.suffix == ".npz":
+        return _from_npz(path, classes)
+    if not path.is_dir():
+        raise SynthkdError(f"data {reference!r}: expected digits:test, an .npz file or a folder of class folders")
+    return _from_folder(path, classes, size)
+
+
+def _from_npz(path: Path, classes: tuple[str, ...]) -> LabelledImages:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            x, y = data["x"], data["y"].astype(np.int64)
+    except (OSError, ValueError, KeyError) as error:
+        raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y) or len(y) == 0:
+        raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
+    if y.min() < 0 or y.max() >= len(classes):
+        raise SynthkdError(f"data {path}: labels {y.min()}..{y.max()}; the teacher has {len(classes)} classes")
+    x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
+    return LabelledImages(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), classes)
+
+
+def _from_folder(path: Path, classes: tuple[str, ...], size: tuple[int, int]) -> LabelledImages:
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(f for f in (path / name).glob("*") if f.suffix.lower() in _SUFFIXES)
+        for file in files:
+            x = torch.from_numpy(decode_image(file.read_bytes(), str(file)).copy()).permute(2, 0, 1)[None].float()
+            x = F.interpolate(x, size=list(size), mode="bilinear", antialias=True).clamp(0, 255)
+            images.append(x.round().to(torch.uint8)[0])
+            labels.append(label)
+    if not images:
+        raise SynthkdError(f"data {path}: no images in sub-folders named {', '.join(classes[:3])}, …")
+    return LabelledImages(torch.stack(images), torch.tensor(labels), classes)

@@ -1,0 +1,80 @@
+"""Presets: a name -> everything a run needs. A plugin adds one through the entry-point group `synthkd.presets`."""
+
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import entry_points
+from typing import Any
+
+from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.student import DistillSpec
+from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe, SynthkdError
+from synthkd.engine.assets import embedded_path
+from synthkd.engine.errors import suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A run by name: the synthesis job, how many images, the student, and where the result is scored.
+
+    judge: card of an independent network that only scores; test_set: as for `synthkd evaluate --data`.
+    """
+
+    name: str
+    job: SynthJob
+    num_images: int
+    distill: DistillSpec = field(default_factory=DistillSpec)
+    judge: str | None = None
+    test_set: str | None = None
+
+    def on(self, device: str) -> "Preset":
+        """The same on another device."""
+        return replace(self, job=replace(self.job, device=device))
+
+
+def unguided(job: SynthJob) -> SynthJob:
+    """The control of a job: guidance scale 0, and nothing else."""
+    recipe = replace(job.recipe, guidance=replace(job.recipe.guidance, scale=0.0))
+    return replace(job, recipe=recipe)
+
+
+def digits() -> Preset:
+    """The embedded default: broad glyph prior, teacher of real handwritten digits, 32x32 images."""
+    text: Mapping[str, Any] = tomllib.loads((embedded_path("digits") / "prompts.toml").read_text())
+    recipe = Recipe(
+        classes=tuple(text["classes"]),
+        prompts=tuple(text["prompts"]),
+        height=32,
+        width=32,
+        steps=20,
+        guidance_scale=2.0,
+        guidance=GuidanceSpec(scale=0.3),
+        cutmix=CutMixSpec(every=4, last_clean=8),
+        classes_per_group=10,
+        samples_per_class=4,
+        groups_per_shard=10,
+    )
+    job = SynthJob(model="embedded:digits", teacher="embedded:digits", recipe=recipe, alpha=0.3, beta=1.0)
+    student = {"widths": [16, 32, 64], "blocks": [1, 1, 1], "stem_stride": 2}
+    return Preset(
+        name="digits",
+        job=job,
+        num_images=2000,
+        distill=DistillSpec(arch="resnet", arch_args=student),
+        judge="embedded:digits/judge",
+        test_set="digits:test",
+    )
+
+
+def preset_names() -> list[str]:
+    """Installed presets."""
+    return sorted(e.name for e in entry_points(group="synthkd.presets"))
+
+
+def load_preset(name: str) -> Preset:
+    """A preset by name; raises SynthkdError with the nearest right one."""
+    found = {e.name: e for e in entry_points(group="synthkd.presets")}
+    if name not in found:
+        raise SynthkdError(f"preset {name!r} is unknown; {suggest(name, found)}")
+    make: Callable[[], Preset] = found[name].load()
+    return make()

@@ -1,0 +1,50 @@
+"""One image again, from the manifest alone."""
+
+from pathlib import Path
+
+import numpy as np
+
+from synthkd.dfkd.job import SynthJob
+from synthkd.engine.config import Recipe, Request
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.index import read_index, read_manifest
+from synthkd.engine.plan import Plan, sample_key
+from synthkd.engine.reading import decode_image, members
+from synthkd.engine.runner import open_stream
+from synthkd.engine.shards import encode_image
+
+
+def replay_sample(set_dir: Path, sample_id: int, target: Path | None, device: str) -> tuple[Path, str]:
+    """Redraw a sample's group, write the sample, and say how it compares with the stored one.
+
+    Raises SynthkdError for an id outside the set, or where model or teacher are not the ones that drew it.
+    """
+    manifest = read_manifest(set_dir)
+    recipe = Recipe.from_dict(manifest["recipe"])
+    count = int(manifest["num_samples"])
+    if not 0 <= sample_id < count:
+        raise SynthkdError(f"--id {sample_id}: the set has samples 0 to {count - 1}")
+    group = sample_id // recipe.group_size
+    plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
+    stream = open_stream(SynthJob.from_manifest(manifest, device).build, plan, workers=1)
+    for name in ("model_sha256", "fingerprint"):
+        if stream.identity[name] != manifest[name]:
+            raise SynthkdError(f"{set_dir}: model or teacher changed since the set was drawn ({name} differs)")
+    batch = next(stream.draw([plan.unit(group)]))
+    pixels = batch.images[batch.ids.index(sample_id)].permute(1, 2, 0).contiguous().cpu().numpy()
+    data = encode_image(pixels, recipe.image_format, recipe.image_quality)
+    path = target or Path(f"{sample_key(sample_id)}.{recipe.image_format}")
+    path.write_bytes(data)
+    return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)
+
+
+def _compare(set_dir: Path, shard: int, sample_id: int, data: bytes, recipe: Recipe) -> str:
+    row = read_index(set_dir).get(shard)
+    name = f"{sample_key(sample_id)}.{recipe.image_format}"
+    stored = dict(members(set_dir / row.file)).get(name) if row else None
+    if stored is None:
+        return "drawn; the set holds no such image yet"
+    if stored == data:
+        return "identical to the stored image"
+    a, b = (decode_image(x, name).astype(np.int16) for x in (stored, data))
+    return f"differs from the stored image by at most {np.abs(a - b).max()} of 255 (another environment?)"

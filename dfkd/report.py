@@ -1,0 +1,547 @@
+"""One self-contained HTML page about a run: what went in, what was drawn, what the student learned from it."""
+
+import io
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from synthkd.dfkd import report_html as h
+from synthkd.engine.config import Recipe
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.index import ENVIRONMENTS, MANIFEST, GroupRow, flatten, read_index, read_manifest
+from synthkd.engine.reading import Sample, read_set
+
+RESULT, REPORT, STUDENT_LOG = "result.json", "report.html", "student_log.jsonl"
+_CLASSES_SHOWN, _COLUMNS, _CELL, _BINS, _POINTS = 20, 8, 80, 20, 150
+_STAGES = {"guide": "guided", "denoise": "rest"}
+_NO_CONTROL = "This run has no unguided control to compare with."
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the folder of a run or of a drawn set, and return its path.
+
+    Raises SynthkdError where the folder is neither, or what it holds is damaged.
+    """
+    run = load_run(run_dir)
+    makers = [summary, images, guidance, distillation, balance, confidence, confusion, throughput, provenance]
+    if run.result is None:
+        makers = [m for m in makers if m not in (distillation, confusion)]
+    text = h.page(_title(run), _lead(run), _colours(run), [make(run) for make in makers])
+    path = run_dir / REPORT
+    temporary = path.with_name(REPORT + ".tmp")
+    temporary.write_bytes(text.encode("utf-8", "replace"))
+    temporary.replace(path)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ what is read
+
+
+@dataclass
+class DrawnSet:
+    """What a pass over a set keeps of it: counts, the teacher's view, and the pixels of a few samples."""
+
+    folder: Path
+    recipe: Recipe
+    manifest: dict[str, Any]
+    rows: list[GroupRow]
+    counts: list[int]
+    readings: Counter[int] = field(default_factory=Counter)
+    intended: list[float] = field(default_factory=list)
+    top: list[float] = field(default_factory=list)
+    agreed: int = 0
+    keys: dict[int, list[str]] = field(default_factory=dict)
+    pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Samples in the set."""
+        return sum(self.counts)
+
+    @property
+    def tone(self) -> str:
+        """Whose colour the set wears, and what it is called."""
+        return "guided" if self.recipe.guidance.scale > 0 else "unguided"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds per drawn image (padding included) by stage, in the order of the loop."""
+        totals: Counter[str] = Counter()
+        for row in self.rows:
+            totals.update(row.seconds)
+        drawn = max(1, len(self.rows) * self.recipe.group_size)
+        order = ["encode", "denoise", "guide", "decode", "annotate"]
+        names = sorted(totals, key=lambda n: (order.index(n) if n in order else len(order), n))
+        return {name: totals[name] / drawn for name in names}
+
+
+def load_set(folder: Path, chosen: Collection[str] | None = None) -> DrawnSet:
+    """Read a set once; chosen: keys whose pixels are kept, the first few of each class by default."""
+    manifest = read_manifest(folder)
+    recipe = Recipe.from_dict(manifest["recipe"])
+    rows = [group for shard in read_index(folder).values() for group in shard.groups]
+    drawn = DrawnSet(folder, recipe, manifest, rows, [0] * len(recipe.classes))
+    for sample in read_set(folder):
+        try:
+            _take(drawn, sample, chosen)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise SynthkdError(f"{folder}: the json of {sample.key} is not a synthkd sample's ({error!r})") from error
+    return drawn
+
+
+def _take(drawn: DrawnSet, sample: Sample, chosen: Collection[str] | None) -> None:
+    label = int(sample.meta["label"])
+    drawn.counts[label] += 1
+    row = drawn.keys.setdefault(label, [])
+    wanted = label < _CLASSES_SHOWN and len(row) < _COLUMNS if chosen is None else sample.key in chosen
+    if wanted:
+        row.append(sample.key)
+        drawn.pixels[sample.key] = sample.pixels
+    logits = np.asarray(sample.meta.get("logits", ()), dtype=np.float64)
+    if logits.shape == (len(drawn.counts),) and np.isfinite(logits).all():
+        odds = np.exp(logits - logits.max())
+        drawn.intended.append(float(odds[label] / odds.sum()))
+        drawn.top.append(float(1.0 / odds.sum()))
+        drawn.readings[int(logits.argmax())] += 1
+        drawn.agreed += int(logits.argmax()) == label
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, or (result None) that of a set alone."""
+
+    folder: Path
+    result: dict[str, Any] | None
+    main: DrawnSet | None
+    control: DrawnSet | None
+
+    def number(self, *names: str) -> float | None:
+        """A finite number in result.json, found by nested keys; None where there is none."""
+        value: Any = self.result
+        for name in names:
+            value = value.get(name) if isinstance(value, dict) else None
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(value) if real and math.isfinite(value) else None
+
+    def text(self, name: str) -> str:
+        """A value of result.json as text, empty where it is absent."""
+        return str((self.result or {}).get(name) or "")
+
+    @property
+    def sets(self) -> list[DrawnSet]:
+        """The sets that are there, the guided one first."""
+        return [s for s in (self.main, self.control) if s is not None]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Class names, as the result or the recipe gives them."""
+        named = (self.result or {}).get("classes")
+        recipe = self.main.recipe.classes if self.main else ()
+        return [str(c) for c in named] if isinstance(named, list) else list(recipe)
+
+    def confusion(self, name: str) -> list[list[int]] | None:
+        """One of the run's confusion matrices, None where it is absent or not KxK counts."""
+        try:
+            counts = np.asarray((self.result or {})["confusion"][name])
+        except (KeyError, TypeError, ValueError):
+            return None
+        fits = counts.shape == (len(self.classes),) * 2 and counts.dtype.kind in "iu" and counts.size > 0
+        return counts.tolist() if fits else None
+
+
+def load_run(folder: Path) -> Run:
+    """Find out what a folder holds and read it; raises SynthkdError where it is no run and no set."""
+    if (folder / RESULT).is_file():
+        main = load_set(folder / "shards") if (folder / "shards" / MANIFEST).is_file() else None
+        other = folder / "control" / "shards"
+        chosen = set(main.pixels) if main else None
+        control = load_set(other, chosen) if (other / MANIFEST).is_file() else None
+        return Run(folder, _read_result(folder / RESULT), main, control)
+    if (folder / MANIFEST).is_file():
+        return Run(folder, None, load_set(folder), None)
+    raise SynthkdError(
+        f"{folder}: no {RESULT} and no {MANIFEST} there; expected a folder written by `synthkd run` or `synthkd synth`"
+    )
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SynthkdError(f"{path}: not JSON ({error}); run the command that wrote it again") from error
+    if not isinstance(data, dict):
+        raise SynthkdError(f"{path}: holds {type(data).__name__}; expected the result of `synthkd run`")
+    return data
+
+
+def read_log(path: Path, name: str) -> tuple[list[float], list[float]]:
+    """Steps and finite values of one column of a student's log, averaged down to what a chart can show."""
+    pairs = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            pair = float(row["step"]), float(row[name])
+        except (ValueError, TypeError, KeyError):
+            continue
+        if all(map(math.isfinite, pair)):
+            pairs.append(pair)
+    size = max(1, -(-len(pairs) // _POINTS))
+    blocks = [np.mean(pairs[i : i + size], axis=0) for i in range(0, len(pairs), size)]
+    return [float(b[0]) for b in blocks], [float(b[1]) for b in blocks]
+
+
+# ------------------------------------------------------------------------------------------------ the sections
+
+
+def _title(run: Run) -> str:
+    name = run.text("preset") or run.folder.resolve().name
+    seed = (run.result or {}).get("seed", run.main.manifest["seed"] if run.main else "–")
+    return f"{name}, seed {seed}"
+
+
+def _lead(run: Run) -> str:
+    if run.result is None:
+        return "A synthetic set: images drawn by a latent diffusion model for a classifier's classes."
+    return "Distillation without data: a diffusion model, steered by a teacher, drew the training set of its student."
+
+
+def _colours(run: Run) -> h.Html:
+    names = {"guided": "guided by the teacher", "unguided": "unguided control", "teacher": "teacher"}
+    present = {s.tone for s in run.sets} | ({"teacher"} if run.result else set())
+    present |= {"unguided"} if run.number("unguided_student_accuracy") is not None else set()
+    return h.legend((tone, text) for tone, text in names.items() if tone in present)
+
+
+def _pct(value: float) -> str:
+    return f"{value:.1f} %"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "−")
+
+
+def summary(run: Run) -> h.Section:
+    """The figures a reader takes home."""
+    teacher, student = run.number("teacher_accuracy"), run.number("student_accuracy")
+    plain = run.number("unguided_student_accuracy")
+    hero = [
+        h.Figure("Teacher", f"{teacher:.1f}", "%", "accuracy on real test images", "teacher") if teacher else None,
+        h.Figure("Student", f"{student:.1f}", "%", "trained on guided images only", "guided") if student else None,
+        h.Figure("Unguided control", f"{plain:.1f}", "%", "same student, unguided images", "unguided")
+        if plain is not None
+        else None,
+    ]
+    if student is not None and plain is not None:
+        hero.append(h.Figure("Gain of guidance", _points(student - plain), "points", "student minus control"))
+    body = [h.figures([f for f in hero if f], hero=True), h.figures(_small_figures(run))]
+    used = "the teacher's weights, its class names and the image prior"
+    text = f"Not used: any image the teacher was trained on. The input was {used}."
+    if run.result:
+        text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure accuracy, never to train."
+    return h.Section("summary", "Summary", _summary_sentence(run, teacher, student, plain), [*body, h.note(text)])
+
+
+def _summary_sentence(run: Run, teacher: float | None, student: float | None, plain: float | None) -> str:
+    if student is None:
+        count = run.main.total if run.main else int(run.number("num_images") or 0)
+        return f"{count:,} labelled images in {len(run.classes):,} classes, drawn without any training data."
+    text = f"The student reaches {_pct(student)} on real test images"
+    if teacher is not None:
+        gap = teacher - student
+        text += f", {abs(gap):.1f} points {'below' if gap >= 0 else 'above'} its teacher"
+    if plain is not None:
+        gain = student - plain
+        text += f" and {abs(gain):.1f} {'above' if gain >= 0 else 'below'} the same student taught by unguided images"
+    return text + "."
+
+
+def _small_figures(run: Run) -> list[h.Figure]:
+    count = run.main.total if run.main else run.number("num_images")
+    out = [h.Figure("Images drawn", f"{count:,.0f}", "", f"in {len(run.classes):,} classes")] if count else []
+    for tone, rate in _rates(run).items():
+        out.append(h.Figure(f"Speed, {tone}", h.number(rate), "images/s"))
+    big, small = run.number("parameters", "teacher"), run.number("parameters", "student")
+    if big and small:
+        aside = f"{small:,.0f} of {big:,.0f} parameters"
+        out.append(h.Figure("Student is smaller by", f"{h.number(big / small, 2)}×", "", aside))
+    seconds = run.number("seconds")
+    if seconds:
+        out.append(h.Figure("Whole run", h.duration(seconds), "", f"on {run.text('device') or 'this machine'}"))
+    return out
+
+
+def _rates(run: Run) -> dict[str, float]:
+    """Images per second, as the result states them or as the groups' stage times add up."""
+    found = {s.tone: 1 / sum(s.seconds.values()) for s in run.sets if sum(s.seconds.values()) > 0}
+    stated = {"guided": run.number("guided_images_per_second"), "unguided": run.number("images_per_second")}
+    return {**found, **{tone: rate for tone, rate in stated.items() if rate}}
+
+
+def images(run: Run) -> h.Section:
+    """Contact sheets, the same noise at the same place."""
+    if run.main is None:
+        return h.Section("images", "Images", "The images of this run are not in its folder any more.")
+    shown = [c for c in range(min(_CLASSES_SHOWN, len(run.main.counts))) if run.main.keys.get(c)]
+    rows = [run.main.keys[c] for c in shown]
+    names = [run.main.recipe.classes[c] for c in shown]
+    sheets = []
+    for drawn in run.sets:
+        png, crisp = _sheet_png(drawn.pixels, rows)
+        alt = f"Contact sheet of {drawn.tone} images: one row per class ({', '.join(names)}), ids as listed below."
+        sheets.append(h.sheet(drawn.tone.capitalize(), names, png, alt, drawn.tone, crisp))
+    size = f"{run.main.recipe.width} × {run.main.recipe.height} pixels"
+    text = f"The first {max(map(len, rows), default=0)} ids of each class, {size}, nothing picked by hand."
+    if run.control:
+        text += " The same place holds the same id, and so the same initial noise, with and without guidance."
+    if len(run.main.counts) > len(shown):
+        text += f" Shown: {len(shown)} of {len(run.main.counts):,} classes."
+    return h.Section("images", "Images", _images_sentence(run), [h.grid(sheets, wide=True), h.note(text)])
+
+
+def _images_sentence(run: Run) -> str:
+    judge = {tone: run.number("judge", tone) for tone in ("guided", "unguided")}
+    told = [f"{_pct(v)} of the {tone} images" for tone, v in judge.items() if v is not None]
+    if told:
+        return f"A network that took no part in drawing reads the intended class in {' and '.join(told)}."
+    if run.main and run.control:
+        both = [(p, run.control.pixels[k]) for k, p in run.main.pixels.items() if k in run.control.pixels]
+        moved = [float(np.abs(a.astype(int) - b).mean()) for a, b in both if a.shape == b.shape]
+        if moved:
+            return f"Guidance moves a pixel by {h.number(float(np.mean(moved)), 2)} of 255 grey levels on average."
+    return f"{run.main.total if run.main else 0:,} images were drawn; no independent network has read them."
+
+
+def _sheet_png(pixels: Mapping[str, NDArray[np.uint8]], rows: Sequence[Sequence[str]]) -> tuple[bytes, bool]:
+    """A contact sheet with transparent gaps, and whether it is so small that its pixels should stay square."""
+    first = next(iter(pixels.values()), np.zeros((1, 1, 3), np.uint8))
+    tall, wide = first.shape[:2]
+    shrink = min(1.0, _CELL / max(tall, wide))
+    tall, wide = max(1, round(tall * shrink)), max(1, round(wide * shrink))
+    gap = max(1, wide // 16)
+    columns = max(map(len, rows), default=1)
+    out = Image.new("RGBA", (columns * (wide + gap) - gap, max(1, len(rows) * (tall + gap) - gap)))
+    for i, row in enumerate(rows):
+        for j, key in enumerate(row):
+            if key in pixels:
+                cell = Image.fromarray(pixels[key])
+                cell = cell.resize((wide, tall), Image.Resampling.LANCZOS) if shrink < 1 else cell
+                out.paste(cell, (j * (wide + gap), i * (tall + gap)))
+    buffer = io.BytesIO()
+    out.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), shrink == 1.0
+
+
+def guidance(run: Run) -> h.Section:
+    """Each term of the guidance loss over the denoising steps, over all groups."""
+    terms = _curves(run.main) if run.main else {}
+    if run.main is None or not terms:
+        return h.Section("guidance", "Guidance", "No guidance term was recorded while these images were drawn.")
+    steps = [i + 1 for i in range(run.main.recipe.steps) if run.main.recipe.guidance.active(i, run.main.recipe.steps)]
+    charts, told = [], []
+    for name, values in terms.items():
+        xs = steps if len(steps) == values.shape[1] else list(range(1, values.shape[1] + 1))
+        mean, low, high = (f(values, axis=0).tolist() for f in (np.mean, np.min, np.max))
+        ends = f"from {h.number(mean[0])} to {h.number(mean[-1])}"
+        told.append(f"{name} {ends}")
+        curve = h.Curve(h.number(mean[-1]), "guided", xs, mean, low, high)
+        x = h.Axis(f"denoising step, of {run.main.recipe.steps} (noise → image)", xs[0], xs[-1])
+        y = h.Axis.over("", [*low, *high, 0.0])
+        charts.append(h.line_chart(name, "loss before weighting", [curve], x, y, f"{name} goes {ends}"))
+    groups = next(iter(terms.values())).shape[0]
+    text = f"Line: mean over {groups:,} groups; band: from the lowest to the highest group."
+    sentence = f"Over {len(xs)} guided steps the mean goes {'; '.join(told)}."
+    return h.Section("guidance", "Guidance", sentence, [h.grid(charts), h.note(text)])
+
+
+def _curves(drawn: DrawnSet) -> dict[str, NDArray[np.float64]]:
+    """Term -> values [groups, steps] of the groups whose curve is whole and finite."""
+    out = {}
+    for name in sorted({name for row in drawn.rows for name in row.curves}):
+        held = [c for row in drawn.rows if (c := row.curves.get(name)) and all(map(math.isfinite, c))]
+        length = Counter(map(len, held)).most_common(1)[0][0] if held else 0
+        if length:
+            out[name] = np.asarray([c for c in held if len(c) == length], dtype=np.float64)
+    return out
+
+
+def distillation(run: Run) -> h.Section:
+    """How the student learned, from guided and from unguided images."""
+    folders, charts, final = {"guided": run.folder, "unguided": run.folder / "control"}, [], {}
+    units = {"loss": ("Loss of the student", "training batches, log scale"),
+             "agreement": ("Agreement with the teacher", "% of held-out synthetic images")}  # fmt: skip
+    for column, (title, unit) in units.items():
+        found = {tone: read_log(folder / STUDENT_LOG, column) for tone, folder in folders.items()}
+        curves = [h.Curve(f"{t} {h.number(ys[-1])}", t, xs, ys) for t, (xs, ys) in found.items() if xs]
+        if not curves:
+            continue
+        final[column] = {c.tone: c.ys[-1] for c in curves}
+        x = h.Axis.over("optimiser step", [v for c in curves for v in c.xs])
+        y = h.Axis.over("", values := [v for c in curves for v in c.ys], log=column == "loss" and min(values) > 0)
+        alt = f"{title}: " + ", ".join(f"{c.label} at the end" for c in curves)
+        charts.append(h.line_chart(title, unit, curves, x, y, alt))
+    if not final:
+        return h.Section("distillation", "Distillation", f"This run kept no log of the student ({STUDENT_LOG}).")
+    column = "agreement" if "agreement" in final else "loss"
+    told = [f"{_pct(v) if column == 'agreement' else h.number(v)} ({t})" for t, v in final[column].items()]
+    what = {"agreement": "agrees with the teacher on", "loss": "has a loss of"}[column]
+    where = " of held-out synthetic images" if column == "agreement" else ""
+    sentence = f"At the end the student {what} {' and '.join(told)}{where}."
+    return h.Section("distillation", "Distillation", sentence, [h.grid(charts, wide=True)])
+
+
+def balance(run: Run) -> h.Section:
+    """Images per class, and how many the teacher reads as that class."""
+    if run.main is None:
+        return h.Section("balance", "Balance", "The set is not in the folder any more, so its classes were not counted.")
+    counts, names = run.main.counts, run.main.recipe.classes
+    low, high = min(counts), max(counts)
+    sentence = f"Each of the {len(counts):,} classes has {low:,} images." if low == high else (
+        f"The {len(counts):,} classes have {low:,} ({names[counts.index(low)]}) to {high:,} "
+        f"({names[counts.index(high)]}) images."
+    )  # fmt: skip
+    read = [s for s in run.sets if s.readings]
+    if len(counts) > 2 * _CLASSES_SHOWN:
+        y = h.Axis.over("", [0, *counts])
+        x = h.Axis("class number", 0, len(counts))
+        curve = h.Curve(h.number(counts[-1]), run.main.tone, range(len(counts) + 1), [*counts, counts[-1]], stepped=True)
+        chart = h.line_chart("Images per class", "images", [curve], x, y, sentence)
+        return h.Section("balance", "Balance", sentence, [h.grid([chart], wide=True)])
+    top = max(high, *(max(s.readings.values()) for s in read), 1)
+    rows = []
+    for i, name in enumerate(names):
+        dots = [(s.readings[i] / top, s.tone) for s in reversed(read)]
+        bar = h.track([(counts[i] / top, "faint")], dots)
+        rows.append([name, bar, f"{counts[i]:,}", *(f"{s.readings[i]:,}" for s in read)])
+    head = ["class", "bar: asked for; dots: as the teacher reads them" if read else "", "images"]
+    head += [f"read, {s.tone}" for s in read]
+    return h.Section("balance", "Balance", sentence, [h.table("Images per class", head, rows)])
+
+
+def confidence(run: Run) -> h.Section:
+    """How sure the teacher is of the finished images."""
+    sets = [s for s in run.sets if s.intended]
+    if not sets:
+        return h.Section("confidence", "Confidence", "The teacher's logits are not stored beside these images.")
+    charts, x = [], h.Axis("probability the teacher gives (softmax)", 0.0, 1.0)
+    for title, pick in (("For the intended class", "intended"), ("For its own first choice", "top")):
+        edges = np.linspace(0, 1, _BINS + 1).tolist()
+        shares = [np.histogram(getattr(s, pick), _BINS, (0, 1))[0] * 100 / len(s.intended) for s in sets]
+        curves = [
+            h.Curve(f"{s.tone} {h.number(share[-1])}", s.tone, edges, [*share.tolist(), share[-1]], stepped=True)
+            for s, share in zip(sets, shares, strict=True)
+        ]
+        y = h.Axis.over("", [0.0, *(v for c in curves for v in c.ys)])
+        alt = f"{title}: share of images above {1 - 1 / _BINS:.2f}: " + ", ".join(c.label for c in curves)
+        charts.append(h.line_chart(title, "% of images, by probability", curves, x, y, alt))
+    told = [f"{h.number(float(np.median(s.intended)))} in {s.tone} images" for s in sets]
+    agreed = {s.tone: _pct(100 * s.agreed / len(s.intended)) for s in sets}
+    text = "Its first choice is the intended class in " + ", ".join(f"{v} ({t})" for t, v in agreed.items())
+    sentence = f"The teacher's median probability for the intended class is {' and '.join(told)}."
+    return h.Section("confidence", "Confidence", sentence, [h.grid(charts, wide=True), h.note(text + ".")])
+
+
+def confusion(run: Run) -> h.Section:
+    """What the students get wrong on real images."""
+    held = {tone: run.confusion(key) for tone, key in (("guided", "student"), ("unguided", "unguided"))}
+    counts = held["guided"]
+    if counts is None:
+        return h.Section("confusion", "Confusion", "This run has no confusion matrix of the student.")
+    names, matrix = run.classes, np.asarray(counts)
+    wrong = matrix - np.diag(np.diag(matrix))
+    i, j = np.unravel_index(wrong.argmax(), wrong.shape)
+    sentence = "The student makes no mistake on the real test set."
+    if wrong.any():
+        sentence = f"Its commonest mistake: {wrong[i, j]:,} of {matrix[i].sum():,} “{names[i]}” are read as “{names[j]}”"
+        teacher = run.confusion("teacher")
+        sentence += f" (by the teacher: {teacher[i][j]:,})." if teacher else "."
+    recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
+    shown = sorted(np.argsort(recall, kind="stable")[:_CLASSES_SHOWN].tolist())
+    tables = [_confusion_table(run, tone, np.asarray(m), shown) for tone, m in held.items() if m is not None]
+    text = "Rows: the true class of real test images; columns: the class they are read as; tint: share of the row."
+    if len(shown) < len(names):
+        text += f" Shown: the {len(shown)} of {len(names):,} classes in which the student is weakest."
+    text += "" if held["unguided"] else f" {_NO_CONTROL}"
+    return h.Section("confusion", "Confusion", sentence, [h.grid(tables, wide=True), h.note(text)])
+
+
+def _confusion_table(run: Run, tone: str, matrix: NDArray[Any], shown: list[int]) -> h.Html:
+    part = matrix[np.ix_(shown, shown)]
+    capped = len(shown) < len(matrix)
+    if capped:
+        part = np.column_stack([part, matrix[shown].sum(axis=1) - part.sum(axis=1)])
+    right = 100 * np.trace(matrix) / max(1, matrix.sum())
+    caption = f"Student from {tone} images: {_pct(float(right))} right"
+    return h.heat_table(caption, [run.classes[k] for k in shown], part.tolist(), tone, capped)
+
+
+def throughput(run: Run) -> h.Section:
+    """Where the time of an image, and of the run, went."""
+    per_image = {s.tone: s.seconds for s in run.sets if sum(s.seconds.values()) > 0}
+    body, sentence = [], "No stage times were recorded."
+    if per_image:
+        body.append(_stage_table(per_image))
+        first, *others = per_image.items()
+        total = sum(first[1].values())
+        sentence = f"One {first[0]} image takes {h.duration(total)}"
+        sentence += f", {h.number(total / sum(others[0][1].values()), 2)} times a plain one" if others else ""
+        share = 100 * first[1].get("guide", 0) / total
+        sentence += f"; guidance is {share:.0f} % of it." if share else "."
+    stages = (run.result or {}).get("stage_seconds")
+    times = {str(n): s for n in (stages if isinstance(stages, dict) else {}) if (s := run.number("stage_seconds", n))}
+    if times:
+        tones = {"synthesize": "guided", "synthesize_unguided": "unguided", "evaluate_teacher": "teacher"}
+        top = max(times.values())
+        rows = [[n.replace("_", " "), h.track([(s / top, tones.get(n, "rest"))]), h.duration(s)] for n, s in times.items()]
+        body.append(h.table("The whole run, by stage", ["stage", "", "time"], rows))
+    return h.Section("throughput", "Throughput", sentence, body)
+
+
+def _stage_table(per_image: Mapping[str, Mapping[str, float]]) -> h.Html:
+    """One stacked bar per set, and the milliseconds of each stage."""
+    names = list(dict.fromkeys(n for seconds in per_image.values() for n in seconds))
+    top = max(sum(seconds.values()) for seconds in per_image.values())
+    rows = []
+    for tone, seconds in per_image.items():
+        bar = h.track([(seconds.get(n, 0) / top, _STAGES.get(n, "faint")) for n in names], height=22)
+        cells = [h.number(1e3 * seconds[n]) if n in seconds else "–" for n in names]
+        total = sum(seconds.values())
+        rows.append([tone, bar, *cells, h.number(1e3 * total), h.number(1 / total)])
+    return h.table("Time per image, in milliseconds", ["images", "", *names, "all", "images/s"], rows)
+
+
+def provenance(run: Run) -> h.Section:
+    """What it takes to draw any of these images again."""
+    if run.main is None:
+        facts = {k: v for k, v in (run.result or {}).items() if k in ("preset", "seed", "device", "versions")}
+        rows = [[k, str(v)] for k, v in flatten(facts).items()]
+        sentence = "The set is gone from the folder; the result names its preset and seed."
+        return h.Section("provenance", "Provenance", sentence, [h.table("The run", ["field", "value"], rows, "facts")])
+    manifest = run.main.manifest
+    identity = {"fingerprint": manifest["fingerprint"], "seed": manifest["seed"], "samples": run.main.total}
+    more = {k: manifest[k] for k in ("model_sha256", "guidance", "solver", "versions") if k in manifest}
+    rows = [[k, _value(v)] for k, v in {**identity, **flatten(more), "device": run.text("device") or "–"}.items()]
+    path = run.main.folder / ENVIRONMENTS
+    for key, detail in (json.loads(path.read_text()) if path.is_file() else {}).items():
+        rows.append([f"environment {key}", _value(", ".join(f"{k}: {v}" for k, v in flatten(detail).items()))])
+    recipe = [[k, _value(v)] for k, v in flatten(manifest["recipe"]).items()]
+    example = next(iter(run.main.pixels), "0")
+    folder = run.main.folder.relative_to(run.folder.parent) if run.folder.name else run.main.folder
+    replay = h.wrap("pre", h.wrap("code", f"synthkd replay {shlex.quote(str(folder))} --id {int(example)}"))
+    sentence = f"Every one of the {run.main.total:,} images can be drawn again by itself, from its id alone."
+    tables = [h.table("Identity", ["field", "value"], rows, "facts"), h.table("Recipe", ["field", "value"], recipe, "facts")]
+    return h.Section("provenance", "Provenance", sentence, [h.grid(tables, wide=True), replay])
+
+
+def _value(value: Any) -> str:
+    text = "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= 2000 else text[:2000] + " …"

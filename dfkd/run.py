@@ -1,0 +1,236 @@
+"""The main job: a preset goes in; sets, students, scores and a report come out. Finished stages are kept."""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
+from synthkd.dfkd.evaluate import Score, evaluate, predict
+from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.nets import count_parameters
+from synthkd.dfkd.presets import Preset, unguided
+from synthkd.dfkd.report import write_report
+from synthkd.dfkd.student import DistillSpec, distill, save_student
+from synthkd.dfkd.teachers import Teacher, load_teacher
+from synthkd.engine import Plan, Request
+from synthkd.engine.environment import environment, versions
+from synthkd.engine.index import read_index, write_atomically
+from synthkd.engine.runner import default_workers, follow_parent, open_stream
+from synthkd.engine.shards import WriteSummary, write_shards
+
+_FIELD = {
+    "teacher": "teacher_accuracy",
+    "student": "student_accuracy",
+    "unguided": "unguided_student_accuracy",
+}
+
+
+class Progress(Protocol):
+    """Told what goes on: a stage begins with a total, advances, and ends."""
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """A stage of `total` units starts."""
+        ...
+
+    def advance(self, stage: str, count: int) -> None:
+        """`count` more units are done."""
+        ...
+
+    def end(self, stage: str) -> None:
+        """The stage is over."""
+        ...
+
+
+class Silent:
+    """A Progress that says nothing."""
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, stage: str, count: int) -> None:
+        """Nothing."""
+
+    def end(self, stage: str) -> None:
+        """Nothing."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the same command goes on later
+    """The run was asked to stop and did, after a whole group."""
+
+
+@dataclass
+class Run:
+    """One run of a preset in a folder: `shards/` guided, `control/` the same with guidance scale 0."""
+
+    preset: Preset
+    out: Path
+    seed: int = 0
+    num_images: int | None = None
+    workers: int | None = None
+    progress: Progress = field(default_factory=Silent)
+    should_stop: Callable[[], bool] = lambda: False
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is left to do, write result.json and report.html, return the result."""
+        started, job = time.perf_counter(), self.preset.job
+        job.check()
+        count = self.num_images or self.preset.num_images
+        with self._stage("evaluate_teacher"):
+            teacher = load_teacher(job.teacher, job.device)
+            test = self._test_set(teacher)
+            scores = {"teacher": evaluate(teacher, test)} if test else {}
+        for name, this in (("synthesize", job), ("synthesize_unguided", unguided(job))):
+            with self._stage(name):
+                self._synthesize(name, this, count)
+        with self._stage("distill"):
+            cards = self._distill(teacher)
+        scores |= {name: evaluate(load_teacher(str(c)), test) for name, c in cards.items()} if test else {}
+        result = self._result(teacher, scores, count, cards)
+        result["seconds"] = round(time.perf_counter() - started, 2)
+        result["stage_seconds"] = {k: round(v, 2) for k, v in self._seconds.items()}
+        write_atomically(self.out / "result.json", json.dumps(result, indent=2) + "\n")
+        write_report(self.out)
+        return result
+
+    def folder(self, name: str) -> Path:
+        """Folder of the guided run, or of its control."""
+        return self.out / "control" if "unguided" in name else self.out
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - started
+
+    def _test_set(self, teacher: Teacher) -> LabelledImages | None:
+        if self.preset.test_set is None:
+            return None
+        return load_test_set(self.preset.test_set, teacher.classes, teacher.input_size)
+
+    def _synthesize(self, name: str, job: SynthJob, count: int) -> None:
+        folder = self.folder(name) / "shards"
+        summary = synthesize(
+            job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress, self.should_stop
+        )
+        if summary.stopped:
+            raise Interrupted
+
+    def _distill(self, teacher: Teacher) -> dict[str, Path]:
+        """Train both students, side by side where there are two cores; a finished student is not trained again."""
+        folders = {"student": self.out, "unguided": self.out / "control"}
+        spec = replace(self.preset.distill, seed=self.seed)
+        jobs = [(f, self.preset.job.teacher, spec, self.preset.job.device) for f in folders.values()]
+        self.progress.begin("distill", len(jobs), "students")
+        if self.preset.job.device == "cpu" and len(os.sched_getaffinity(0)) > 1:
+            with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
+                for _ in pool.map(train_student, jobs):
+                    self.progress.advance("distill", 1)
+        else:
+            for one in jobs:
+                train_student(one)
+                self.progress.advance("distill", 1)
+        self.progress.end("distill")
+        return {name: folder / "student.toml" for name, folder in folders.items()}
+
+    def _result(
+        self, teacher: Teacher, scores: Mapping[str, Score], count: int, cards: Mapping[str, Path]
+    ) -> dict[str, Any]:
+        sets = {"guided": self.out / "shards", "unguided": self.out / "control" / "shards"}
+        images = {name: load_synthetic(folder) for name, folder in sets.items()}
+        judge = load_teacher(self.preset.judge) if self.preset.judge else None
+        rates = {name: images_per_second(folder, self.workers_used) for name, folder in sets.items()}
+        return {
+            "preset": self.preset.name,
+            "seed": self.seed,
+            **{_FIELD[name]: round(score.accuracy, 2) for name, score in scores.items()},
+            "num_images": count,
+            "images_per_second": rates["unguided"],
+            "guided_images_per_second": rates["guided"],
+            "seconds": 0.0,
+            "teacher_agreement": {name: reading(teacher, data) for name, data in images.items()},
+            "judge": {name: reading(judge, data) for name, data in images.items()} if judge else {},
+            "classes": list(teacher.classes),
+            "parameters": {
+                "teacher": count_parameters(teacher.net),
+                "student": count_parameters(load_teacher(str(cards["student"])).net),
+            },
+            "confusion": {name: score.confusion for name, score in scores.items()},
+            "test_set": self.preset.test_set or "none",
+            "device": environment(torch.device(self.preset.job.device), 0)["device"],
+            "workers": self.workers_used,
+            "versions": versions(),
+        }
+
+    @property
+    def workers_used(self) -> int:
+        """Processes that draw."""
+        return self.workers or default_workers(self.preset.job.device)
+
+
+def synthesize(
+    job: SynthJob,
+    request: Request,
+    folder: Path,
+    stage: str,
+    workers: int | None,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    shards: list[int] | None = None,
+) -> WriteSummary:
+    """Draw a job's set into a folder, on several processes where the device is a CPU."""
+    job.check()
+    stream = open_stream(job.build, Plan(job.recipe, request), workers or default_workers(job.device))
+    progress.begin(stage, request.num_samples, "images")
+    try:
+        return write_shards(
+            stream,
+            folder,
+            shards=shards,
+            source=job.source(),
+            on_batch=lambda n: progress.advance(stage, n),
+            on_present=lambda n: progress.advance(stage, n),
+            should_stop=should_stop,
+        )
+    finally:
+        progress.end(stage)
+
+
+def train_student(job: tuple[Path, str, DistillSpec, str]) -> None:
+    """Train and save the student of one set, unless the same one is there; on a CPU with one thread."""
+    folder, teacher_card, spec, device = job
+    stamp = json.dumps({"spec": repr(spec), "set": _set_digest(folder / "shards")}, sort_keys=True)
+    marker = folder / ".student-of"
+    if marker.exists() and marker.read_text() == stamp and (folder / "student.toml").exists():
+        return
+    if device == "cpu":
+        torch.set_num_threads(1)
+    teacher = load_teacher(teacher_card, device)
+    student = distill(load_synthetic(folder / "shards"), teacher, spec)
+    save_student(student, spec, folder, {"teacher": teacher_card, "set": str(folder.name)})
+    write_atomically(marker, stamp)
+
+
+def _set_digest(folder: Path) -> list[str]:
+    return [row.sha256 for _, row in sorted(read_index(folder).items())]
+
+
+def reading(net: Teacher, data: LabelledImages) -> float:
+    """Percent of images that a network reads as their label says."""
+    return round(100 * (predict(net, data.images).argmax(dim=1) == data.labels).float().mean().item(), 2)
+
+
+def images_per_second(folder: Path, workers: int) -> float:
+    """Rate of a finished set on `workers` processes, from the time its groups took."""
+    groups = [g for row in read_index(folder).values() for g in row.groups]
+    spent = sum(sum(g.seconds.values()) for g in groups)
+    return round(sum(g.kept for g in groups) * workers / spent, 3) if spent else 0.0

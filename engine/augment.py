@@ -1,0 +1,77 @@
+"""Latent CutMix plans: which sample each latent position comes from (arXiv 2504.00870; boxes as in 1905.04899)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from synthkd.engine import rng
+from synthkd.engine.config import CutMixSpec
+
+
+def partners(classes: Sequence[int], spec: CutMixSpec, seed: int, group: int, event: int, attempt: int) -> list[int]:
+    """For each sample the position of another one: of its own class, or any; a cycle through a random order."""
+    order = rng.permutation(seed, group, f"cutmix partners {event}", len(classes), attempt)
+    rings: dict[int, list[int]] = {}
+    for position in order:
+        rings.setdefault(classes[position] if spec.scope == "class" else 0, []).append(int(position))
+    out = [0] * len(classes)
+    for ring in rings.values():
+        for here, there in zip(ring, ring[1:] + ring[:1], strict=True):
+            out[here] = there
+    return out
+
+
+def box(u: NDArray[np.float64], alpha: float, height: int, width: int) -> tuple[int, int, int, int]:
+    """A box (top, bottom, left, right) of about area 1 - lambda with lambda ~ Beta(alpha, alpha) (1905.04899, eq. 2).
+
+    u: at least 3 uniforms, and 2 more for alpha != 1, where Johnk's method takes pairs until one fits.
+    """
+    keep = float(u[2]) if alpha == 1.0 else _beta(u[2:], alpha)
+    share = float(np.sqrt(1.0 - keep))
+    tall, wide = round(height * share), round(width * share)
+    y, x = int(u[0] * height), int(u[1] * width)
+    top, left = max(0, y - tall // 2), max(0, x - wide // 2)
+    return top, min(height, y + (tall + 1) // 2), left, min(width, x + (wide + 1) // 2)
+
+
+def _beta(u: NDArray[np.float64], alpha: float) -> float:
+    for a, b in u[: len(u) // 2 * 2].reshape(-1, 2):
+        x, y = a ** (1 / alpha), b ** (1 / alpha)
+        if 0 < x + y <= 1:
+            return float(x / (x + y))
+    return 0.5
+
+
+def event_map(
+    classes: Sequence[int],
+    spec: CutMixSpec,
+    height: int,
+    width: int,
+    *,
+    seed: int,
+    group: int,
+    event: int,
+    attempt: int = 0,
+) -> Tensor:
+    """Source map of one exchange, int64 [B,H,W]: the partner's position inside the sample's box, its own outside."""
+    chosen = partners(classes, spec, seed, group, event, attempt)
+    out = torch.arange(len(classes)).view(-1, 1, 1).repeat(1, height, width)
+    for position, partner in enumerate(chosen):
+        u = rng.uniform(seed, group * 65536 + position, f"cutmix box {event}", 66, attempt)
+        top, bottom, left, right = box(u, spec.alpha, height, width)
+        out[position, top:bottom, left:right] = partner
+    return out
+
+
+def compose(so_far: Tensor, event: Tensor) -> Tensor:
+    """Source map after one more exchange: whoever gave the box gave what it had itself received, int64 [B,H,W]."""
+    return torch.gather(so_far, 0, event)
+
+
+def area_targets(source: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Label of each sample as the area its classes hold in the composed map: float32 [B,K], rows sum to 1."""
+    return one_hot(classes[source], num_classes).float().mean(dim=(1, 2))

@@ -1,0 +1,212 @@
+"""What to draw: Recipe and Request, frozen, checked on birth, hashed into a fingerprint."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from synthkd.engine.errors import SynthkdError, suggest
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+SCHEDULES = ("sigma", "constant")
+GRADIENTS = ("x0", "unet")
+SAMPLERS = ("ddim",)
+FORMATS = ("png", "jpg", "webp")
+
+
+def _check(ok: bool, where: str, found: object, expected: str) -> None:
+    if not ok:
+        raise SynthkdError(f"recipe: {where} is {found!r}; expected {expected}")
+
+
+def _one_of(where: str, found: str, known: tuple[str, ...]) -> None:
+    if found not in known:
+        raise SynthkdError(f"recipe: {where} is {found!r}; {suggest(str(found), known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidanceSpec:
+    """When and how strongly the guidance loss moves the predicted clean latent.
+
+    scale: root-mean-square size of one update of x0, in latent units; 0 turns guidance off.
+    schedule: `sigma` multiplies scale by sigma_t = sqrt(1 - alphas_cumprod); `constant` does not.
+    start, stop: guided share of the steps, as fractions of the run; every: guide each n-th step of it.
+    gradient: `x0` differentiates the decoder and the loss only; `unet` goes through the denoiser to z_t.
+    decoder: what the loss looks through: `vae`, or `tiny:PATH` for an AutoencoderTiny folder.
+    rederive_eps: the solver's eps from the shifted x0 (True) or from the denoiser's own x0 (False, MPGD).
+    """
+
+    scale: float = 0.1
+    schedule: str = "sigma"
+    start: float = 0.0
+    stop: float = 1.0
+    every: int = 1
+    gradient: str = "x0"
+    decoder: str = "vae"
+    rederive_eps: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for a value outside its range."""
+        _check(math.isfinite(self.scale) and self.scale >= 0, "guidance.scale", self.scale, "a number >= 0")
+        _one_of("guidance.schedule", self.schedule, SCHEDULES)
+        _one_of("guidance.gradient", self.gradient, GRADIENTS)
+        interval = 0.0 <= self.start < self.stop <= 1.0
+        _check(interval, "guidance.start, stop", (self.start, self.stop), "0 <= start < stop <= 1")
+        _check(self.every >= 1, "guidance.every", self.every, "a whole number >= 1")
+        decoder_ok = self.decoder == "vae" or self.decoder.startswith("tiny:")
+        _check(decoder_ok, "guidance.decoder", self.decoder, "'vae' or 'tiny:PATH'")
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether denoiser call `step` of `steps` is guided."""
+        first, last = round(self.start * steps), round(self.stop * steps)
+        return self.scale > 0 and first <= step < last and (step - first) % self.every == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CutMixSpec:
+    """Latent CutMix (arXiv 2504.00870): boxes exchanged between the latents of a group.
+
+    every: after each n-th denoiser call, 0 for never; last_clean: denoiser calls at the end that stay free of
+    it and repair the seams; alpha: Beta(alpha, alpha) of the kept area; scope: partners of the same `class`,
+    or `any` sample of the group (the label then follows the area).
+    """
+
+    every: int = 0
+    last_clean: int = 5
+    alpha: float = 1.0
+    scope: str = "class"
+
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for a value outside its range."""
+        _check(self.every >= 0, "cutmix.every", self.every, "a whole number >= 0 (0: never)")
+        _check(self.last_clean >= 1, "cutmix.last_clean", self.last_clean, "a whole number >= 1")
+        _check(self.alpha > 0, "cutmix.alpha", self.alpha, "a number > 0")
+        _one_of("cutmix.scope", self.scope, ("class", "any"))
+
+    def active(self, step: int, steps: int) -> bool:
+        """Whether boxes are exchanged after denoiser call `step` of `steps`."""
+        return self.every > 0 and (step + 1) % self.every == 0 and step < steps - self.last_clean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what an image looks like, but for the seed; frozen and checked on birth.
+
+    classes: class names in the order of the teacher's outputs; prompts: templates with `{class}`, one drawn
+    per sample; guidance_scale: classifier-free guidance as in diffusers (1 switches it off); guidance: the
+    teacher's part; a group is classes_per_group x samples_per_class samples that share batch statistics,
+    Latent CutMix partners and randomness.
+    """
+
+    classes: tuple[str, ...]
+    prompts: tuple[str, ...] = ("a photo of a {class}",)
+    negative_prompt: str = ""
+    height: int = 512
+    width: int = 512
+    sampler: str = "ddim"
+    steps: int = 20
+    guidance_scale: float = 5.0
+    guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
+    cutmix: CutMixSpec = field(default_factory=CutMixSpec)
+    classes_per_group: int = 10
+    samples_per_class: int = 2
+    groups_per_shard: int = 50
+    dtype: str = "float32"
+    image_format: str = "png"
+    image_quality: int = 95
+    attempts: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for a field outside its range."""
+        self._check_text()
+        for name in ("height", "width", "steps", "classes_per_group", "samples_per_class", "groups_per_shard"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("dtype", self.dtype, DTYPES)
+        _one_of("image_format", self.image_format, FORMATS)
+        _check(1 <= self.image_quality <= 100, "image_quality", self.image_quality, "1 to 100")
+        _check(self.attempts >= 1, "attempts", self.attempts, "a whole number >= 1")
+        _check(math.isfinite(self.guidance_scale), "guidance_scale", self.guidance_scale, "a finite number")
+        size = (self.classes_per_group, len(self.classes))
+        _check(size[0] <= size[1], "classes_per_group", size[0], f"at most the {size[1]} classes")
+        self._check_cutmix()
+
+    def _check_text(self) -> None:
+        _check(len(self.classes) >= 1, "classes", self.classes, "at least one class name")
+        _check(len(set(self.classes)) == len(self.classes), "classes", self.classes, "distinct names")
+        _check(len(self.prompts) >= 1, "prompts", self.prompts, "at least one template")
+        for prompt in self.prompts:
+            _check("{class}" in prompt, "prompts", prompt, "a template that contains {class}")
+
+    def _check_cutmix(self) -> None:
+        if self.cutmix.every == 0:
+            return
+        partners = self.samples_per_class if self.cutmix.scope == "class" else self.group_size
+        name = "samples_per_class" if self.cutmix.scope == "class" else "group size"
+        _check(partners >= 2, name, partners, "at least 2 with Latent CutMix on (a lone sample has no partner)")
+
+    @property
+    def group_size(self) -> int:
+        """Samples in a group."""
+        return self.classes_per_group * self.samples_per_class
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        data: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+        """The inverse of `to_dict`; raises SynthkdError for an unknown field or a wrong type."""
+        values = _typed(cls, data, "")
+        for name, nested in (("guidance", GuidanceSpec), ("cutmix", CutMixSpec)):
+            if name in values:
+                _check(isinstance(values[name], Mapping), name, values[name], "a table of fields")
+                values[name] = nested(**_typed(nested, values[name], name + "."))
+        return cls(**values)
+
+
+def _typed(cls: type, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Fields of a dataclass from plain values: lists become tuples, ints become floats, names are checked."""
+    hints, known = get_type_hints(cls), [f.name for f in fields(cls)]
+    out: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in known:
+            raise SynthkdError(f"recipe: unknown field {prefix + name!r}; {suggest(name, known)}")
+        out[name] = _coerce(prefix + name, value, hints[name])
+    return out
+
+
+def _coerce(where: str, value: Any, hint: Any) -> Any:
+    if get_args(hint):
+        ok = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        _check(ok, where, value, "a list of strings")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool):
+        _check(type(value) is hint, where, value, f"a value of type {hint.__name__}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """How many samples of a recipe, from which seed."""
+
+    num_samples: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for a count below 1 or a seed outside 64 bits."""
+        if self.num_samples < 1:
+            raise SynthkdError(f"num_samples is {self.num_samples}; expected a whole number >= 1")
+        if not 0 <= self.seed < 2**63:
+            raise SynthkdError(f"seed is {self.seed}; expected 0 <= seed < 2**63")
+
+
+def fingerprint(recipe: Recipe, seed: int, guidance: Mapping[str, Any]) -> str:
+    """SHA-256 of what was declared: recipe, seed and the guidance's own description; not the sample count."""
+    text = json.dumps({"recipe": recipe.to_dict(), "seed": seed, "guidance": guidance}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

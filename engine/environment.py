@@ -1,0 +1,41 @@
+"""The environment key: images are byte-identical where it is equal, and within one grey level where it is not."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+_LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "transformers", "synthkd")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the libraries that take part in drawing an image."""
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(device: torch.device, micro_batch: int, threads: int | None = None) -> dict[str, Any]:
+    """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend."""
+    cuda = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    return {
+        "machine": platform.machine(),
+        "device": f"{device.type}: {processor}",
+        "threads": 0 if cuda else threads or torch.get_num_threads(),
+        "micro_batch": micro_batch,
+        "backend": "eager",
+        "versions": versions(),
+    }
+
+
+def environment_key(detail: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of an environment."""
+    return hashlib.sha256(json.dumps(detail, sort_keys=True).encode()).hexdigest()[:16]

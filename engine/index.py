@@ -1,0 +1,194 @@
+"""What a set's folder says of itself: manifest, index rows, journals. Plain JSON, written atomically."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synthkd.engine.environment import environment_key
+from synthkd.engine.errors import SynthkdError
+
+MANIFEST, INDEX, ENVIRONMENTS, LOCK = "manifest.json", "index.jsonl", "environments.json", ".lock"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One finished group in a shard: kept samples, where its bytes end, and what was measured while it was drawn.
+
+    members: file name in the tar -> first 16 hexadecimal digits of its SHA-256.
+    """
+
+    group: int
+    attempt: int
+    kept: int
+    end: int
+    environment: str
+    members: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One finished shard: its digest over the whole file, and its groups."""
+
+    shard: int
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    groups: list[GroupRow]
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:06d}.tar"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file as a whole: temporary file, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line and force it to disk."""
+    with path.open("a") as f:
+        f.write(json.dumps(row, sort_keys=True) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole JSON lines of a file; a torn last line, left by a killed run, is passed over."""
+    if not path.exists():
+        return
+    for line in path.read_text().split("\n"):
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
+
+
+def mend_tail(path: Path) -> None:
+    """Cut a torn last line off a file, so that the next row starts on a line of its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("rb+") as f:
+            f.truncate(whole)
+
+
+def group_row(data: Mapping[str, Any]) -> GroupRow:
+    """A journal line as a row."""
+    return GroupRow(**data)
+
+
+def note_environment(folder: Path, detail: Mapping[str, Any]) -> str:
+    """The key of an environment; what it stands for is kept in the folder's environments.json."""
+    key = environment_key(dict(detail))
+    path = folder / ENVIRONMENTS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if key not in known:
+        write_atomically(path, json.dumps({**known, key: detail}, indent=2, sort_keys=True) + "\n")
+    return key
+
+
+def read_journal(path: Path) -> dict[int, GroupRow]:
+    """Rows of an unfinished shard by group, the newest of each."""
+    return merge_rows(group_row(d) for d in _lines(path))
+
+
+def merge_rows(rows: Iterator[GroupRow]) -> dict[int, GroupRow]:
+    """The newest row of each group, with the members of all its rows (a grown group is written in two parts)."""
+    out: dict[int, GroupRow] = {}
+    for row in rows:
+        before = out.get(row.group)
+        members = {**before.members, **row.members} if before else row.members
+        out[row.group] = GroupRow(**{**asdict(row), "members": members})
+    return out
+
+
+def read_index(folder: Path) -> dict[int, ShardRow]:
+    """Rows of all finished shards whose file is there, the newest of each.
+
+    Raises SynthkdError for a row that is not one of ours.
+    """
+    out = {}
+    for data in _lines(folder / INDEX):
+        try:
+            row = ShardRow(**{**data, "groups": [group_row(g) for g in data["groups"]]})
+        except (TypeError, KeyError) as error:
+            raise SynthkdError(f"{folder / INDEX}: a row is not a synthkd index row ({error})") from error
+        if row.file != shard_name(row.shard):
+            raise SynthkdError(f"{folder / INDEX}: shard {row.shard} names file {row.file!r}; expected a shard name")
+        out[row.shard] = row
+    return {shard: row for shard, row in out.items() if (folder / row.file).exists()}
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a set; raises SynthkdError where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise SynthkdError(f"{folder}: no {MANIFEST} there; expected a folder written by `synthkd synth` or `run`")
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise SynthkdError(f"{path}: format {data['format']!r}; this version reads {FORMAT}")
+        _ = data["fingerprint"], data["recipe"], data["seed"], data["num_samples"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SynthkdError(f"{path}: not a synthkd manifest ({error!r})") from error
+    return data
+
+
+def flatten(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one, with dotted names."""
+    out: dict[str, Any] = {}
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def claim_folder(folder: Path, identity: Mapping[str, Any], num_samples: int, source: Mapping[str, Any]) -> None:
+    """Write the manifest, or check that the folder holds the same set and note a larger count.
+
+    Raises SynthkdError where it holds another recipe's set; the message names the first difference.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        have = read_manifest(folder)
+        _refuse_other(folder, have, identity)
+        num_samples = max(num_samples, int(have["num_samples"]))
+        if num_samples == have["num_samples"]:
+            return
+    elif next(folder.glob("shard-*"), None) is not None:
+        raise SynthkdError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
+    manifest = {"format": FORMAT, **identity, "num_samples": num_samples, "source": dict(source)}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def _refuse_other(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]) -> None:
+    if have["fingerprint"] == want["fingerprint"] and have["model_sha256"] == want["model_sha256"]:
+        return
+    parts = ("recipe", "seed", "guidance", "model_sha256")
+    ours, theirs = (flatten({p: side[p] for p in parts}) for side in (want, have))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            there, here = (str(side.get(name))[:60] for side in (theirs, ours))
+            raise SynthkdError(
+                f"{folder}: holds another recipe's set ({name} is {there} there, {here} here); choose another --out"
+            )
+    raise SynthkdError(f"{folder}: holds another recipe's set; choose another --out")

@@ -1,0 +1,86 @@
+"""Shards -> samples, without trusting them: names, sizes and counts are checked, nothing is executed."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.index import ShardRow, read_index, read_manifest
+from synthkd.engine.shards import short_digest
+
+_MAX_MEMBER = 64 * 2**20
+_MAX_PIXELS = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A stored sample: uint8 [H,W,3] pixels and its json."""
+
+    key: str
+    pixels: NDArray[np.uint8]
+    meta: dict[str, Any]
+
+
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of a shard's members, in order; raises SynthkdError where the tar is damaged."""
+    name = "the first member"
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for info in tar:
+                name = info.name
+                if not info.isreg() or "/" in name or info.size > _MAX_MEMBER:
+                    raise SynthkdError(f"{path}: member {name[:80]!r} is not a plain file of a sample")
+                f = tar.extractfile(info)
+                data = f.read() if f else b""
+                if len(data) != info.size:
+                    raise SynthkdError(f"{path}: truncated inside {name}; run `synthkd verify {path.parent}`")
+                yield name, data
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise SynthkdError(f"{path}: damaged after {name} ({error}); run `synthkd verify {path.parent}`") from error
+
+
+def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
+    """File bytes -> uint8 [H,W,3]; raises SynthkdError for what is no image, or a giant one."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise SynthkdError(f"{where}: {image.width}x{image.height} pixels; expected a training image")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise SynthkdError(f"{where}: not a readable image ({error})") from error
+
+
+def read_set(folder: Path) -> Iterator[Sample]:
+    """All samples of a set in id order, each member checked against the index.
+
+    Raises SynthkdError naming the shard and member that is damaged or missing.
+    """
+    manifest, index = read_manifest(folder), read_index(folder)
+    if not index:
+        raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
+    suffix = manifest["recipe"]["image_format"]
+    for shard in sorted(index):
+        yield from _read_shard(folder, index[shard], suffix)
+
+
+def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
+    path, wanted = folder / row.file, {n: d for g in row.groups for n, d in g.members.items()}
+    held: dict[str, bytes] = {}
+    for name, data in members(path):
+        if wanted.pop(name, None) != short_digest(data):
+            raise SynthkdError(f"{path}: {name} does not match its digest; run `synthkd verify {folder}`")
+        held[name] = data
+        key = name.partition(".")[0]
+        if f"{key}.{suffix}" in held and f"{key}.json" in held:
+            pixels = decode_image(held.pop(f"{key}.{suffix}"), f"{path}: {key}.{suffix}")
+            yield Sample(key, pixels, json.loads(held.pop(f"{key}.json")))
+    if wanted:
+        raise SynthkdError(f"{path}: {min(wanted)} is missing; run `synthkd verify {folder}`")

@@ -1,0 +1,123 @@
+"""Draws a plan on several processes of one machine; the caller's process stays the only writer.
+
+Small networks scale badly over threads (two one-thread processes beat one with two), so on a CPU each worker
+has one thread. Which worker draws a group cannot change it.
+"""
+
+import multiprocessing as mp
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing import connection
+from typing import Any
+
+import torch
+
+from synthkd.engine.environment import environment
+from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.synthesizer import Batch, Synthesizer
+
+Factory = Callable[[], Synthesizer]
+_worker: Synthesizer | None = None
+
+
+def default_workers(device: str) -> int:
+    """One process per available core on a CPU, one in all on a GPU."""
+    return 1 if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
+
+
+def follow_parent() -> None:
+    """Make this worker end with its parent, however that ends, and leave interrupts to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = mp.parent_process()
+    if parent is not None:
+        watch = threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True)
+        watch.start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def _start(factory: Factory, threads: int) -> None:
+    global _worker
+    follow_parent()
+    torch.set_num_threads(threads)
+    _worker = factory()
+
+
+def _run(unit: WorkUnit, seed: int) -> Batch:
+    assert _worker is not None
+    batch = _worker.run(unit, seed)
+    return replace(
+        batch,
+        images=batch.images.cpu(),
+        labels=batch.labels.cpu(),
+        targets=batch.targets.cpu(),
+        notes={name: note.cpu() for name, note in batch.notes.items()},
+    )
+
+
+@dataclass(frozen=True)
+class PoolStream:
+    """A SampleStream drawn by worker processes; each builds its own Synthesizer by calling `factory`.
+
+    factory: picklable. At most one group per worker is under way, and one more waits.
+    """
+
+    factory: Factory
+    plan: Plan
+    workers: int
+    threads: int = 1
+
+    @cached_property
+    def _local(self) -> Synthesizer:
+        return self.factory()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `SampleStream.identity`."""
+        return self._local.identity(self.plan.request.seed)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """See `SampleStream.environment`; threads are those of a worker."""
+        return environment(self._local.model.device, self.plan.recipe.group_size, self.threads)
+
+    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+        """One Batch per unit, in the given order; workers stop when the iterator is closed."""
+        todo, seed = iter(units), self.plan.request.seed
+        waiting: deque[Future[Batch]] = deque()
+        first = next(todo, None)
+        if first is None:
+            return
+        pool = ProcessPoolExecutor(
+            self.workers, mp.get_context("spawn"), initializer=_start, initargs=(self.factory, self.threads)
+        )
+        try:
+            waiting.append(pool.submit(_run, first, seed))
+            while waiting:
+                while len(waiting) <= self.workers and (unit := next(todo, None)) is not None:
+                    waiting.append(pool.submit(_run, unit, seed))
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def open_stream(factory: Factory, plan: Plan, workers: int) -> Any:
+    """A stream in this process (workers = 1) or over a pool of one-thread workers.
+
+    On a CPU this process is set to one thread either way, so that the worker count leaves the bits alone.
+    """
+    if workers > 1:
+        return PoolStream(factory, plan, workers)
+    synthesizer = factory()
+    if synthesizer.model.device.type == "cpu":
+        torch.set_num_threads(1)
+    return synthesizer.stream(plan.request)

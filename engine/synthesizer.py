@@ -1,0 +1,296 @@
+"""Owns a prior, a recipe and a guidance; draws groups: run a plan's unit, get a Batch."""
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from synthkd.engine import augment, rng
+from synthkd.engine.clock import StageClock
+from synthkd.engine.config import Recipe, Request, fingerprint
+from synthkd.engine.decoders import Decoder
+from synthkd.engine.environment import environment, versions
+from synthkd.engine.errors import NonFiniteError, SynthkdError
+from synthkd.engine.guidance import Guidance, frozen
+from synthkd.engine.models import LatentModel, StableDiffusion, load_model, load_tiny_decoder, weights_digest
+from synthkd.engine.plan import Plan, WorkUnit, sample_key
+from synthkd.engine.sampler import Steering, sample
+from synthkd.engine.schedule import ddim_tables
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The kept samples of one group.
+
+    images: uint8 [B,3,H,W] on the device, an NCHW view of channels_last memory; labels: int64 [B];
+    targets: float32 [B,K], the label as class shares (one-hot unless Latent CutMix crossed classes);
+    notes: what the guidance's `annotate` gave, [B,...]; curves: per logged term one value per guided call
+    (group terms) or one per call and sample; seconds: per stage.
+    """
+
+    group: int
+    attempt: int
+    ids: tuple[int, ...]
+    prompts: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample names, as in a shard."""
+        return [sample_key(i) for i in self.ids]
+
+    def first(self, kept: int) -> "Batch":
+        """The first `kept` samples."""
+        if kept == len(self.ids):
+            return self
+        per_sample = {n: [c[:kept] if isinstance(c, list) else c for c in v] for n, v in self.curves.items()}
+        return replace(
+            self,
+            ids=self.ids[:kept],
+            prompts=self.prompts[:kept],
+            images=self.images[:kept],
+            labels=self.labels[:kept],
+            targets=self.targets[:kept],
+            notes={name: note[:kept] for name, note in self.notes.items()},
+            curves=per_sample,
+        )
+
+
+class SampleStream(Protocol):
+    """What `write_shards` consumes: a plan, its identity, and a way to draw any of its units in order."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is drawn."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The manifest's content: recipe, seed, guidance, model digest, fingerprint, versions."""
+        ...
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where it is drawn (see `engine.environment`)."""
+        ...
+
+    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+        """One Batch per unit, in the given order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An iterable over the batches of a request."""
+
+    synthesizer: "Synthesizer"
+    plan: Plan
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All units of the plan."""
+        return self.draw(self.plan.units())
+
+    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+        """One Batch per unit, in the given order."""
+        for unit in units:
+            yield self.synthesizer.run(unit, self.plan.request.seed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """See `SampleStream.identity`."""
+        return self.synthesizer.identity(self.plan.request.seed)
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """See `SampleStream.environment`."""
+        return environment(self.synthesizer.model.device, self.plan.recipe.group_size)
+
+
+class Synthesizer:
+    """Draws images of a recipe from a latent-diffusion prior under a guidance.
+
+    >>> synth = Synthesizer.from_pretrained("embedded:digits", recipe, guidance=loss)
+    >>> for batch in synth.stream(Request(num_samples=1000)):
+    ...     batch.images  # uint8 [B,3,H,W]
+    """
+
+    def __init__(
+        self, model: LatentModel, recipe: Recipe, guidance: Guidance | None = None, decoder: Decoder | None = None
+    ) -> None:
+        """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
+
+        Raises SynthkdError where recipe, prior and guidance do not fit together.
+        """
+        if recipe.guidance.scale > 0 and guidance is None:
+            raise SynthkdError("recipe: guidance.scale is above 0, but no guidance was given; pass one or set it to 0")
+        self.model, self.recipe, self.guidance = model, recipe, guidance
+        self._look = decoder or model.decoder
+        self._shape = model.latent_shape(recipe.height, recipe.width)
+        self._tables = ddim_tables(model.scheduler_config, recipe.steps, model.device, model.dtype)
+        self._digest: str | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, recipe: Recipe, *, guidance: Guidance | None = None, device: str | None = None
+    ) -> "Synthesizer":
+        """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`."""
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = getattr(torch, recipe.dtype)
+        prior = load_model(model, device=where, dtype=dtype)
+        decoder = None
+        if recipe.guidance.decoder != "vae":
+            path = recipe.guidance.decoder.removeprefix("tiny:")
+            decoder = load_tiny_decoder(path, device=where, dtype=dtype)
+        return cls(prior, recipe, guidance, decoder)
+
+    @classmethod
+    def from_pipeline(
+        cls, pipe: Any, recipe: Recipe, *, guidance: Guidance | None = None, decoder: Decoder | None = None
+    ) -> "Synthesizer":
+        """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was."""
+        return cls(StableDiffusion(pipe), recipe, guidance, decoder)
+
+    def stream(self, request: Request) -> Stream:
+        """An iterable of Batch over the request; lazy, nothing is drawn before it is iterated."""
+        return Stream(self, Plan(self.recipe, request))
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What decides the images: recipe, seed, guidance, weights; and the fingerprint over what was declared."""
+        described = json.loads(json.dumps(self.guidance.describe())) if self.guidance else {}
+        if self._digest is None:
+            self._digest = weights_digest(self.model.modules())
+        return {
+            "fingerprint": fingerprint(self.recipe, seed, described),
+            "recipe": self.recipe.to_dict(),
+            "seed": seed,
+            "guidance": described,
+            "model_sha256": self._digest,
+            "solver": {"eps": "from the shifted x0" if self.recipe.guidance.rederive_eps else "from the denoiser's x0"},
+            "versions": versions(),
+        }
+
+    def run(self, unit: WorkUnit, seed: int) -> Batch:
+        """Draw one group; a non-finite one is redrawn with attempt + 1.
+
+        Raises NonFiniteError after `recipe.attempts` attempts.
+        """
+        for attempt in range(self.recipe.attempts):
+            batch = self._draw(unit, seed, attempt)
+            if batch is not None:
+                return batch.first(unit.kept)
+        raise NonFiniteError(
+            f"group {unit.group} was not finite in {self.recipe.attempts} attempts; nothing of it was written. "
+            "Lower guidance.scale, or use float32 or bfloat16"
+        )
+
+    def initial_latents(self, ids: Iterable[int], seed: int, attempt: int = 0) -> Tensor:
+        """Initial noise [B,C,h,w] of samples, float32 standard normal on the host, moved to device and dtype."""
+        count = int(np.prod(self._shape))
+        rows = [rng.normal(seed, i, "latents", count, attempt) for i in ids]
+        z = torch.from_numpy(np.stack(rows)).view(-1, *self._shape)
+        return z.to(device=self.model.device, dtype=self.model.dtype)
+
+    def prompts(self, unit: WorkUnit, seed: int) -> tuple[str, ...]:
+        """The prompt of each member of a group: a template drawn per sample, with its class name."""
+        templates, names = self.recipe.prompts, self.recipe.classes
+        picks = [rng.integer(seed, i, "prompt", len(templates)) for i in unit.ids]
+        pairs = zip(picks, unit.classes, strict=True)
+        return tuple(templates[pick].replace("{class}", names[c]) for pick, c in pairs)
+
+    def _draw(self, unit: WorkUnit, seed: int, attempt: int) -> Batch | None:
+        """One attempt at a group; None where a latent, a term or an image is not finite."""
+        clock = StageClock(self.model.device)
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.model.modules()))
+            stack.enter_context(frozen([self._look.module]))
+            stack.enter_context(frozen(self.guidance.modules() if self.guidance else ()))
+            with clock("encode"):
+                cond, uncond = self._conditions(self.prompts(unit, seed))
+            steer = self._steering(unit, seed, attempt)
+            z, log = sample(
+                self.initial_latents(unit.ids, seed, attempt),
+                lambda z, t: self.model.denoise(z, t, cond, uncond),
+                self._tables,
+                self.recipe.guidance_scale,
+                steer,
+                clock,
+            )
+            with torch.no_grad(), clock("decode"):
+                images = self.model.decoder(z)
+        finite = torch.isfinite(images).all() & torch.isfinite(z).all()
+        for terms in log:
+            finite = finite & torch.stack([torch.isfinite(t).all() for t in terms.values()]).all()
+        if not bool(finite):  # the one wait for the device in a group
+            return None
+        return self._batch(unit, seed, attempt, images, steer.targets[-1], log, clock)
+
+    def _batch(
+        self,
+        unit: WorkUnit,
+        seed: int,
+        attempt: int,
+        images: Tensor,
+        targets: Tensor,
+        log: list[Any],
+        clock: StageClock,
+    ) -> Batch:
+        pixels = to_uint8(images)
+        notes: dict[str, Tensor] = {}
+        if self.guidance is not None:
+            with torch.no_grad(), clock("annotate"):
+                notes = self.guidance.annotate(pixels.to(images.dtype) / 255)
+        return Batch(
+            group=unit.group,
+            attempt=attempt,
+            ids=tuple(unit.ids),
+            prompts=self.prompts(unit, seed),
+            images=pixels,
+            labels=targets.argmax(dim=1),
+            targets=targets,
+            notes=notes,
+            curves={name: [terms[name].float().cpu().tolist() for terms in log] for name in (log[0] if log else {})},
+            seconds=clock.totals(),
+        )
+
+    def _conditions(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
+        cond = self.model.encode(prompts)
+        if self.recipe.guidance_scale == 1.0:
+            return cond, None
+        return cond, self.model.encode([self.recipe.negative_prompt]).expand_as(cond)
+
+    def _steering(self, unit: WorkUnit, seed: int, attempt: int) -> Steering:
+        """Targets and source maps of every call, made before the loop starts."""
+        recipe, device = self.recipe, self.model.device
+        classes, (_, height, width) = torch.tensor(unit.classes), self._shape
+        source = torch.arange(len(unit.ids)).view(-1, 1, 1).repeat(1, height, width)
+        target = one_hot(classes, len(recipe.classes)).float().to(device)
+        maps: list[Tensor | None] = []
+        targets: list[Tensor] = []
+        for i in range(recipe.steps):
+            targets.append(target)
+            maps.append(None)
+            if recipe.cutmix.active(i, recipe.steps):
+                event = augment.event_map(
+                    unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
+                )
+                source, maps[i] = augment.compose(source, event), event.to(device)
+                target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
+        targets.append(target)
+        return Steering(self.guidance, self._look, recipe.guidance, targets, maps)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """images [B,3,H,W] float, 0..1 -> uint8, clamped and rounded half to even, channels_last memory."""
+    scaled = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return scaled.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,73 @@
+"""Is a set complete and undamaged? Every problem is named by shard and member."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from synthkd.engine.config import Recipe, Request
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.index import ShardRow, read_index, read_manifest
+from synthkd.engine.plan import Plan
+from synthkd.engine.reading import members
+from synthkd.engine.shards import file_digest, short_digest
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """samples and shards looked at, and one line per problem."""
+
+    samples: int
+    shards: int
+    problems: tuple[str, ...]
+
+
+def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> VerifyReport:
+    """Compare a set with its manifest and index; on_shard is called with each shard's sample count.
+
+    Raises SynthkdError only where there is no readable manifest or index.
+    """
+    manifest, index = read_manifest(folder), read_index(folder)
+    recipe = Recipe.from_dict(manifest["recipe"])
+    plan = Plan(recipe, Request(num_samples=manifest["num_samples"], seed=manifest["seed"]))
+    problems: list[str] = []
+    for shard in range(plan.num_shards):
+        if shard not in index:
+            count = sum(u.kept for u in plan.shard_units(shard))
+            problems.append(f"shard {shard}: not finished ({count} samples); run the command that began the set again")
+            continue
+        problems += _coverage(plan, index[shard])
+        problems += check_shard(folder, index[shard])
+        on_shard(index[shard].samples)
+    return VerifyReport(sum(r.samples for r in index.values()), len(index), tuple(problems))
+
+
+def _coverage(plan: Plan, row: ShardRow) -> list[str]:
+    kept = {g.group: g.kept for g in row.groups}
+    return [
+        f"{row.file}: group {u.group} has {kept.get(u.group, 0)} of {u.kept} samples"
+        for u in plan.shard_units(row.shard)
+        if kept.get(u.group, 0) < u.kept
+    ]
+
+
+def check_shard(folder: Path, row: ShardRow) -> list[str]:
+    """Problems of one shard: damaged, missing and foreign members, truncation, a digest that does not fit."""
+    path = folder / row.file
+    wanted = {n: d for g in row.groups for n, d in g.members.items()}
+    problems, seen = [], set()
+    size = path.stat().st_size
+    if size < row.bytes:
+        problems.append(f"{row.file}: truncated to {size} of {row.bytes} bytes")
+    try:
+        for name, data in members(path):
+            if name in seen or name not in wanted:
+                problems.append(f"{row.file}: unexpected member {name}")
+            elif wanted[name] != short_digest(data):
+                problems.append(f"{row.file}: {name} does not match its digest (flipped bits)")
+            seen.add(name)
+    except SynthkdError as error:
+        problems.append(str(error).partition("; run `synthkd verify")[0])
+    problems += [f"{row.file}: {name} is missing" for name in sorted(wanted.keys() - seen)]
+    if not problems and file_digest(path) != row.sha256:
+        problems.append(f"{row.file}: SHA-256 differs from the index, though every member is right")
+    return problems

@@ -1,0 +1,1 @@
+"""A module -> an artifact -> a callable. Knows nothing of diffusion."""

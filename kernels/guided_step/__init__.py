@@ -1,0 +1,5 @@
+"""Guidance update, DDIM step and Latent CutMix gather, as one op."""
+
+from synthkd.kernels.guided_step.reference import gather_source, guided_step
+
+__all__ = ["gather_source", "guided_step"]
