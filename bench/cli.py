@@ -1,5 +1,67 @@
 """`synthkd bench`: the benchmark suites."""
 
-import typer
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
 
-app = typer.Typer(help="Benchmark suites; each prints its rows and can append them to a file.", no_args_is_help=True)
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from synthkd.bench.digits import run_seed
+from synthkd.bench.record import append_row
+from synthkd.dfkd.cli_options import Device, pick_device
+from synthkd.dfkd.cli_progress import Bars
+from synthkd.dfkd.presets import load_preset
+from synthkd.engine import SynthkdError
+
+app = typer.Typer(
+    help="Benchmark suites; each prints its rows and can append them to bench/results/.", no_args_is_help=True
+)
+
+
+@app.callback()
+def _suites() -> None:
+    """Keep the suites subcommands even while there is one."""
+
+
+@app.command(epilog="Example: synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record")
+def digits(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the runs, one per seed.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    num_images: Annotated[int | None, typer.Option(help="Images per set, not the preset's.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/digits.jsonl.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per seed.")] = False,
+    device: Device = None,
+) -> None:
+    """The main job on digits: guided and unguided students at 250, 1,000 and all images."""
+    preset = load_preset("digits").on(pick_device(device))
+    if num_images is not None:
+        preset = replace(preset, num_images=num_images)
+    console = Console(stderr=json_output)
+    rows = []
+    for seed in _numbers(seeds):
+        with Bars(console) as bars:
+            rows.append(run_seed(preset, seed, out_dir / f"seed-{seed}", bars))
+        if record:
+            append_row("digits", rows[-1])
+        if json_output:
+            print(json.dumps(rows[-1], sort_keys=True), flush=True)
+    if not json_output:
+        console.print(_table(rows))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SynthkdError(f"--seeds {text!r}: expected numbers such as 0,1,2") from error
+
+
+def _table(rows: list[dict[str, object]]) -> Table:
+    names = ("seed", "teacher_accuracy", "student_accuracy", "unguided_student_accuracy", "seconds")
+    table = Table(*(name.replace("_", " ") for name in names))
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in names))
+    return table

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.index import read_manifest
 from synthkd.engine.reading import decode_image, read_set
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -35,7 +36,7 @@ class LabelledImages:
 
 def load_synthetic(folder: Path) -> LabelledImages:
     """A whole synthetic set in id order; raises SynthkdError where a shard is damaged."""
-    classes = json.loads((folder / "manifest.json").read_text())["recipe"]["classes"] if folder.is_dir() else []
+    classes = read_manifest(folder)["recipe"]["classes"]
     pixels, labels = [], []
     for sample in read_set(folder):
         pixels.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))

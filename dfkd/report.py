@@ -223,7 +223,7 @@ def _colours(run: Run) -> h.Html:
 
 
 def _pct(value: float) -> str:
-    return f"{value:.1f} %"
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
 
 
 def _points(value: float) -> str:
@@ -351,15 +351,15 @@ def guidance(run: Run) -> h.Section:
     for name, values in terms.items():
         xs = steps if len(steps) == values.shape[1] else list(range(1, values.shape[1] + 1))
         mean, low, high = (f(values, axis=0).tolist() for f in (np.mean, np.min, np.max))
-        ends = f"from {h.number(mean[0])} to {h.number(mean[-1])}"
+        ends = f"{h.number(mean[0], 2)} → {h.number(mean[-1], 2)}"
         told.append(f"{name} {ends}")
-        curve = h.Curve(h.number(mean[-1]), "guided", xs, mean, low, high)
+        curve = h.Curve(h.number(mean[-1], 2), "guided", xs, mean, low, high)
         x = h.Axis(f"denoising step, of {run.main.recipe.steps} (noise → image)", xs[0], xs[-1])
         y = h.Axis.over("", [*low, *high, 0.0])
-        charts.append(h.line_chart(name, "loss before weighting", [curve], x, y, f"{name} goes {ends}"))
+        charts.append(h.line_chart(name, "loss before weighting", [curve], x, y, f"{name}: {ends}"))
     groups = next(iter(terms.values())).shape[0]
     text = f"Line: mean over {groups:,} groups; band: from the lowest to the highest group."
-    sentence = f"Over {len(xs)} guided steps the mean goes {'; '.join(told)}."
+    sentence = f"Over {len(xs)} guided steps the mean group moves: {', '.join(told)}."
     return h.Section("guidance", "Guidance", sentence, [h.grid(charts), h.note(text)])
 
 
@@ -378,7 +378,7 @@ def distillation(run: Run) -> h.Section:
     """How the student learned, from guided and from unguided images."""
     folders, charts, final = {"guided": run.folder, "unguided": run.folder / "control"}, [], {}
     units = {"loss": ("Loss of the student", "training batches, log scale"),
-             "agreement": ("Agreement with the teacher", "% of held-out synthetic images")}  # fmt: skip
+             "agreement": ("Agreement with the teacher", "% of held-out images")}  # fmt: skip
     for column, (title, unit) in units.items():
         found = {tone: read_log(folder / STUDENT_LOG, column) for tone, folder in folders.items()}
         curves = [h.Curve(f"{t} {h.number(ys[-1])}", t, xs, ys) for t, (xs, ys) in found.items() if xs]
@@ -402,7 +402,7 @@ def distillation(run: Run) -> h.Section:
 def balance(run: Run) -> h.Section:
     """Images per class, and how many the teacher reads as that class."""
     if run.main is None:
-        return h.Section("balance", "Balance", "The set is not in the folder any more, so its classes were not counted.")
+        return h.Section("balance", "Balance", "The set is not in the folder any more: its classes were not counted.")
     counts, names = run.main.counts, run.main.recipe.classes
     low, high = min(counts), max(counts)
     sentence = f"Each of the {len(counts):,} classes has {low:,} images." if low == high else (
@@ -413,7 +413,8 @@ def balance(run: Run) -> h.Section:
     if len(counts) > 2 * _CLASSES_SHOWN:
         y = h.Axis.over("", [0, *counts])
         x = h.Axis("class number", 0, len(counts))
-        curve = h.Curve(h.number(counts[-1]), run.main.tone, range(len(counts) + 1), [*counts, counts[-1]], stepped=True)
+        ys = [*counts, counts[-1]]
+        curve = h.Curve(h.number(counts[-1]), run.main.tone, range(len(ys)), ys, stepped=True)
         chart = h.line_chart("Images per class", "images", [curve], x, y, sentence)
         return h.Section("balance", "Balance", sentence, [h.grid([chart], wide=True)])
     top = max(high, *(max(s.readings.values()) for s in read), 1)
@@ -444,8 +445,8 @@ def confidence(run: Run) -> h.Section:
         alt = f"{title}: share of images above {1 - 1 / _BINS:.2f}: " + ", ".join(c.label for c in curves)
         charts.append(h.line_chart(title, "% of images, by probability", curves, x, y, alt))
     told = [f"{h.number(float(np.median(s.intended)))} in {s.tone} images" for s in sets]
-    agreed = {s.tone: _pct(100 * s.agreed / len(s.intended)) for s in sets}
-    text = "Its first choice is the intended class in " + ", ".join(f"{v} ({t})" for t, v in agreed.items())
+    agreed = [f"{_pct(100 * s.agreed / len(s.intended))} of {s.tone} images" for s in sets]
+    text = f"Labels: share of images in the last bin. Its first choice is the intended class in {' and '.join(agreed)}"
     sentence = f"The teacher's median probability for the intended class is {' and '.join(told)}."
     return h.Section("confidence", "Confidence", sentence, [h.grid(charts, wide=True), h.note(text + ".")])
 
@@ -461,7 +462,8 @@ def confusion(run: Run) -> h.Section:
     i, j = np.unravel_index(wrong.argmax(), wrong.shape)
     sentence = "The student makes no mistake on the real test set."
     if wrong.any():
-        sentence = f"Its commonest mistake: {wrong[i, j]:,} of {matrix[i].sum():,} “{names[i]}” are read as “{names[j]}”"
+        what = f"{wrong[i, j]:,} of {matrix[i].sum():,} “{names[i]}” are read as “{names[j]}”"
+        sentence = f"The student's commonest mistake on real images: {what}"
         teacher = run.confusion("teacher")
         sentence += f" (by the teacher: {teacher[i][j]:,})." if teacher else "."
     recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
@@ -495,13 +497,14 @@ def throughput(run: Run) -> h.Section:
         sentence = f"One {first[0]} image takes {h.duration(total)}"
         sentence += f", {h.number(total / sum(others[0][1].values()), 2)} times a plain one" if others else ""
         share = 100 * first[1].get("guide", 0) / total
-        sentence += f"; guidance is {share:.0f} % of it." if share else "."
+        sentence += f"; guidance is {share:.0f}\N{NO-BREAK SPACE}% of it." if share else "."
     stages = (run.result or {}).get("stage_seconds")
     times = {str(n): s for n in (stages if isinstance(stages, dict) else {}) if (s := run.number("stage_seconds", n))}
     if times:
         tones = {"synthesize": "guided", "synthesize_unguided": "unguided", "evaluate_teacher": "teacher"}
         top = max(times.values())
-        rows = [[n.replace("_", " "), h.track([(s / top, tones.get(n, "rest"))]), h.duration(s)] for n, s in times.items()]
+        bars = {n: h.track([(s / top, tones.get(n, "rest"))]) for n, s in times.items()}
+        rows = [[n.replace("_", " "), bars[n], h.duration(s)] for n, s in times.items()]
         body.append(h.table("The whole run, by stage", ["stage", "", "time"], rows))
     return h.Section("throughput", "Throughput", sentence, body)
 
@@ -516,7 +519,8 @@ def _stage_table(per_image: Mapping[str, Mapping[str, float]]) -> h.Html:
         cells = [h.number(1e3 * seconds[n]) if n in seconds else "–" for n in names]
         total = sum(seconds.values())
         rows.append([tone, bar, *cells, h.number(1e3 * total), h.number(1 / total)])
-    return h.table("Time per image, in milliseconds", ["images", "", *names, "all", "images/s"], rows)
+    keys = [h.key(_STAGES.get(n, "faint"), n) for n in names]
+    return h.table("Time per image, in milliseconds", ["images", "", *keys, "all", "images/s"], rows)
 
 
 def provenance(run: Run) -> h.Section:
@@ -528,17 +532,19 @@ def provenance(run: Run) -> h.Section:
         return h.Section("provenance", "Provenance", sentence, [h.table("The run", ["field", "value"], rows, "facts")])
     manifest = run.main.manifest
     identity = {"fingerprint": manifest["fingerprint"], "seed": manifest["seed"], "samples": run.main.total}
-    more = {k: manifest[k] for k in ("model_sha256", "guidance", "solver", "versions") if k in manifest}
+    more: dict[str, Any] = {k: manifest[k] for k in ("model_sha256", "guidance", "solver", "versions") if k in manifest}
     rows = [[k, _value(v)] for k, v in {**identity, **flatten(more), "device": run.text("device") or "–"}.items()]
     path = run.main.folder / ENVIRONMENTS
     for key, detail in (json.loads(path.read_text()) if path.is_file() else {}).items():
         rows.append([f"environment {key}", _value(", ".join(f"{k}: {v}" for k, v in flatten(detail).items()))])
-    recipe = [[k, _value(v)] for k, v in flatten(manifest["recipe"]).items()]
+    declared = {**manifest["recipe"], "classes": ", ".join(run.main.recipe.classes)}
+    recipe = [[k, _value(v)] for k, v in flatten(declared).items()]
     example = next(iter(run.main.pixels), "0")
     folder = run.main.folder.relative_to(run.folder.parent) if run.folder.name else run.main.folder
     replay = h.wrap("pre", h.wrap("code", f"synthkd replay {shlex.quote(str(folder))} --id {int(example)}"))
     sentence = f"Every one of the {run.main.total:,} images can be drawn again by itself, from its id alone."
-    tables = [h.table("Identity", ["field", "value"], rows, "facts"), h.table("Recipe", ["field", "value"], recipe, "facts")]
+    head = ["field", "value"]
+    tables = [h.table("Identity", head, rows, "facts"), h.table("Recipe", head, recipe, "facts")]
     return h.Section("provenance", "Provenance", sentence, [h.grid(tables, wide=True), replay])
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -33,7 +34,8 @@ header p { margin-top: .35rem; max-width: 46rem; }
 nav { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin-top: 1.1rem; font-size: .88rem; }
 a { color: var(--guided); text-underline-offset: .18em; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin-top: 1rem; font-size: .88rem; list-style: none; }
-.legend li::before { content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .45em;
+.key { white-space: nowrap; }
+.key::before { content: ""; display: inline-block; width: .7em; height: .7em; margin-right: .45em;
   border-radius: 2px; background: var(--tone); }
 section { margin-top: 2.4rem; padding-top: 1.3rem; border-top: 1px solid var(--line); }
 .takeaway { margin: .25rem 0 1.2rem; max-width: 46rem; font-size: 1.2rem; line-height: 1.4; text-wrap: pretty;
@@ -46,14 +48,14 @@ dt { font-size: .88rem; color: var(--soft); }
 dd { font-size: 1.35rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 dd small { font-size: .62em; font-weight: 500; margin-left: .2em; }
 dd.aside { font-size: .84rem; font-weight: 400; color: var(--soft); line-height: 1.4; }
-dl.hero { margin-bottom: 1.6rem; } dl.hero dd:not(.aside) { font-size: 2.7rem; line-height: 1.15;
+dl.hero { margin-bottom: 1.6rem; } dl.hero dd:not(.aside) { font-size: clamp(2.1rem, 7vw, 2.7rem); line-height: 1.15;
   letter-spacing: -.025em; color: var(--tone, var(--ink)); } dl.hero small { font-size: .45em; letter-spacing: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.8rem 2rem; }
 .grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.grid + .grid, .grid + .scroll, .scroll + .grid, .scroll + .scroll { margin-top: 1.8rem; }
-.chart { min-width: 0; max-width: 30rem; } .chart svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
-svg text { font-size: 11px; fill: var(--soft); font-variant-numeric: tabular-nums; }
-svg text.tone { fill: var(--tone); font-weight: 600; }
+section > .grid + .grid, section > .scroll + .scroll { margin-top: 1.8rem; }
+.chart { min-width: 0; max-width: 28rem; } .chart svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
+svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
+.chart svg { overflow: visible; } svg text.tone { fill: var(--tone); font-weight: 600; }
 .axis { stroke: var(--line); stroke-width: 1; } .line { fill: none; stroke: var(--tone); stroke-width: 2;
   stroke-linejoin: round; } .band { fill: var(--tone); opacity: .16; } .fill { fill: var(--tone); }
 .dot { fill: var(--tone); stroke: var(--bg); stroke-width: 1.5; }
@@ -68,18 +70,21 @@ svg text.tone { fill: var(--tone); font-weight: 600; }
 caption { padding-bottom: .5rem; } th { font-weight: 500; text-align: right; color: var(--soft); }
 td { text-align: right; font-variant-numeric: tabular-nums; } th[scope=row] { text-align: left; }
 .plain th, .plain td { padding: .22rem 0 .22rem .9rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-.plain th:first-child { padding-left: 0; text-align: left; } .plain td.wide { width: 60%; min-width: 7rem; }
+.plain th:first-child { padding-left: 0; text-align: left; }
+.plain thead th { white-space: normal; vertical-align: bottom; } .plain thead th:nth-child(2) { text-align: left; }
+.plain td.wide { width: 60%; min-width: 7rem; }
 .plain th[scope=row] { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; color: var(--ink); }
 .plain svg { display: block; overflow: visible; } .facts { table-layout: fixed; } .facts th, .facts td {
   padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top;
   overflow-wrap: anywhere; } .facts th[scope=row] { width: 38%; } .facts td { white-space: pre-wrap; }
 .heat { width: auto; font-size: .8rem; } .heat td { min-width: 1.85rem; height: 1.75rem; padding: 0 .2rem;
   text-align: center; border: 1px solid var(--bg); background: color-mix(in srgb, var(--tone) var(--heat), var(--bg)); }
-.heat td.zero { color: var(--soft); } .heat td.sum { background: none; padding-left: .7rem; text-align: right; }
+.heat td.zero { color: var(--soft); } .heat td.sum { background: none; padding-left: .5rem; white-space: nowrap; }
 .heat th { padding: 0 .4rem 0 0; max-width: 7.5rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); padding: .35rem 0 0; max-height: 7rem;
   text-align: left; margin: auto; } .heat thead th:first-child { writing-mode: initial; transform: none; }
-.heat tbody th { text-align: right !important; }
+.heat thead th:first-child { white-space: normal; width: 3.4rem; } .heat tbody th { text-align: right !important; }
+@media (max-width: 30rem) { .heat { font-size: .75rem; } .heat td { min-width: 1.5rem; padding: 0; } }
 code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: .9rem 0 0; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 4px; overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--guided); outline-offset: 3px; }
@@ -161,7 +166,7 @@ class Axis:
             first = math.ceil(self.low / step - 1e-9)
             return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        digits = (1, 2, 5) if len(decades) <= 3 else (1,)
+        digits = (1, 2, 5) if self.high < 200 * self.low else (1,)
         return [d * 10.0**k for k in decades for d in digits if self.low <= d * 10.0**k <= self.high]
 
 
@@ -184,12 +189,12 @@ class Curve:
     stepped: bool = False
 
 
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 214, 42, 10, 40
+_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 214, 44, 10, 42
 
 
 def line_chart(title: str, unit: str, curves: Sequence[Curve], x: Axis, y: Axis, alt: str) -> Html:
     """A small chart; every curve is labelled at its right end, the y axis by `unit` beside the title."""
-    right = _WIDTH - 12 - max((6.3 * len(c.label) for c in curves), default=0)
+    right = _WIDTH - 8 - max((7.7 * len(c.label) for c in curves), default=0)
     floor = _HEIGHT - _BOTTOM
 
     def at(u: float, v: float) -> tuple[float, float]:
@@ -203,14 +208,15 @@ def line_chart(title: str, unit: str, curves: Sequence[Curve], x: Axis, y: Axis,
             edge = [*zip(curve.xs, curve.high, strict=True), *reversed([*zip(curve.xs, curve.low, strict=True)])]
             parts.append(f'<polygon class="band {curve.tone}" points="{_points([at(u, v) for u, v in edge])}"/>')
         if curve.stepped:
-            line = [p for a, b in zip(line, line[1:], strict=False) for p in (a, (b[0], a[1]))]
+            line = [p for a, b in itertools.pairwise(line) for p in (a, (b[0], a[1]))]
             base = f"{line[0][0]:.1f},{floor} {_points(line)} {line[-1][0]:.1f},{floor}"
             parts.append(f'<polygon class="band {curve.tone}" points="{base}"/>')
         parts.append(f'<polyline class="line {curve.tone}" points="{_points(line)}"/>')
         ends.append((line[-1][1], curve))
     parts += _end_labels(ends, right)
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{esc(alt)}">{"".join(parts)}</svg>'
-    return wrap("figure", join([wrap("figcaption", join([title, " ", wrap("span", unit)])), Html(svg)]), 'class="chart"')
+    caption = wrap("figcaption", join([title, " ", wrap("span", unit)]))
+    return wrap("figure", join([caption, Html(svg)]), 'class="chart"')
 
 
 def _points(points: Iterable[tuple[float, float]]) -> str:
@@ -236,7 +242,8 @@ def _end_labels(ends: Sequence[tuple[float, Curve]], right: float, gap: float = 
     parts, last = [], -math.inf
     for v, curve in sorted(ends, key=lambda end: end[0]):
         last = max(v, last + gap)
-        parts.append(f'<text class="tone {curve.tone}" x="{right + 6:.1f}" y="{last + 4:.1f}">{esc(curve.label)}</text>')
+        where = f'x="{right + 6:.1f}" y="{last + 4:.1f}"'
+        parts.append(f'<text class="tone {curve.tone}" {where}>{esc(curve.label)}</text>')
     return parts
 
 
@@ -272,9 +279,9 @@ def heat_table(caption: object, names: Sequence[str], counts: Sequence[Sequence[
     for i, (name, row) in enumerate(zip(names, counts, strict=True)):
         total = sum(row)
         cells = [_heat_cell(n, total) for n in row]
-        right = f"{100 * row[i] / total:.1f} %" if total else "–"
+        right = f"{100 * row[i] / total:.1f}\N{NO-BREAK SPACE}%" if total else "–"
         rows.append(wrap("tr", join([wrap("th", name, f'scope="row" title="{esc(name)}"'), *cells, _sum_cell(right)])))
-    top = join(wrap("th", h, f'scope="col" title="{esc(h)}"') for h in ["true ↓ read as →", *heads])
+    top = join(wrap("th", h, f'scope="col" title="{esc(h)}"') for h in ["true ↓ read →", *heads])
     inner = join([wrap("caption", caption), wrap("thead", wrap("tr", top)), wrap("tbody", join(rows))])
     return _scroll(wrap("table", inner, f'class="heat {tone}"'), caption)
 
@@ -338,9 +345,14 @@ def note(text: object) -> Html:
     return wrap("p", text, 'class="note"')
 
 
+def key(tone: str, text: object) -> Html:
+    """A text behind a swatch of its colour."""
+    return wrap("span", text, f'class="key {tone}"')
+
+
 def legend(items: Iterable[tuple[str, str]]) -> Html:
     """(tone, text) pairs with a colour swatch each."""
-    return wrap("ul", join(wrap("li", text, f'class="{tone}"') for tone, text in items), 'class="legend"')
+    return wrap("ul", join(wrap("li", key(tone, text)) for tone, text in items), 'class="legend"')
 
 
 @dataclass(frozen=True)

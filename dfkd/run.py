@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -126,21 +126,18 @@ class Run:
             raise Interrupted
 
     def _distill(self, teacher: Teacher) -> dict[str, Path]:
-        """Train both students, side by side where there are two cores; a finished student is not trained again."""
+        """Train both students; a finished one is not trained again."""
         folders = {"student": self.out, "unguided": self.out / "control"}
         spec = replace(self.preset.distill, seed=self.seed)
-        jobs = [(f, self.preset.job.teacher, spec, self.preset.job.device) for f in folders.values()]
+        job = self.preset.job
+        jobs = [
+            StudentJob(set_dir=f / "shards", out_dir=f, teacher=job.teacher, spec=spec, device=job.device)
+            for f in folders.values()
+        ]
         self.progress.begin("distill", len(jobs), "students")
-        if self.preset.job.device == "cpu" and len(os.sched_getaffinity(0)) > 1:
-            with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
-                for _ in pool.map(train_student, jobs):
-                    self.progress.advance("distill", 1)
-        else:
-            for one in jobs:
-                train_student(one)
-                self.progress.advance("distill", 1)
+        cards = train_students(jobs, lambda n: self.progress.advance("distill", n))
         self.progress.end("distill")
-        return {name: folder / "student.toml" for name, folder in folders.items()}
+        return dict(zip(folders, cards, strict=True))
 
     def _result(
         self, teacher: Teacher, scores: Mapping[str, Score], count: int, cards: Mapping[str, Path]
@@ -205,19 +202,59 @@ def synthesize(
         progress.end(stage)
 
 
-def train_student(job: tuple[Path, str, DistillSpec, str]) -> None:
-    """Train and save the student of one set, unless the same one is there; on a CPU with one thread."""
-    folder, teacher_card, spec, device = job
-    stamp = json.dumps({"spec": repr(spec), "set": _set_digest(folder / "shards")}, sort_keys=True)
-    marker = folder / ".student-of"
-    if marker.exists() and marker.read_text() == stamp and (folder / "student.toml").exists():
-        return
-    if device == "cpu":
+@dataclass(frozen=True, kw_only=True)
+class StudentJob:
+    """A student to train: from which set (its first `limit` images), under which teacher, into which folder."""
+
+    set_dir: Path
+    out_dir: Path
+    teacher: str
+    spec: DistillSpec
+    device: str
+    limit: int | None = None
+
+    @property
+    def stamp(self) -> str:
+        """What the student is a function of."""
+        parts = {
+            "spec": repr(self.spec),
+            "set": _set_digest(self.set_dir),
+            "limit": self.limit,
+            "teacher": self.teacher,
+        }
+        return json.dumps(parts, sort_keys=True)
+
+
+def train_student(job: StudentJob) -> Path:
+    """Train and save a student, unless the same one is there; on a CPU with one thread. Returns its card."""
+    marker, card = job.out_dir / ".student-of", job.out_dir / "student.toml"
+    if marker.exists() and marker.read_text() == job.stamp and card.exists():
+        return card
+    if job.device == "cpu":
         torch.set_num_threads(1)
-    teacher = load_teacher(teacher_card, device)
-    student = distill(load_synthetic(folder / "shards"), teacher, spec)
-    save_student(student, spec, folder, {"teacher": teacher_card, "set": str(folder.name)})
-    write_atomically(marker, stamp)
+    data = load_synthetic(job.set_dir)
+    student = distill(data.first(job.limit or len(data)), load_teacher(job.teacher, job.device), job.spec)
+    about = {"teacher": job.teacher, "images": min(job.limit or len(data), len(data))}
+    save_student(student, job.spec, job.out_dir, about)
+    write_atomically(marker, job.stamp)
+    return card
+
+
+def train_students(jobs: Sequence[StudentJob], advance: Callable[[int], None] = lambda _: None) -> list[Path]:
+    """Train students side by side, one core each; on a GPU one after the other. Returns their cards."""
+    if jobs[0].device == "cpu" and len(os.sched_getaffinity(0)) > 1:
+        cards = []
+        with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
+            for card in pool.map(train_student, jobs):
+                cards.append(card)
+                advance(1)
+        return cards
+    return [_told(train_student(job), advance) for job in jobs]
+
+
+def _told(card: Path, advance: Callable[[int], None]) -> Path:
+    advance(1)
+    return card
 
 
 def _set_digest(folder: Path) -> list[str]:

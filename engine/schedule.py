@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,13 +50,15 @@ def timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
     spacing, offset = str(config.get("timestep_spacing", "leading")), int(config.get("steps_offset", 0))
     if steps > total:
         raise SynthkdError(f"recipe: steps is {steps}; the scheduler was trained with {total} at most")
-    index = torch.arange(steps, dtype=torch.float64)
     if spacing == "leading":
-        return (index * (total // steps)).round().long().flip(0) + offset
-    if spacing == "trailing":
-        return (total - index * (total / steps)).round().long() - 1
+        out = torch.arange(steps).flip(0) * (total // steps) + offset
+        if int(out[0]) >= total:
+            raise SynthkdError(f"recipe: steps is {steps}; with the scheduler's steps_offset {offset} that is too many")
+        return out
+    if spacing == "trailing":  # numpy, whose ties at .5 are those of diffusers
+        return torch.from_numpy(np.arange(total, 0, -total / steps)[:steps].round()).long() - 1
     if spacing == "linspace":
-        return torch.linspace(0, total - 1, steps, dtype=torch.float64).round().long().flip(0)
+        return torch.from_numpy(np.linspace(0, total - 1, steps).round()).long().flip(0)
     raise SynthkdError(
         f"scheduler: timestep_spacing {spacing!r}; " + suggest(spacing, ("leading", "trailing", "linspace"))
     )

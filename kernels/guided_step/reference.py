@@ -16,7 +16,8 @@ def gather_source(x: Tensor, src_map: Tensor) -> Tensor:
 def normalised_direction(grad: Tensor, sumsq: Tensor) -> Tensor:
     """grad scaled per sample to unit root-mean-square; exactly zero where the gradient is zero."""
     numel = grad[0].numel()
-    inverse = torch.where(sumsq > 0, (numel / sumsq.clamp_min(torch.finfo(sumsq.dtype).tiny)).sqrt(), 0.0)
+    least = numel * torch.finfo(sumsq.dtype).tiny  # below it the quotient would overflow; the shift shrinks to zero
+    inverse = torch.where(sumsq > 0, (numel / sumsq.clamp_min(least)).sqrt(), 0.0)
     return grad.to(sumsq.dtype) * inverse.view(-1, 1, 1, 1)
 
 

@@ -1,0 +1,65 @@
+"""The benchmark suites of a GPU machine in parts that fit a time limit; finished parts are not run again.
+
+`python -m synthkd.bench.gpu --minutes 9` goes on where the last call stopped, until it says `all parts done`.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from synthkd.bench.digits import run_seed
+from synthkd.bench.record import append_row
+from synthkd.dfkd.presets import load_preset
+from synthkd.dfkd.run import Silent
+from synthkd.engine.index import write_atomically
+
+STATE = Path("build/gpu/done.json")
+SEEDS = range(5)
+
+
+def digits_part(seed: int) -> None:
+    """The main job for one seed on the GPU, its row appended."""
+    row = run_seed(load_preset("digits").on("cuda"), seed, STATE.parent / f"digits-{seed}", Silent())
+    append_row("digits", row)
+
+
+def parts() -> dict[str, Callable[[], None]]:
+    """All parts by name, in the order in which they run."""
+    return {f"digits seed {seed}": partial(digits_part, seed) for seed in SEEDS}
+
+
+def run_parts(todo: dict[str, Callable[[], None]], state: Path, minutes: float) -> list[str]:
+    """Run parts that are not done yet, and start none after `minutes`; returns the names still to do."""
+    done: list[str] = json.loads(state.read_text()) if state.exists() else []
+    started = time.monotonic()
+    for name, part in todo.items():
+        if name in done:
+            continue
+        if time.monotonic() - started > minutes * 60:
+            break
+        part()
+        done.append(name)
+        state.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(state, json.dumps(done))
+        print(f"{name}: done after {time.monotonic() - started:.0f} s", flush=True)
+    return [name for name in todo if name not in done]
+
+
+def main() -> None:
+    """Run what is left within the time limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no part after so many minutes")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this torch sees no CUDA device")
+    left = run_parts(parts(), STATE, arguments.minutes)
+    print(f"left for the next call: {', '.join(left)}" if left else "all parts done")
+
+
+if __name__ == "__main__":
+    main()

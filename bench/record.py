@@ -1,0 +1,48 @@
+"""Rows of results: what was measured, at which commit, on what machine; one JSON line each, appended."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def commit() -> str:
+    """Short commit of the tree this file is in, `+` behind it where tracked files differ; `unknown` outside git."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def machine() -> str:
+    """The machine in words: no host name."""
+    cores = len(os.sched_getaffinity(0))
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
+
+
+def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with date, commit and machine."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {**row, "date": today, "commit": commit(), "machine": machine()}
+
+
+def append_row(name: str, row: Mapping[str, Any]) -> Path:
+    """Append a row to bench/results/NAME.jsonl."""
+    path = RESULTS / f"{name}.jsonl"
+    with path.open("a") as f:
+        f.write(json.dumps(row, sort_keys=True) + "\n")
+    return path

@@ -1,0 +1,270 @@
+"""Every wrong input: one clear line on standard error, exit code 2, nothing lost."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def assert_refused(done: Any, *parts: str, code: int = 2) -> None:
+    """Exit code, a last line that is ours, and what it must say."""
+    lines = [line for line in done.stderr.strip().split("\n") if line.startswith("synthkd: ")]
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.fixture
+def card(teacher_card: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny teacher to damage."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(teacher_card.parent, folder)
+    return folder / "teacher.toml"
+
+
+def synth(call: Any, model: object, card: Path, out: Path, *more: object) -> Any:
+    """`synthkd synth` on the tiny pipeline."""
+    recipe = out.parent / "recipe.toml"
+    text = "height = 16\nwidth = 16\nsteps = 3\nclasses_per_group = 3\n[guidance]\nscale = 0.1\n"
+    recipe.write_text(text)
+    words = ("--model", model, "--teacher", card, "--recipe", recipe, "--out", out, "--workers", 1)
+    return call("synth", *words, "--num-samples", 6, *more)
+
+
+def test_the_same_words_without_damage_succeed(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """The control of every test below."""
+    done = synth(call, pipeline_folder, card, tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "6 images, 6 drawn now" in done.stdout
+
+
+def test_teacher_output_count_against_its_card(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """The weights have three outputs, the card names four classes."""
+    card.write_text(card.read_text().replace('"bird"]', '"bird", "fish"]'))
+    done = synth(call, pipeline_folder, card, tmp_path / "out")
+    assert_refused(done, "has 3 outputs, the card names 4 classes")
+
+
+def test_teacher_output_count_against_the_classes(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """A classes file of another length is refused before any weight is read."""
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    recipe = tmp_path / "two.toml"
+    recipe.write_text("classes_per_group = 2\nheight = 16\nwidth = 16\n")
+    card.with_name("teacher.safetensors").write_bytes(b"not read")
+    done = call(
+        "synth", "--model", "/nowhere", "--teacher", card, "--classes", tmp_path / "classes.txt",
+        "--recipe", recipe, "--out", tmp_path / "o",
+    )  # fmt: skip
+    assert_refused(done, "has 3 outputs, the recipe names 2 classes")
+
+
+def test_missing_weights(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """The card's weights file is not there."""
+    card.with_name("teacher.safetensors").unlink()
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "weights", "not found")
+
+
+def test_wrong_shaped_weights(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """A tensor of another shape is named with both shapes."""
+    path = card.with_name("teacher.safetensors")
+    state = load_file(path)
+    state["conv1.weight"] = torch.zeros(8, 3, 5, 5)
+    save_file(state, path)
+    done = synth(call, pipeline_folder, card, tmp_path / "out")
+    assert_refused(done, "'conv1.weight' has shape (8, 3, 5, 5)", "expects (8, 3, 3, 3)")
+
+
+def test_missing_tensor(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """A tensor that is not there is named."""
+    path = card.with_name("teacher.safetensors")
+    state = {name: value for name, value in load_file(path).items() if name != "bn1.weight"}
+    save_file(state, path)
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "'bn1.weight' is missing")
+
+
+class Bomb:
+    """Unpickling it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        """path: the file it would write."""
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        """What a hostile pickle does."""
+        return (Path.touch, (self.path,))
+
+
+def test_pickle_that_runs_code_is_refused(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """The message says why, and the code did not run."""
+    evil = card.with_name("evil.pth")
+    torch.save({"state_dict": Bomb(tmp_path / "pwned")}, evil)
+    card.write_text(card.read_text().replace("teacher.safetensors", "evil.pth"))
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "refused", "could run code")
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_bare_pickle_is_refused(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """Also one that torch did not write."""
+    card.with_name("evil.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "pwned")))
+    card.write_text(card.read_text().replace("teacher.safetensors", "evil.pth"))
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "evil.pth")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ('arch = "resnet"', 'arch = "resent"', ("'resent' is unknown", "did you mean 'resnet'")),
+        ("input_size", "inputsize", ("unknown field 'inputsize'", "did you mean 'input_size'")),
+        ("[16, 16]", '"16"', ("input_size is '16'", "[height, width]")),
+        ("blocks = [1, 1]", "blocks = [1]", ("arch_args do not fit",)),
+        ("std = [0.25, 0.25, 0.25]", "std = [0.25, 0, 0.25]", ("std is", "above 0")),
+        ('arch = "resnet"', "arch = ", ("not valid TOML",)),
+    ],
+)
+def test_wrong_cards(
+    call: Any, pipeline_folder: Path, card: Path, tmp_path: Path, old: str, new: str, parts: tuple[str, ...]
+) -> None:
+    """Each wrong field of a card is named."""
+    card.write_text(card.read_text().replace(old, new))
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), *parts)
+
+
+def test_corrupt_shard(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """A flipped bit stops `distill` and is named by `verify`."""
+    broken = tmp_path / "set"
+    shutil.copytree(tiny_set, broken)
+    shard = broken / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 2)
+    assert_refused(done, "shard-000000.tar", "000000000.png", "does not match its digest")
+    done = call("verify", broken)
+    assert_refused(done, "1 problems in 2 shards")
+    assert "000000000.png does not match its digest" in done.stderr
+
+
+def test_truncated_shard(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """A truncated tar is refused by `distill` and named by `verify`."""
+    broken = tmp_path / "set"
+    shutil.copytree(tiny_set, broken)
+    shard = broken / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    assert_refused(call("distill", broken, "--out", tmp_path / "s", "--steps", 2), "shard-000001.tar")
+    done = call("verify", broken)
+    assert_refused(done, "problems")
+    assert "shard-000001.tar: truncated to 5000 of" in done.stderr
+
+
+def test_another_recipes_set(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """The folder is left as it is, and the first difference is named."""
+    assert synth(call, pipeline_folder, card, tmp_path / "out").returncode == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    done = synth(call, pipeline_folder, card, tmp_path / "out", "--scale", 0.25)
+    assert_refused(done, "holds another recipe's set", "recipe.guidance.scale is 0.1 there, 0.25 here")
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("run", "digits", "--num-images", 0), ("num_samples is 0", ">= 1")),
+        (("run", "digits", "--num-images", 5, "--workers", 0), ("--workers is 0", ">= 1")),
+        (("run", "digits", "--seed", -1), ("seed is -1",)),
+        (("run", "digits", "--steps", 0), ("steps is 0",)),
+        (("run", "digit"), ("preset 'digit' is unknown", "did you mean 'digits'")),
+        (("run", "digits", "--device", "cpx"), ("did you mean 'cpu'",)),
+        (("synth", "--preset", "digits", "--num-samples", 0), ("num_samples is 0",)),
+        (("synth", "--num-samples", 5), ("--model and --teacher",)),
+        (("synth", "--model", "embedded:digit", "--teacher", "embedded:digits"), ("did you mean 'digits'",)),
+        (("synth", "--preset", "digits", "--shards", "9"), ("expected distinct numbers from 0 to",)),
+        (("synth", "--preset", "digits", "--recipe", "/no/such.toml"), ("cannot be read",)),
+        (("synth", "--preset", "digits", "--alpha", -1), ("alpha is -1.0", ">= 0")),
+    ],
+)
+def test_wrong_options(call: Any, tmp_path: Path, words: tuple[object, ...], parts: tuple[str, ...]) -> None:
+    """Counts below one, unknown names, missing parts."""
+    done = call(*words, "--out", tmp_path / "out")
+    assert_refused(done, *parts)
+    assert not (tmp_path / "out" / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("stepz = 5", ("unknown field 'stepz'", "did you mean 'steps'")),
+        ("steps = 'many'", ("steps is 'many'", "type int")),
+        ("[guidance]\ngradient = 'x'", ("guidance.gradient is 'x'", "did you mean 'x0'")),
+        ("samples_per_class = 1\n[cutmix]\nevery = 2", ("samples_per_class is 1", "at least 2")),
+        ("prompts = ['a photo']", ("contains {class}",)),
+        ("guidance = 3", ("guidance is 3", "table")),
+        ("height = 33", ("height is 33", "multiple of 4")),
+    ],
+)
+def test_wrong_recipes(call: Any, tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    """Each wrong field of a recipe file is named."""
+    (tmp_path / "recipe.toml").write_text(text)
+    done = call("synth", "--preset", "digits", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out")
+    assert_refused(done, *parts)
+
+
+def test_no_space_left(
+    call: Any, pipeline_folder: Path, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk: one line; what was finished stays, and the same command completes the set."""
+    import errno
+    import os
+
+    real, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = synth(call, pipeline_folder, card, tmp_path / "out", "--num-samples", 18)
+    assert_refused(done, "no space left", "run the same command again")
+    monkeypatch.setattr(os, "fsync", real)
+    done = synth(call, pipeline_folder, card, tmp_path / "out", "--num-samples", 18)
+    assert done.returncode == 0, done.stderr
+    assert call("verify", tmp_path / "out").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "distill"])
+def test_folder_that_is_no_set(call: Any, tmp_path: Path, command: str) -> None:
+    """A folder of something else is refused."""
+    more = ("--out", tmp_path / "o", "--teacher", "embedded:digits") if command == "distill" else ()
+    assert_refused(call(command, tmp_path, *more), "manifest.json")
+
+
+def test_replay_of_an_id_outside(call: Any, tiny_set: Path) -> None:
+    """The range of ids is named."""
+    assert_refused(call("replay", tiny_set, "--id", 30), "samples 0 to 29")
+
+
+def test_manifest_that_is_not_ours(call: Any, tmp_path: Path) -> None:
+    """JSON of another kind, and no JSON at all."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 7}))
+    assert_refused(call("verify", tmp_path), "format 7")
+    (tmp_path / "manifest.json").write_text("{")
+    assert_refused(call("verify", tmp_path), "not a synthkd manifest")
+
+
+def test_data_that_does_not_fit(call: Any, teacher_card: Path, tmp_path: Path) -> None:
+    """Unknown parts, empty folders and labels outside the classes."""
+    import numpy as np
+
+    assert_refused(call("evaluate", teacher_card, "--data", "digits:tset"), "did you mean 'test'")
+    assert_refused(call("evaluate", teacher_card, "--data", tmp_path), "no images in sub-folders")
+    np.savez(tmp_path / "x.npz", x=np.zeros((2, 16, 16, 3), np.uint8), y=np.array([0, 7]))
+    assert_refused(call("evaluate", teacher_card, "--data", tmp_path / "x.npz"), "labels 0..7", "3 classes")

@@ -1,0 +1,125 @@
+"""The main job on a tiny prior: result, report, resume, and the control that differs in one number."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.presets import Preset, digits, unguided
+from synthkd.dfkd.run import Interrupted, Run
+from synthkd.dfkd.student import DistillSpec
+from synthkd.engine.index import flatten, read_manifest
+
+
+@pytest.fixture
+def preset(tiny_job: SynthJob, tmp_path: Path) -> Preset:
+    """A preset around the tiny job, scored on random images."""
+    data = tmp_path / "test.npz"
+    rng = np.random.default_rng(0)
+    np.savez(data, x=rng.integers(0, 256, (30, 16, 16, 3), dtype=np.uint8), y=np.arange(30) % 3)
+    student = DistillSpec(arch_args={"widths": [4], "blocks": [1]}, steps=12, batch_size=8, warmup_steps=2)
+    return Preset(name="tiny", job=tiny_job, num_images=14, distill=student, judge=tiny_job.teacher, test_set=str(data))
+
+
+def test_run_writes_everything(preset: Preset, tmp_path: Path) -> None:
+    """Sets, student with card and model card, result.json with the promised fields, report.html."""
+    out = tmp_path / "run"
+    result = Run(preset, out, seed=3, workers=1).execute()
+    assert result == json.loads((out / "result.json").read_text())
+    for name in ("teacher_accuracy", "student_accuracy", "unguided_student_accuracy"):
+        assert 0 <= result[name] <= 100
+    assert result["num_images"] == 14
+    assert min(result["images_per_second"], result["guided_images_per_second"], result["seconds"]) > 0
+    assert sum(map(sum, result["confusion"]["student"])) == 30
+    for name in ("student.safetensors", "student.toml", "student.md", "student_log.jsonl", "report.html"):
+        assert (out / name).stat().st_size > 0
+    assert {p.name for p in (out / "shards").glob("*.tar")} == {"shard-000000.tar"}
+
+
+def test_finished_stages_are_kept(preset: Preset, tmp_path: Path) -> None:
+    """A second run redraws and retrains nothing, and says the same."""
+    out = tmp_path / "run"
+    first = Run(preset, out, workers=1).execute()
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".tar", ".safetensors")}
+    second = Run(preset, out, workers=1).execute()
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+    for name in ("student_accuracy", "unguided_student_accuracy", "judge", "confusion"):
+        assert first[name] == second[name]
+
+
+def test_a_stop_leaves_whole_groups(preset: Preset, tmp_path: Path) -> None:
+    """Asked to stop, the run ends after a group and goes on from there."""
+    asked = iter([False, True])
+    with pytest.raises(Interrupted):
+        Run(preset, tmp_path / "run", workers=1, should_stop=lambda: next(asked, True)).execute()
+    assert len((tmp_path / "run/shards/shard-000000.tar.journal").read_text().splitlines()) == 2
+    result = Run(preset, tmp_path / "run", workers=1).execute()
+    assert result["num_images"] == 14
+
+
+@pytest.mark.parametrize("make", [digits])
+def test_control_differs_in_guidance_scale_alone(make: Any) -> None:
+    """The control of a preset: the same job but for guidance.scale = 0."""
+    job = make().job
+    ours, theirs = (flatten({"recipe": j.recipe.to_dict(), **j.source()}) for j in (job, unguided(job)))
+    assert {name for name in ours if ours[name] != theirs[name]} == {"recipe.guidance.scale"}
+    assert ours.keys() == theirs.keys()
+    assert theirs["recipe.guidance.scale"] == 0.0
+    assert ours["recipe.guidance.scale"] > 0
+
+
+def test_control_on_disk_differs_in_guidance_scale_alone(preset: Preset, tmp_path: Path) -> None:
+    """The manifests of a run's two sets, and its two students' settings."""
+    Run(preset, tmp_path, workers=1).execute()
+    kept = ("recipe", "seed", "guidance", "model_sha256", "source", "num_samples", "versions")
+    ours, theirs = (
+        flatten({k: read_manifest(f / "shards")[k] for k in kept}) for f in (tmp_path, tmp_path / "control")
+    )
+    assert {name for name in ours if ours[name] != theirs.get(name)} == {"recipe.guidance.scale"}
+    cards = [(f / "student.md").read_text().partition("## Training")[2] for f in (tmp_path, tmp_path / "control")]
+    assert cards[0] == cards[1]
+
+
+def synth_command(job: SynthJob, folder: Path, count: int) -> list[str]:
+    """`synthkd synth` for the tiny job as a process."""
+    recipe = folder.parent / "recipe.toml"
+    recipe.write_text(
+        "height = 16\nwidth = 16\nsteps = 4\nguidance_scale = 3.0\nclasses_per_group = 3\nsamples_per_class = 2\n"
+        "groups_per_shard = 3\n[guidance]\nscale = 0.2\n"
+    )
+    return [
+        sys.executable, "-m", "synthkd.dfkd.cli", "synth", "--model", job.model, "--teacher", job.teacher,
+        "--recipe", str(recipe), "--out", str(folder), "--num-samples", str(count), "--workers", "1", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def wait_for_groups(folder: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
+    """Until so many groups of the first shard are journalled."""
+    journal = folder / "shard-000000.tar.journal"
+    for _ in range(600):
+        if journal.exists() and len(journal.read_text().splitlines()) >= count:
+            return
+        if process.poll() is not None:
+            return
+        time.sleep(0.02)
+    raise AssertionError("the run did not get that far")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_after_the_group_with_75(tiny_job: SynthJob, tmp_path: Path) -> None:
+    """SIGTERM: exit code 75, the folder goes on later."""
+    job = replace(tiny_job)
+    process = subprocess.Popen(synth_command(job, tmp_path / "set", 6000), stdout=subprocess.DEVNULL, env=os.environ)
+    wait_for_groups(tmp_path / "set", 1, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    assert not list((tmp_path / "set").glob("*.fresh"))
