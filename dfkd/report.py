@@ -5,9 +5,7 @@ import json
 import math
 import shlex
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synthkd.dfkd import report_html as h
-from synthkd.engine.config import Recipe
+from synthkd.dfkd.report_data import CLASSES_SHOWN, DrawnSet, Run, load_run, read_log
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import ENVIRONMENTS, MANIFEST, GroupRow, flatten, read_index, read_manifest
-from synthkd.engine.reading import Sample, read_set
+from synthkd.engine.index import ENVIRONMENTS, flatten
 
-RESULT, REPORT, STUDENT_LOG = "result.json", "report.html", "student_log.jsonl"
-_CLASSES_SHOWN, _COLUMNS, _CELL, _BINS, _POINTS = 20, 8, 80, 20, 150
+REPORT, STUDENT_LOG = "report.html", "student_log.jsonl"
+_CELL, _BINS = 80, 20
 _STAGES = {"guide": "guided", "denoise": "rest"}
 _NO_CONTROL = "This run has no unguided control to compare with."
 
@@ -39,168 +36,12 @@ def write_report(run_dir: Path) -> Path:
     text = h.page(_title(run), _lead(run), _colours(run), [make(run) for make in makers])
     path = run_dir / REPORT
     temporary = path.with_name(REPORT + ".tmp")
-    temporary.write_bytes(text.encode("utf-8", "replace"))
-    temporary.replace(path)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------ what is read
-
-
-@dataclass
-class DrawnSet:
-    """What a pass over a set keeps of it: counts, the teacher's view, and the pixels of a few samples."""
-
-    folder: Path
-    recipe: Recipe
-    manifest: dict[str, Any]
-    rows: list[GroupRow]
-    counts: list[int]
-    readings: Counter[int] = field(default_factory=Counter)
-    intended: list[float] = field(default_factory=list)
-    top: list[float] = field(default_factory=list)
-    agreed: int = 0
-    keys: dict[int, list[str]] = field(default_factory=dict)
-    pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        """Samples in the set."""
-        return sum(self.counts)
-
-    @property
-    def tone(self) -> str:
-        """Whose colour the set wears, and what it is called."""
-        return "guided" if self.recipe.guidance.scale > 0 else "unguided"
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Seconds per drawn image (padding included) by stage, in the order of the loop."""
-        totals: Counter[str] = Counter()
-        for row in self.rows:
-            totals.update(row.seconds)
-        drawn = max(1, len(self.rows) * self.recipe.group_size)
-        order = ["encode", "denoise", "guide", "decode", "annotate"]
-        names = sorted(totals, key=lambda n: (order.index(n) if n in order else len(order), n))
-        return {name: totals[name] / drawn for name in names}
-
-
-def load_set(folder: Path, chosen: Collection[str] | None = None) -> DrawnSet:
-    """Read a set once; chosen: keys whose pixels are kept, the first few of each class by default."""
-    manifest = read_manifest(folder)
-    recipe = Recipe.from_dict(manifest["recipe"])
-    rows = [group for shard in read_index(folder).values() for group in shard.groups]
-    drawn = DrawnSet(folder, recipe, manifest, rows, [0] * len(recipe.classes))
-    for sample in read_set(folder):
-        try:
-            _take(drawn, sample, chosen)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise SynthkdError(f"{folder}: the json of {sample.key} is not a synthkd sample's ({error!r})") from error
-    return drawn
-
-
-def _take(drawn: DrawnSet, sample: Sample, chosen: Collection[str] | None) -> None:
-    label = int(sample.meta["label"])
-    drawn.counts[label] += 1
-    row = drawn.keys.setdefault(label, [])
-    wanted = label < _CLASSES_SHOWN and len(row) < _COLUMNS if chosen is None else sample.key in chosen
-    if wanted:
-        row.append(sample.key)
-        drawn.pixels[sample.key] = sample.pixels
-    logits = np.asarray(sample.meta.get("logits", ()), dtype=np.float64)
-    if logits.shape == (len(drawn.counts),) and np.isfinite(logits).all():
-        odds = np.exp(logits - logits.max())
-        drawn.intended.append(float(odds[label] / odds.sum()))
-        drawn.top.append(float(1.0 / odds.sum()))
-        drawn.readings[int(logits.argmax())] += 1
-        drawn.agreed += int(logits.argmax()) == label
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, or (result None) that of a set alone."""
-
-    folder: Path
-    result: dict[str, Any] | None
-    main: DrawnSet | None
-    control: DrawnSet | None
-
-    def number(self, *names: str) -> float | None:
-        """A finite number in result.json, found by nested keys; None where there is none."""
-        value: Any = self.result
-        for name in names:
-            value = value.get(name) if isinstance(value, dict) else None
-        real = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return float(value) if real and math.isfinite(value) else None
-
-    def text(self, name: str) -> str:
-        """A value of result.json as text, empty where it is absent."""
-        return str((self.result or {}).get(name) or "")
-
-    @property
-    def sets(self) -> list[DrawnSet]:
-        """The sets that are there, the guided one first."""
-        return [s for s in (self.main, self.control) if s is not None]
-
-    @cached_property
-    def classes(self) -> list[str]:
-        """Class names, as the result or the recipe gives them."""
-        named = (self.result or {}).get("classes")
-        recipe = self.main.recipe.classes if self.main else ()
-        return [str(c) for c in named] if isinstance(named, list) else list(recipe)
-
-    def confusion(self, name: str) -> list[list[int]] | None:
-        """One of the run's confusion matrices, None where it is absent or not KxK counts."""
-        try:
-            counts = np.asarray((self.result or {})["confusion"][name])
-        except (KeyError, TypeError, ValueError):
-            return None
-        fits = counts.shape == (len(self.classes),) * 2 and counts.dtype.kind in "iu" and counts.size > 0
-        return counts.tolist() if fits else None
-
-
-def load_run(folder: Path) -> Run:
-    """Find out what a folder holds and read it; raises SynthkdError where it is no run and no set."""
-    if (folder / RESULT).is_file():
-        main = load_set(folder / "shards") if (folder / "shards" / MANIFEST).is_file() else None
-        other = folder / "control" / "shards"
-        chosen = set(main.pixels) if main else None
-        control = load_set(other, chosen) if (other / MANIFEST).is_file() else None
-        return Run(folder, _read_result(folder / RESULT), main, control)
-    if (folder / MANIFEST).is_file():
-        return Run(folder, None, load_set(folder), None)
-    raise SynthkdError(
-        f"{folder}: no {RESULT} and no {MANIFEST} there; expected a folder written by `synthkd run` or `synthkd synth`"
-    )
-
-
-def _read_result(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SynthkdError(f"{path}: not JSON ({error}); run the command that wrote it again") from error
-    if not isinstance(data, dict):
-        raise SynthkdError(f"{path}: holds {type(data).__name__}; expected the result of `synthkd run`")
-    return data
-
-
-def read_log(path: Path, name: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of one column of a student's log, averaged down to what a chart can show."""
-    pairs = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            pair = float(row["step"]), float(row[name])
-        except (ValueError, TypeError, KeyError):
-            continue
-        if all(map(math.isfinite, pair)):
-            pairs.append(pair)
-    size = max(1, -(-len(pairs) // _POINTS))
-    blocks = [np.mean(pairs[i : i + size], axis=0) for i in range(0, len(pairs), size)]
-    return [float(b[0]) for b in blocks], [float(b[1]) for b in blocks]
-
-
-# ------------------------------------------------------------------------------------------------ the sections
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+        temporary.replace(path)
+    except OSError as error:
+        raise SynthkdError(f"{path}: cannot be written ({error.strerror}); make its folder writable") from error
+    return path
 
 
 def _title(run: Run) -> str:
@@ -234,19 +75,18 @@ def summary(run: Run) -> h.Section:
     """The figures a reader takes home."""
     teacher, student = run.number("teacher_accuracy"), run.number("student_accuracy")
     plain = run.number("unguided_student_accuracy")
-    hero = [
-        h.Figure("Teacher", f"{teacher:.1f}", "%", "accuracy on real test images", "teacher") if teacher else None,
-        h.Figure("Student", f"{student:.1f}", "%", "trained on guided images only", "guided") if student else None,
-        h.Figure("Unguided control", f"{plain:.1f}", "%", "same student, unguided images", "unguided")
-        if plain is not None
-        else None,
+    told = [
+        ("Teacher", teacher, "accuracy on real test images", "teacher"),
+        ("Student", student, "trained on guided images only", "guided"),
+        ("Unguided control", plain, "same student, unguided images", "unguided"),
     ]
+    hero = [h.Figure(name, f"{v:.1f}", "%", aside, tone) for name, v, aside, tone in told if v is not None]
     if student is not None and plain is not None:
         hero.append(h.Figure("Gain of guidance", _points(student - plain), "points", "student minus control"))
-    body = [h.figures([f for f in hero if f], hero=True), h.figures(_small_figures(run))]
+    body = [h.figures(items, hero=items is hero) for items in (hero, _small_figures(run)) if items]
     used = "the teacher's weights, its class names and the image prior"
     text = f"Not used: any image the teacher was trained on. The input was {used}."
-    if run.result:
+    if hero:
         text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure accuracy, never to train."
     return h.Section("summary", "Summary", _summary_sentence(run, teacher, student, plain), [*body, h.note(text)])
 
@@ -254,7 +94,8 @@ def summary(run: Run) -> h.Section:
 def _summary_sentence(run: Run, teacher: float | None, student: float | None, plain: float | None) -> str:
     if student is None:
         count = run.main.total if run.main else int(run.number("num_images") or 0)
-        return f"{count:,} labelled images in {len(run.classes):,} classes, drawn without any training data."
+        text = f"{count:,} labelled images in {len(run.classes):,} classes"
+        return f"{text}, drawn without any image the classifier was trained on."
     text = f"The student reaches {_pct(student)} on real test images"
     if teacher is not None:
         gap = teacher - student
@@ -268,8 +109,9 @@ def _summary_sentence(run: Run, teacher: float | None, student: float | None, pl
 def _small_figures(run: Run) -> list[h.Figure]:
     count = run.main.total if run.main else run.number("num_images")
     out = [h.Figure("Images drawn", f"{count:,.0f}", "", f"in {len(run.classes):,} classes")] if count else []
-    for tone, rate in _rates(run).items():
-        out.append(h.Figure(f"Speed, {tone}", h.number(rate), "images/s"))
+    workers = run.number("workers")
+    aside = f"on {workers:.0f} process{'es' if workers > 1 else ''}" if workers else ""
+    out += [h.Figure(f"Speed, {tone}", h.number(rate), "images/s", aside) for tone, rate in _rates(run).items()]
     big, small = run.number("parameters", "teacher"), run.number("parameters", "student")
     if big and small:
         aside = f"{small:,.0f} of {big:,.0f} parameters"
@@ -291,28 +133,31 @@ def images(run: Run) -> h.Section:
     """Contact sheets, the same noise at the same place."""
     if run.main is None:
         return h.Section("images", "Images", "The images of this run are not in its folder any more.")
-    shown = [c for c in range(min(_CLASSES_SHOWN, len(run.main.counts))) if run.main.keys.get(c)]
+    shown = [c for c in range(min(CLASSES_SHOWN, len(run.main.counts))) if run.main.keys.get(c)]
     rows = [run.main.keys[c] for c in shown]
     names = [run.main.recipe.classes[c] for c in shown]
     sheets = []
     for drawn in run.sets:
         png, crisp = _sheet_png(drawn.pixels, rows)
         alt = f"Contact sheet of {drawn.tone} images: one row per class ({', '.join(names)}), ids as listed below."
-        sheets.append(h.sheet(drawn.tone.capitalize(), names, png, alt, drawn.tone, crisp))
+        sheets.append(h.sheet(names, png, alt, drawn.tone, max(map(len, rows), default=1), crisp))
     size = f"{run.main.recipe.width} × {run.main.recipe.height} pixels"
     text = f"The first {max(map(len, rows), default=0)} ids of each class, {size}, nothing picked by hand."
     if run.control:
         text += " The same place holds the same id, and so the same initial noise, with and without guidance."
+    elif run.result is not None:
+        text += f" {_NO_CONTROL}"
     if len(run.main.counts) > len(shown):
         text += f" Shown: {len(shown)} of {len(run.main.counts):,} classes."
     return h.Section("images", "Images", _images_sentence(run), [h.grid(sheets, wide=True), h.note(text)])
 
 
 def _images_sentence(run: Run) -> str:
-    judge = {tone: run.number("judge", tone) for tone in ("guided", "unguided")}
-    told = [f"{_pct(v)} of the {tone} images" for tone, v in judge.items() if v is not None]
-    if told:
-        return f"A network that took no part in drawing reads the intended class in {' and '.join(told)}."
+    for who, key in (("A network that took no part in drawing", "judge"), ("The teacher", "teacher_agreement")):
+        read = {tone: run.number(key, tone) for tone in ("guided", "unguided")}
+        told = [f"{_pct(v)} of the {tone} images" for tone, v in read.items() if v is not None]
+        if told:
+            return f"{who} reads the intended class in {' and '.join(told)}."
     if run.main and run.control:
         both = [(p, run.control.pixels[k]) for k, p in run.main.pixels.items() if k in run.control.pixels]
         moved = [float(np.abs(a.astype(int) - b).mean()) for a, b in both if a.shape == b.shape]
@@ -327,7 +172,7 @@ def _sheet_png(pixels: Mapping[str, NDArray[np.uint8]], rows: Sequence[Sequence[
     tall, wide = first.shape[:2]
     shrink = min(1.0, _CELL / max(tall, wide))
     tall, wide = max(1, round(tall * shrink)), max(1, round(wide * shrink))
-    gap = max(1, wide // 16)
+    gap = max(1, wide // 24)
     columns = max(map(len, rows), default=1)
     out = Image.new("RGBA", (columns * (wide + gap) - gap, max(1, len(rows) * (tall + gap) - gap)))
     for i, row in enumerate(rows):
@@ -351,15 +196,15 @@ def guidance(run: Run) -> h.Section:
     for name, values in terms.items():
         xs = steps if len(steps) == values.shape[1] else list(range(1, values.shape[1] + 1))
         mean, low, high = (f(values, axis=0).tolist() for f in (np.mean, np.min, np.max))
-        ends = f"{h.number(mean[0], 2)} → {h.number(mean[-1], 2)}"
+        ends = f"{h.number(mean[0], 2)}\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}{h.number(mean[-1], 2)}"
         told.append(f"{name} {ends}")
         curve = h.Curve(h.number(mean[-1], 2), "guided", xs, mean, low, high)
         x = h.Axis(f"denoising step, of {run.main.recipe.steps} (noise → image)", xs[0], xs[-1])
         y = h.Axis.over("", [*low, *high, 0.0])
         charts.append(h.line_chart(name, "loss before weighting", [curve], x, y, f"{name}: {ends}"))
     groups = next(iter(terms.values())).shape[0]
-    text = f"Line: mean over {groups:,} groups; band: from the lowest to the highest group."
-    sentence = f"Over {len(xs)} guided steps the mean group moves: {', '.join(told)}."
+    text = f"Line: mean over {groups:,} groups; band: lowest to highest." if groups > 1 else "One group only: no band."
+    sentence = f"Over {len(xs)} guided steps the mean over groups moves: {', '.join(told)}."
     return h.Section("guidance", "Guidance", sentence, [h.grid(charts), h.note(text)])
 
 
@@ -410,7 +255,7 @@ def balance(run: Run) -> h.Section:
         f"({names[counts.index(high)]}) images."
     )  # fmt: skip
     read = [s for s in run.sets if s.readings]
-    if len(counts) > 2 * _CLASSES_SHOWN:
+    if len(counts) > 2 * CLASSES_SHOWN:
         y = h.Axis.over("", [0, *counts])
         x = h.Axis("class number", 0, len(counts))
         ys = [*counts, counts[-1]]
@@ -467,7 +312,7 @@ def confusion(run: Run) -> h.Section:
         teacher = run.confusion("teacher")
         sentence += f" (by the teacher: {teacher[i][j]:,})." if teacher else "."
     recall = np.diag(matrix) / np.maximum(matrix.sum(axis=1), 1)
-    shown = sorted(np.argsort(recall, kind="stable")[:_CLASSES_SHOWN].tolist())
+    shown = sorted(np.argsort(recall, kind="stable")[:CLASSES_SHOWN].tolist())
     tables = [_confusion_table(run, tone, np.asarray(m), shown) for tone, m in held.items() if m is not None]
     text = "Rows: the true class of real test images; columns: the class they are read as; tint: share of the row."
     if len(shown) < len(names):
@@ -520,7 +365,7 @@ def _stage_table(per_image: Mapping[str, Mapping[str, float]]) -> h.Html:
         total = sum(seconds.values())
         rows.append([tone, bar, *cells, h.number(1e3 * total), h.number(1 / total)])
     keys = [h.key(_STAGES.get(n, "faint"), n) for n in names]
-    return h.table("Time per image, in milliseconds", ["images", "", *keys, "all", "images/s"], rows)
+    return h.table("Time per image in one process, milliseconds", ["images", "", *keys, "all", "images/s"], rows)
 
 
 def provenance(run: Run) -> h.Section:
@@ -532,7 +377,8 @@ def provenance(run: Run) -> h.Section:
         return h.Section("provenance", "Provenance", sentence, [h.table("The run", ["field", "value"], rows, "facts")])
     manifest = run.main.manifest
     identity = {"fingerprint": manifest["fingerprint"], "seed": manifest["seed"], "samples": run.main.total}
-    more: dict[str, Any] = {k: manifest[k] for k in ("model_sha256", "guidance", "solver", "versions") if k in manifest}
+    parts = ("source", "model_sha256", "guidance", "solver", "versions")
+    more: dict[str, Any] = {k: manifest[k] for k in parts if k in manifest}
     rows = [[k, _value(v)] for k, v in {**identity, **flatten(more), "device": run.text("device") or "–"}.items()]
     path = run.main.folder / ENVIRONMENTS
     for key, detail in (json.loads(path.read_text()) if path.is_file() else {}).items():

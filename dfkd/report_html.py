@@ -19,12 +19,13 @@ _STYLE = """
   --guided: #57bde6; --unguided: #99a3ae; --teacher: #efa04c; --rest: #5d6771; --faint: #373e45; } }
 @media print { :root { color-scheme: light; --bg: #fff; --ink: #000; --soft: #444; --line: #ccc; --guided: #0a6c93;
   --unguided: #69727c; --teacher: #a65100; --rest: #aeb6be; --faint: #dfe3e7; }
-  nav { display: none !important; } section, .chart, .sheet, tr, dl > div { break-inside: avoid; }
-  #provenance, #images { break-inside: auto; } body { font-size: 10pt; } }
+  html { font-size: 11px; } nav { display: none !important; }
+  section:not(#balance, #provenance), .takeaway, .chart, .sheet, tr, dl > div { break-inside: avoid; }
+  h2, .takeaway, caption { break-after: avoid; } .scroll { overflow: visible !important; } }
 @page { margin: 14mm; }
 * { box-sizing: border-box; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 68rem; background: var(--bg); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+  font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1, h2, h3, p, dl, dd, figure, ol, ul { margin: 0; padding: 0; }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; overflow-wrap: anywhere; }
 h2 { font-size: .84rem; font-weight: 600; color: var(--soft); letter-spacing: .02em; }
@@ -43,7 +44,7 @@ section { margin-top: 2.4rem; padding-top: 1.3rem; border-top: 1px solid var(--l
 .note { margin-top: .9rem; max-width: 46rem; font-size: .9rem; overflow-wrap: anywhere; }
 .guided { --tone: var(--guided); } .unguided { --tone: var(--unguided); } .teacher { --tone: var(--teacher); }
 .rest { --tone: var(--rest); } .faint { --tone: var(--faint); }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 1.1rem 1.6rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 11.5rem), 1fr)); gap: 1.1rem 1.5rem; }
 dt { font-size: .88rem; color: var(--soft); }
 dd { font-size: 1.35rem; line-height: 1.25; font-weight: 600; font-variant-numeric: tabular-nums; }
 dd small { font-size: .62em; font-weight: 500; margin-left: .2em; }
@@ -63,7 +64,8 @@ svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-num
   margin-top: .5rem; } .sheet img { display: block; width: 100%; height: auto; }
 .sheet img.crisp { image-rendering: pixelated; }
 .sheet ol { display: grid; grid-auto-rows: minmax(0, 1fr); list-style: none; font-size: .8rem; line-height: 1.1;
-  color: var(--soft); max-width: 6.5rem; } .sheet li { display: flex; align-items: center; min-height: 0; }
+  grid-template-columns: minmax(0, 1fr); color: var(--soft); max-width: 6.5rem; }
+.sheet li { display: flex; align-items: center; min-height: 0; }
 .sheet li span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .swatch { border-left: .35rem solid var(--tone); padding-left: .5rem; }
 .scroll { overflow-x: auto; min-width: 0; } table { border-collapse: collapse; width: 100%; font-size: .86rem; }
@@ -251,6 +253,7 @@ def track(parts: Sequence[tuple[float, str]], marks: Sequence[tuple[float, str]]
     """A horizontal bar as wide as its cell: (share, tone) end to end, and (position, tone) dots on it."""
     shapes, x = [], 0.0
     for share, tone in parts:
+        share = min(max(share, 0.0), 1.0 - x)
         size = f'x="{100 * x:.2f}%" width="{100 * share:.2f}%" y="2" height="{height - 4}"'
         shapes.append(f'<rect class="fill {tone}" {size}/>')
         x += share
@@ -289,7 +292,7 @@ def heat_table(caption: object, names: Sequence[str], counts: Sequence[Sequence[
 def _heat_cell(count: int, total: int) -> Html:
     if not count:
         return Html('<td class="zero" style="--heat:3%">·</td>')
-    return Html(f'<td style="--heat:{8 + 47 * math.sqrt(count / total):.0f}%">{count:,}</td>')
+    return Html(f'<td style="--heat:{8 + 42 * math.sqrt(count / total):.0f}%">{count:,}</td>')
 
 
 def _sum_cell(text: str) -> Html:
@@ -325,13 +328,14 @@ def figures(items: Sequence[Figure], hero: bool = False) -> Html:
     return wrap("dl", join(cells), 'class="hero"' if hero else "")
 
 
-def sheet(title: object, names: Sequence[str], png: bytes, alt: str, tone: str, crisp: bool) -> Html:
+def sheet(names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, crisp: bool) -> Html:
     """A contact sheet with its rows named; crisp: enlarge pixel by pixel."""
     labels = wrap("ol", join(wrap("li", wrap("span", n, f'title="{esc(n)}"')) for n in names), 'aria-hidden="true"')
     data = base64.b64encode(png).decode()
     kind = "crisp" if crisp else "photo"
-    image = Html(f'<img class="{kind}" alt="{esc(alt)}" src="data:image/png;base64,{data}">')
-    caption = wrap("figcaption", title, f'class="swatch {tone}"')
+    size = f'style="max-width:{5.5 * columns:g}rem"'
+    image = Html(f'<img class="{kind}" {size} alt="{esc(alt)}" src="data:image/png;base64,{data}">')
+    caption = wrap("figcaption", tone.capitalize(), f'class="swatch {tone}"')
     return wrap("figure", join([caption, wrap("div", join([labels, image]))]), 'class="sheet"')
 
 

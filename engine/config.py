@@ -26,6 +26,13 @@ def _one_of(where: str, found: str, known: tuple[str, ...]) -> None:
         raise SynthkdError(f"recipe: {where} is {found!r}; {suggest(str(found), known)}")
 
 
+def _floats(spec: Any) -> None:
+    """Whole numbers in float fields become floats: 3 and 3.0 are one recipe with one fingerprint."""
+    for f in fields(spec):
+        if f.type is float and type(getattr(spec, f.name)) is int:
+            object.__setattr__(spec, f.name, float(getattr(spec, f.name)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class GuidanceSpec:
     """When and how strongly the guidance loss moves the predicted clean latent.
@@ -49,6 +56,7 @@ class GuidanceSpec:
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a value outside its range."""
+        _floats(self)
         _check(math.isfinite(self.scale) and self.scale >= 0, "guidance.scale", self.scale, "a number >= 0")
         _one_of("guidance.schedule", self.schedule, SCHEDULES)
         _one_of("guidance.gradient", self.gradient, GRADIENTS)
@@ -80,9 +88,10 @@ class CutMixSpec:
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a value outside its range."""
+        _floats(self)
         _check(self.every >= 0, "cutmix.every", self.every, "a whole number >= 0 (0: never)")
         _check(self.last_clean >= 1, "cutmix.last_clean", self.last_clean, "a whole number >= 1")
-        _check(self.alpha > 0, "cutmix.alpha", self.alpha, "a number > 0")
+        _check(math.isfinite(self.alpha) and self.alpha > 0, "cutmix.alpha", self.alpha, "a number > 0")
         _one_of("cutmix.scope", self.scope, ("class", "any"))
 
     def active(self, step: int, steps: int) -> bool:
@@ -120,6 +129,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a field outside its range."""
+        _floats(self)
         self._check_text()
         for name in ("height", "width", "steps", "classes_per_group", "samples_per_class", "groups_per_shard"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")

@@ -52,7 +52,7 @@ def shard_name(shard: int) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """Replace a file as a whole: temporary file, fsync, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as f:
+    with temporary.open("w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
         os.fsync(f.fileno())
@@ -71,8 +71,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole JSON lines of a file; a torn last line, left by a killed run, is passed over."""
     if not path.exists():
         return
-    for line in path.read_text().split("\n"):
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
                 yield row
@@ -128,12 +128,23 @@ def read_index(folder: Path) -> dict[int, ShardRow]:
     for data in _lines(folder / INDEX):
         try:
             row = ShardRow(**{**data, "groups": [group_row(g) for g in data["groups"]]})
+            _check_row(row)
         except (TypeError, KeyError) as error:
             raise SynthkdError(f"{folder / INDEX}: a row is not a synthkd index row ({error})") from error
         if row.file != shard_name(row.shard):
             raise SynthkdError(f"{folder / INDEX}: shard {row.shard} names file {row.file!r}; expected a shard name")
         out[row.shard] = row
     return {shard: row for shard, row in out.items() if (folder / row.file).exists()}
+
+
+def _check_row(row: ShardRow) -> None:
+    """Raise TypeError where a count is no whole number, or a table no table."""
+    counts = [row.shard, row.samples, row.bytes]
+    counts += [n for g in row.groups for n in (g.group, g.attempt, g.kept, g.end)]
+    if not all(type(n) is int and n >= 0 for n in counts):
+        raise TypeError("a count is not a whole number")
+    if not all(isinstance(g.members, dict) for g in row.groups):
+        raise TypeError("members is not a table")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -145,7 +156,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data: dict[str, Any] = json.loads(path.read_text())
         if data["format"] != FORMAT:
             raise SynthkdError(f"{path}: format {data['format']!r}; this version reads {FORMAT}")
-        _ = data["fingerprint"], data["recipe"], data["seed"], data["num_samples"]
+        _ = data["fingerprint"], data["recipe"]["image_format"]
+        if type(data["seed"]) is not int or type(data["num_samples"]) is not int:
+            raise TypeError("seed or num_samples is not a whole number")
     except (ValueError, KeyError, TypeError) as error:
         raise SynthkdError(f"{path}: not a synthkd manifest ({error!r})") from error
     return data

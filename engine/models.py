@@ -157,13 +157,13 @@ def load_model(reference: str, *, device: str | torch.device, dtype: torch.dtype
     diffusers = _import_diffusers()
     try:
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            where, torch_dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+            where, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SynthkdError(f"model {reference!r}: cannot be loaded: {reason}") from error
     for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        module.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        _settle(module, device, dtype)
     return StableDiffusion(pipe)
 
 
@@ -171,12 +171,18 @@ def load_tiny_decoder(path: str, *, device: str | torch.device, dtype: torch.dty
     """An AutoencoderTiny folder (TAESD layout) as a guidance decoder; raises SynthkdError if it is none."""
     diffusers = _import_diffusers()
     try:
-        vae = diffusers.AutoencoderTiny.from_pretrained(path, torch_dtype=dtype, use_safetensors=True)
+        vae = diffusers.AutoencoderTiny.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise SynthkdError(f"guidance.decoder 'tiny:{path}': cannot be loaded: {reason}") from error
-    vae.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    return VaeDecoder(vae, vae.config.scaling_factor)
+    return VaeDecoder(_settle(vae, device, dtype), vae.config.scaling_factor)
+
+
+def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
+    """Freeze and move a network; channels_last on a CPU, where it is 1.5x faster (on a GPU GroupNorm undoes it)."""
+    memory = torch.channels_last if torch.device(device).type == "cpu" else torch.preserve_format
+    module.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    return module.to(memory_format=memory)  # type: ignore[call-overload]
 
 
 def weights_digest(modules: Iterable[nn.Module]) -> str:

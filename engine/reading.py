@@ -36,14 +36,14 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = info.name
-                if not info.isreg() or "/" in name or info.size > _MAX_MEMBER:
+                if not info.isreg() or "/" in name or not name.isprintable() or info.size > _MAX_MEMBER:
                     raise SynthkdError(f"{path}: member {name[:80]!r} is not a plain file of a sample")
                 f = tar.extractfile(info)
                 data = f.read() if f else b""
                 if len(data) != info.size:
                     raise SynthkdError(f"{path}: truncated inside {name}; run `synthkd verify {path.parent}`")
                 yield name, data
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
         raise SynthkdError(f"{path}: damaged after {name} ({error}); run `synthkd verify {path.parent}`") from error
 
 
@@ -56,6 +56,17 @@ def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SynthkdError(f"{where}: not a readable image ({error})") from error
+
+
+def _decode_meta(data: bytes, where: str) -> dict[str, Any]:
+    """A sample's json; raises SynthkdError for what is no table."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SynthkdError(f"{where}: not readable JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise SynthkdError(f"{where}: not a table of fields")
+    return meta
 
 
 def read_set(folder: Path) -> Iterator[Sample]:
@@ -81,6 +92,6 @@ def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
         key = name.partition(".")[0]
         if f"{key}.{suffix}" in held and f"{key}.json" in held:
             pixels = decode_image(held.pop(f"{key}.{suffix}"), f"{path}: {key}.{suffix}")
-            yield Sample(key, pixels, json.loads(held.pop(f"{key}.json")))
+            yield Sample(key, pixels, _decode_meta(held.pop(f"{key}.json"), f"{path}: {key}.json"))
     if wanted:
         raise SynthkdError(f"{path}: {min(wanted)} is missing; run `synthkd verify {folder}`")

@@ -116,6 +116,8 @@ class ShardFile:
         self.rows = {r.group: r for r in finished.groups} if finished else {}
         if self.journal.exists():
             self._recover()
+        else:  # nothing vouches for a part file without its journal
+            self.part.unlink(missing_ok=True)
 
     def kept(self, group: int) -> int:
         """Samples of a group that are safe on disk."""

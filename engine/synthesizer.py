@@ -228,28 +228,31 @@ class Synthesizer:
             )
             with torch.no_grad(), clock("decode"):
                 images = self.model.decoder(z)
+        pixels = to_uint8(images)
+        notes = self._annotate(pixels, clock)
         finite = torch.isfinite(images).all() & torch.isfinite(z).all()
-        for terms in log:
-            finite = finite & torch.stack([torch.isfinite(t).all() for t in terms.values()]).all()
+        for tensor in (*notes.values(), *(t for terms in log for t in terms.values())):
+            finite = finite & torch.isfinite(tensor).all()
         if not bool(finite):  # the one wait for the device in a group
             return None
-        return self._batch(unit, seed, attempt, images, steer.targets[-1], log, clock)
+        return self._batch(unit, seed, attempt, (pixels, steer.targets[-1], notes), log, clock)
+
+    def _annotate(self, pixels: Tensor, clock: StageClock) -> dict[str, Tensor]:
+        if self.guidance is None:
+            return {}
+        with torch.no_grad(), clock("annotate"):
+            return self.guidance.annotate(pixels.float() / 255)
 
     def _batch(
         self,
         unit: WorkUnit,
         seed: int,
         attempt: int,
-        images: Tensor,
-        targets: Tensor,
+        drawn: tuple[Tensor, Tensor, dict[str, Tensor]],
         log: list[Any],
         clock: StageClock,
     ) -> Batch:
-        pixels = to_uint8(images)
-        notes: dict[str, Tensor] = {}
-        if self.guidance is not None:
-            with torch.no_grad(), clock("annotate"):
-                notes = self.guidance.annotate(pixels.to(images.dtype) / 255)
+        pixels, targets, notes = drawn
         return Batch(
             group=unit.group,
             attempt=attempt,

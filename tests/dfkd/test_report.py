@@ -160,6 +160,7 @@ def test_a_run_without_its_optional_parts_says_so(tmp_path: Path) -> None:
     assert "kept no log of the student" in text
     assert "no confusion matrix" in text
     assert "logits are not stored" in text
+    assert "no unguided control to compare with" in text
 
 
 def test_a_result_alone_still_makes_a_page(tmp_path: Path) -> None:
@@ -216,6 +217,22 @@ def test_a_folder_that_is_neither_is_one_clear_line(tmp_path: Path, content: str
         write_report(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(SynthkdError, match=r"report\.html: cannot be written"):
+        write_report(tmp_path)
+
+
+def test_impossible_times_and_counts_draw_nothing_impossible(tmp_path: Path) -> None:
+    matrix = [[-1, 2], [0, 0]]
+    result = make_result(2, stage_seconds={"a": -3.0, "b": 2.0}, confusion={"student": matrix})
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = text_of(tmp_path)
+    assert 'width="-' not in text
+    assert "no confusion matrix" in text
 
 
 def test_a_long_log_is_thinned_and_bad_lines_are_skipped(tmp_path: Path) -> None:

@@ -1,7 +1,11 @@
 """Shared by the engine's tests: teacher guidance, ready synthesizers, and what a set holds on disk."""
 
+import os
+import signal
 import tarfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,7 @@ import pytest
 
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.teachers import load_teacher
-from synthkd.engine import Synthesizer
+from synthkd.engine import Batch, Plan, Recipe, Request, Synthesizer, WorkUnit
 
 
 @pytest.fixture
@@ -52,3 +56,56 @@ def stored() -> Callable[[Path], dict[str, bytes]]:
         return out
 
     return read
+
+
+class Canned:
+    """A stream whose groups are drawn once per test run and handed out again: a set costs its writing alone."""
+
+    def __init__(self, synth: Synthesizer, request: Request, drawn: dict[tuple[Recipe, int], Batch]) -> None:
+        self.plan, self.identity = Plan(synth.recipe, request), synth.identity(request.seed)
+        self.environment = synth.stream(request).environment
+        self._synth, self._drawn = synth, drawn
+
+    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+        """The batch of each unit."""
+        for unit in units:
+            key = (self.plan.recipe, unit.group)
+            if key not in self._drawn:
+                self._drawn[key] = self._synth.run(replace(unit, kept=len(unit.ids)), self.plan.request.seed)
+            yield self._drawn[key].first(unit.kept)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> dict[tuple[Recipe, int], Batch]:
+    """Groups by recipe and number."""
+    return {}
+
+
+@pytest.fixture
+def canned(synthesizer: Callable[..., Synthesizer], drawn: dict[tuple[Recipe, int], Batch]) -> Callable[..., Canned]:
+    """`canned(num_samples, **recipe_changes)`: a stream of seed 0 that repeats groups drawn once."""
+
+    def make(num_samples: int, **changes: Any) -> Canned:
+        return Canned(synthesizer(**{"steps": 2, **changes}), Request(num_samples=num_samples), drawn)
+
+    return make
+
+
+@pytest.fixture
+def killed() -> Callable[[Callable[[], object]], bool]:
+    """Run something in a child process that is to die by SIGKILL; False where it came to its end instead."""
+
+    def run(work: Callable[[], object]) -> bool:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status == -signal.SIGKILL
+
+    return run
