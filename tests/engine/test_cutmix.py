@@ -124,6 +124,15 @@ def test_kept_area_follows_beta(alpha: float, mean_box: float) -> None:
     assert area.mean() == pytest.approx(mean_box, abs=0.02)
 
 
+@pytest.mark.parametrize(("height", "width"), [(5, 9), (8, 8), (64, 33)])
+def test_a_box_in_the_middle_has_the_area_that_was_drawn(height: int, width: int) -> None:
+    for keep in (0.02, 0.25, 0.5, 0.8, 0.999):
+        top, bottom, left, right = augment.box(np.array([0.5, 0.5, keep]), 1.0, height, width)
+        share = (1 - keep) ** 0.5
+        assert bottom - top == round(height * share)
+        assert right - left == round(width * share)
+
+
 def _synth(pipeline: Any, wanted: Recipe) -> Synthesizer:
     return Synthesizer.from_pipeline(pipeline, wanted)
 

@@ -1,5 +1,6 @@
 """image(id) is a function of recipe, seed and group: not of order, count, growth, or workers."""
 
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,18 @@ def test_a_shard_holds_what_the_stream_yields(
         pixels = batch.images.permute(0, 2, 3, 1).numpy()
         for key, image in zip(batch.keys, pixels, strict=True):
             assert have[f"{key}.png"] == encode_image(image, "png", 95)
+
+
+def test_a_shard_is_a_plain_tar_without_times_or_owners(canned: Callable[..., Any], tmp_path: Path) -> None:
+    write_shards(canned(6), tmp_path)
+    data = (tmp_path / "shard-000000.tar").read_bytes()
+    assert data.endswith(b"\0" * 1024)
+    with tarfile.open(tmp_path / "shard-000000.tar") as tar:
+        infos = tar.getmembers()
+    names = [f"{i:09d}.{kind}" for i in range(6) for kind in ("png", "json")]
+    assert [i.name for i in infos] == names
+    assert {(i.mtime, i.uid, i.gid, i.uname, i.gname, i.mode) for i in infos} == {(0, 0, 0, "", "", 0o644)}
+    assert len(data) == sum(512 + -(-i.size // 512) * 512 for i in infos) + 1024
 
 
 def test_another_order_of_shards(synthesizer: Callable[..., Synthesizer], tmp_path: Path) -> None:

@@ -175,6 +175,15 @@ def test_a_torn_journal_line(stream: Any, whole: dict[str, bytes], tmp_path: Pat
     _agrees(stream, tmp_path / "set", whole)
 
 
+def test_a_row_after_a_torn_line_is_a_row_of_its_own(canned: Callable[..., Any], tmp_path: Path) -> None:
+    stream, folder = canned(COUNT, groups_per_shard=4), tmp_path / "set"
+    for torn in (b'{"group": 1, "attem', b""):
+        assert write_shards(stream, folder, should_stop=lambda: True).drawn == 6
+        with (folder / "shard-000000.tar.journal").open("ab") as f:
+            f.write(torn)
+    assert write_shards(stream, folder).drawn == COUNT - 12
+
+
 def test_a_missing_journal(stream: Any, whole: dict[str, bytes], tmp_path: Path) -> None:
     part = _interrupted(stream, tmp_path / "set")
     part.with_suffix(".journal").unlink()

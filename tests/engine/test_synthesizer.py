@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synthkd.engine import GuidanceSpec, NonFiniteError, Request, Synthesizer, write_shards
+from synthkd.engine import GuidanceSpec, NonFiniteError, Request, Synthesizer, rng, write_shards
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.models import StableDiffusion
 from synthkd.engine.synthesizer import to_uint8
@@ -91,7 +91,8 @@ class Simple:
         return {"kind": "bright"}
 
     def annotate(self, images: Tensor) -> dict[str, Tensor]:
-        return {}
+        notes = {"note": images[:, 0, 0, 0] * (NAN if self.calls > self.good else 1.0)}
+        return notes if self.fault == "note" else {}
 
     def modules(self) -> Iterable[nn.Module]:
         return ()
@@ -102,7 +103,7 @@ def _guided(pipeline: Any, recipe: Callable[..., Any], guidance: Any, **spec: An
     return Synthesizer.from_pipeline(pipeline, wanted, guidance=guidance)
 
 
-@pytest.mark.parametrize("fault", ["gradient", "term"])
+@pytest.mark.parametrize("fault", ["gradient", "term", "note"])
 def test_a_non_finite_loss_never_reaches_an_image(pipeline: Any, recipe: Callable[..., Any], fault: str) -> None:
     synth = _guided(pipeline, recipe, Simple(fault, good=6))
     with pytest.raises(NonFiniteError, match="group 1"):
@@ -157,6 +158,16 @@ def test_scale_zero_is_the_unguided_run_bit_for_bit(
     a, b = (next(iter(s.stream(Request(num_samples=6)))) for s in (with_teacher, without))
     assert torch.equal(a.images, b.images)
     assert set(a.notes) == {"logits"}  # still read by the teacher
+
+
+def test_every_id_has_its_own_noise(synthesizer: Callable[..., Synthesizer]) -> None:
+    synth = synthesizer()
+    z = synth.initial_latents(range(12), 0)
+    assert z.shape == (12, 4, 8, 8)
+    assert torch.equal(z[4:6], synth.initial_latents([4, 5], 0))
+    assert torch.equal(z[7].flatten(), torch.from_numpy(rng.normal(0, 7, "latents", 256)))
+    others = [z, synth.initial_latents(range(12), 1), synth.initial_latents(range(12), 0, attempt=1)]
+    assert len({tuple(row.tolist()) for x in others for row in x.flatten(1)}) == 36
 
 
 def test_a_stream_is_lazy_and_can_be_walked_twice(synthesizer: Callable[..., Synthesizer]) -> None:
