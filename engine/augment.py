@@ -28,7 +28,7 @@ def partners(classes: Sequence[int], spec: CutMixSpec, seed: int, group: int, ev
 def box(u: NDArray[np.float64], alpha: float, height: int, width: int) -> tuple[int, int, int, int]:
     """A box (top, bottom, left, right) of about area 1 - lambda with lambda ~ Beta(alpha, alpha) (1905.04899, eq. 2).
 
-    u: at least 3 uniforms, and 2 more for alpha != 1, where Johnk's method takes pairs until one fits.
+    u: at least 3 uniforms, 4 for alpha != 1, and more pairs up to alpha = 1/2, where pairs are tried until one fits.
     """
     keep = float(u[2]) if alpha == 1.0 else _beta(u[2:], alpha)
     share = float(np.sqrt(1.0 - keep))
@@ -39,6 +39,9 @@ def box(u: NDArray[np.float64], alpha: float, height: int, width: int) -> tuple[
 
 
 def _beta(u: NDArray[np.float64], alpha: float) -> float:
+    """Beta(alpha, alpha) from uniforms: Ulrich 1984 above 1/2 (exact, two of them), Johnk 1964 up to there."""
+    if alpha > 0.5:
+        return float(0.5 + 0.5 * np.sqrt(1.0 - u[0] ** (2.0 / (2.0 * alpha - 1.0))) * np.cos(2.0 * np.pi * u[1]))
     for a, b in u[: len(u) // 2 * 2].reshape(-1, 2):
         x, y = a ** (1 / alpha), b ** (1 / alpha)
         if 0 < x + y <= 1:

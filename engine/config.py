@@ -156,6 +156,9 @@ class Recipe:
         partners = self.samples_per_class if self.cutmix.scope == "class" else self.group_size
         name = "samples_per_class" if self.cutmix.scope == "class" else "group size"
         _check(partners >= 2, name, partners, "at least 2 with Latent CutMix on (a lone sample has no partner)")
+        fires = any(self.cutmix.active(i, self.steps) for i in range(self.steps))
+        span = f"values that leave an exchange within {self.steps} steps (every: 0 switches it off)"
+        _check(fires, "cutmix.every, last_clean", (self.cutmix.every, self.cutmix.last_clean), span)
 
     @property
     def group_size(self) -> int:

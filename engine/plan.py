@@ -57,7 +57,10 @@ class Plan:
             yield from self.shard_units(shard)
 
     def _classes(self, group: int) -> tuple[int, ...]:
-        """Class of each member: a window over an endless run of permuted class lists, interleaved."""
+        """Class of each member: a window over an endless run of permuted class lists, interleaved.
+
+        Where classes_per_group does not divide the classes, a window over the seam of two lists may hold a class twice.
+        """
         per_group, num_classes = self.recipe.classes_per_group, len(self.recipe.classes)
         window = []
         for position in range(group * per_group, (group + 1) * per_group):

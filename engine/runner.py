@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import cached_property
 from multiprocessing import connection
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from synthkd.engine.environment import environment
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.synthesizer import Batch, Synthesizer
 
@@ -106,6 +108,11 @@ class PoolStream:
                 while len(waiting) <= self.workers and (unit := next(todo, None)) is not None:
                     waiting.append(pool.submit(_run, unit, seed))
                 yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise SynthkdError(
+                "a worker process ended unasked (out of memory?); every finished group is safe: use fewer --workers "
+                "and run the same command again"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

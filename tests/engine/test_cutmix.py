@@ -177,7 +177,7 @@ def test_a_lone_sample_is_an_error_not_a_no_op(recipe: Callable[..., Recipe]) ->
         recipe(samples_per_class=1, cutmix=CutMixSpec(every=1))
     with pytest.raises(SynthkdError, match="group size is 1; expected at least 2"):
         recipe(samples_per_class=1, classes_per_group=1, cutmix=CutMixSpec(every=1, scope="any"))
-    assert recipe(samples_per_class=1, cutmix=CutMixSpec(every=1, scope="any")).group_size == 3
+    assert recipe(samples_per_class=1, cutmix=CutMixSpec(every=1, last_clean=2, scope="any")).group_size == 3
 
 
 @pytest.mark.parametrize(("every", "last", "steps"), [(1, 1, 4), (1, 5, 20), (3, 2, 10), (4, 8, 20), (1, 9, 4)])
