@@ -48,7 +48,7 @@ def digits() -> Preset:
         width=32,
         steps=20,
         guidance_scale=2.0,
-        guidance=GuidanceSpec(scale=1.0),
+        guidance=GuidanceSpec(scale=0.7),
         cutmix=CutMixSpec(every=8, last_clean=8, alpha=4.0),
         classes_per_group=10,
         samples_per_class=4,
@@ -59,8 +59,8 @@ def digits() -> Preset:
     return Preset(
         name="digits",
         job=job,
-        num_images=2000,
-        distill=DistillSpec(arch="resnet", arch_args=student),
+        num_images=1500,
+        distill=DistillSpec(arch="resnet", arch_args=student, steps=800),
         judge="embedded:digits/judge",
         test_set="digits:test",
     )
