@@ -59,8 +59,8 @@ def digits() -> Preset:
     return Preset(
         name="digits",
         job=job,
-        num_images=1500,
-        distill=DistillSpec(arch="resnet", arch_args=student, steps=800),
+        num_images=1200,
+        distill=DistillSpec(arch="resnet", arch_args=student, steps=500),
         judge="embedded:digits/judge",
         test_set="digits:test",
     )
