@@ -1,4 +1,4 @@
-# Each target sets up what it needs: .venv is made once, from pinned versions, by plain pip.
+# Each target but gpu sets up what it needs: .venv is made once, from pinned versions, by plain pip.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,11 +30,11 @@ lint: $(VENV)/.ready ## ruff, mypy --strict, import contracts
 bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/results/
 	$(BIN)/synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record
 
-gpu: ## on a GPU machine: all GPU tests, then its benchmark suites, in resumable parts
+gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m synthkd.bench.gpu --minutes 9
 
-assets: $(VENV)/.ready ## rebuild the embedded default from scratch (about 1.5 hours on one core)
+assets: $(VENV)/.ready ## rebuild the embedded default from scratch (about 70 minutes on one core)
 	$(BIN)/python -m pip install -q -c constraints.txt '.[assets]'
 	$(BIN)/python engine/assets/build/build.py
 

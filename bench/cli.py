@@ -44,6 +44,10 @@ def digits(
     for seed in _numbers(seeds):
         with Bars(console) as bars:
             rows.append(run_seed(preset, seed, out_dir / f"seed-{seed}", bars))
+        if record and rows[-1]["resumed"]:
+            raise SynthkdError(
+                f"{out_dir}: holds an earlier run of seed {seed}, its times are not one run's; use an empty --out"
+            )
         if record:
             append_row("digits", rows[-1])
         if json_output:

@@ -2,7 +2,6 @@
 
 import datetime
 import json
-import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from synthkd.engine.runner import cores
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,9 +30,8 @@ def commit() -> str:
 
 def machine() -> str:
     """The machine in words: no host name."""
-    cores = len(os.sched_getaffinity(0))
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
+    return f"{platform.machine()}, {cores()} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
 
 
 def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
 def append_row(name: str, row: Mapping[str, Any]) -> Path:
     """Append a row to bench/results/NAME.jsonl."""
     path = RESULTS / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as f:
         f.write(json.dumps(row, sort_keys=True) + "\n")
     return path

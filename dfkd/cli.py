@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_progress import Bars, StopFlag
@@ -26,7 +27,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
-EXIT_TRY_AGAIN = 75
 
 
 @app.command(epilog="Example: synthkd run digits --out runs/digits --seed 0")
@@ -114,6 +114,7 @@ def distill(
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Softmax temperature of the KL loss.")] = None,
+    spec_file: Annotated[Path | None, typer.Option("--spec", help="TOML file of DistillSpec fields.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
@@ -124,17 +125,17 @@ def distill(
     from synthkd.dfkd.student import save_student
     from synthkd.dfkd.teachers import load_teacher
 
-    spec = options.distill_spec(preset, steps, batch_size, temperature, seed)
+    spec = options.distill_spec(preset, spec_file, steps, batch_size, temperature, seed)
     card = teacher or options.set_teacher(set_dir)
     chosen = load_teacher(card, options.pick_device(device))
-    data = load_synthetic(set_dir)
+    options.check_limit(limit, options.set_size(set_dir))
+    data = load_synthetic(set_dir, limit, chosen.input_size)
     ours, theirs = len(data.classes), len(chosen.classes)
     if ours != theirs:
         raise SynthkdError(f"teacher {card!r} has {theirs} outputs, the set has {ours} classes")
-    options.check_limit(limit, len(data))
     with Bars(out) as bars:
         bars.begin("distill", spec.steps, "steps")
-        student = train(data.first(limit or len(data)), chosen, spec, lambda _: bars.advance("distill", 1))
+        student = train(data, chosen, spec, lambda _: bars.advance("distill", 1))
     path = save_student(student, spec, out_dir, {"teacher": card, "set": set_dir.name})
     says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
     out.print(f"{path}: {says}", soft_wrap=True, highlight=False)
@@ -173,7 +174,8 @@ def verify(set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic s
     for problem in report.problems:
         print(problem, file=sys.stderr)
     if report.problems:
-        raise SynthkdError(f"{set_dir}: {len(report.problems)} problems in {report.shards} shards")
+        hint = "delete the shards named above and run the command that drew the set again"
+        raise SynthkdError(f"{set_dir}: {len(report.problems)} problems in {report.shards} shards; {hint}")
     out.print(f"{set_dir}: {report.samples} images in {report.shards} shards, all as written", soft_wrap=True)
 
 
@@ -182,12 +184,14 @@ def replay(
     set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")],
     sample_id: Annotated[int, typer.Option("--id", help="Sample to redraw.")],
     target: Annotated[Path | None, typer.Option("--out", help="Where to write it (or ID.EXTENSION here).")] = None,
+    model: Annotated[str | None, typer.Option(help="Where the model lies now, if it moved.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the teacher card lies now, if it moved.")] = None,
     device: options.Device = None,
 ) -> None:
     """Draw one image again from the manifest alone and compare it with the stored one."""
     from synthkd.dfkd.replay import replay_sample
 
-    path, verdict = replay_sample(set_dir, sample_id, target, options.pick_device(device))
+    path, verdict = replay_sample(set_dir, sample_id, target, options.pick_device(device), model=model, teacher=teacher)
     out.print(f"{path}: {verdict}", soft_wrap=True, highlight=False)
 
 
@@ -228,9 +232,9 @@ def main() -> None:
     except SynthkdError as error:
         print(f"synthkd: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("synthkd: interrupted; every finished group is safe", file=sys.stderr)
-        sys.exit(130)
+    except (OSError, SafetensorError) as error:
+        print(f"synthkd: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

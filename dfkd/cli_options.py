@@ -70,13 +70,14 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
     return lines
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """A TOML file as a table; raises SynthkdError naming the option it came from."""
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise SynthkdError(f"--recipe {path}: cannot be read ({error.strerror})") from error
+        raise SynthkdError(f"--{what} {path}: cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SynthkdError(f"--recipe {path}: not valid TOML ({error})") from error
+        raise SynthkdError(f"--{what} {path}: not valid TOML ({error})") from error
 
 
 def build_job(
@@ -98,7 +99,7 @@ def build_job(
         raise SynthkdError("synth needs --model and --teacher, or a --preset that brings both")
     fields: dict[str, Any] = base.recipe.to_dict() if base else {"classes": list(read_card(card_path(teacher)).classes)}
     if recipe is not None:
-        fields = _merge(fields, _read_recipe(recipe))
+        fields = _merge(fields, read_toml(recipe, "recipe"))
     if classes is not None:
         fields["classes"] = list(read_lines(classes, "classes"))
     if prompts is not None:
@@ -130,12 +131,31 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def distill_spec(
-    preset: str | None, steps: int | None, batch_size: int | None, temperature: float | None, seed: int
+    preset: str | None,
+    spec_file: Path | None,
+    steps: int | None,
+    batch_size: int | None,
+    temperature: float | None,
+    seed: int,
 ) -> DistillSpec:
-    """Training settings: a preset's or the defaults, with what was asked for on top."""
+    """Training settings: a preset's or the defaults, a file's on top, and single options on top of both."""
     spec = load_preset(preset).distill if preset else DistillSpec()
-    given = {"steps": steps, "batch_size": batch_size, "temperature": temperature}
-    return replace(spec, seed=seed, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+    given: dict[str, Any] = read_toml(spec_file, "spec") if spec_file else {}
+    for name in given:
+        if name not in DistillSpec.__dataclass_fields__:
+            raise SynthkdError(f"--spec: unknown field {name!r}; {suggest(name, DistillSpec.__dataclass_fields__)}")
+    given |= {
+        k: v for k, v in {"steps": steps, "batch_size": batch_size, "temperature": temperature}.items() if v is not None
+    }
+    try:
+        return replace(spec, seed=seed, **given)
+    except TypeError as error:
+        raise SynthkdError(f"--spec: a field is of the wrong type ({error})") from error
+
+
+def set_size(set_dir: Path) -> int:
+    """Samples that a set's manifest promises."""
+    return int(read_manifest(set_dir)["num_samples"])
 
 
 def set_teacher(set_dir: Path) -> str:

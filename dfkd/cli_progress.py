@@ -1,6 +1,7 @@
 """Progress bars with rate and ETA, and a stop that waits for the end of a group."""
 
 import signal
+import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -76,6 +77,7 @@ class StopFlag:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        sys.stderr.write("\nsynthkd: stopping at the next safe point; once more to stop at once\n")
         for taken, handler in self._before.items():
             signal.signal(taken, handler)
 

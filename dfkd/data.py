@@ -1,12 +1,15 @@
 """Labelled images in memory: synthetic sets from shards, real test sets for scoring."""
 
 import json
+import zipfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from synthkd.engine.assets import embedded_path
@@ -34,14 +37,34 @@ class LabelledImages:
         return LabelledImages(self.images[:count], self.labels[:count], self.classes)
 
 
-def load_synthetic(folder: Path) -> LabelledImages:
-    """A whole synthetic set in id order; raises SynthkdError where a shard is damaged."""
-    classes = read_manifest(folder)["recipe"]["classes"]
-    pixels, labels = [], []
-    for sample in read_set(folder):
-        pixels.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
+def load_synthetic(folder: Path, limit: int | None = None, size: tuple[int, int] | None = None) -> LabelledImages:
+    """The first `limit` samples of a synthetic set (all by default) in id order, resized to `size` pixels if given.
+
+    Raises SynthkdError where a shard is damaged or unfinished.
+    """
+    manifest = read_manifest(folder)
+    wanted, labels = min(limit or manifest["num_samples"], manifest["num_samples"]), []
+    images: Tensor | None = None
+    for position, sample in enumerate(islice(read_set(folder), wanted)):
+        image = _fitted(sample.pixels, size)
+        images = torch.empty(wanted, *image.shape, dtype=torch.uint8) if images is None else images
+        images[position] = image
         labels.append(int(sample.meta["label"]))
-    return LabelledImages(torch.stack(pixels), torch.tensor(labels), tuple(classes))
+    if images is None or len(labels) < wanted:
+        raise SynthkdError(
+            f"{folder}: {len(labels)} of {wanted} images are in finished shards; finish the set with the command that "
+            "began it, or use fewer"
+        )
+    return LabelledImages(images, torch.tensor(labels), tuple(manifest["recipe"]["classes"]))
+
+
+def _fitted(pixels: NDArray[np.uint8], size: tuple[int, int] | None) -> Tensor:
+    """uint8 [H,W,3] -> uint8 [3,h,w], resized (bilinear, antialiased) where the size differs."""
+    image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    if size is None or tuple(image.shape[1:]) == size:
+        return image
+    resized = F.interpolate(image[None].float(), size=list(size), mode="bilinear", antialias=True)
+    return resized.clamp(0, 255).round().to(torch.uint8)[0]
 
 
 def real_digits(part: str) -> LabelledImages:
@@ -73,6 +96,8 @@ def load_test_set(reference: str, classes: tuple[str, ...], size: tuple[int, int
         part = reference.removeprefix("digits:")
         if part not in ("test", "train"):
             raise SynthkdError(f"data {reference!r}: {suggest(part, ('test', 'train'))}")
+        if len(classes) != 10:
+            raise SynthkdError(f"data {reference!r}: has 10 classes, the network {len(classes)}")
         return real_digits(part)
     path = Path(reference)
     if path.suffix == ".npz":
@@ -86,9 +111,10 @@ def _from_npz(path: Path, classes: tuple[str, ...]) -> LabelledImages:
     try:
         with np.load(path, allow_pickle=False) as data:
             x, y = data["x"], data["y"].astype(np.int64)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
-    if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) != len(y) or len(y) == 0:
+    grey_or_rgb = x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)
+    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim != 1 or len(x) != len(y) or len(y) == 0:
         raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
     if y.min() < 0 or y.max() >= len(classes):
         raise SynthkdError(f"data {path}: labels {y.min()}..{y.max()}; the teacher has {len(classes)} classes")
@@ -97,13 +123,14 @@ def _from_npz(path: Path, classes: tuple[str, ...]) -> LabelledImages:
 
 
 def _from_folder(path: Path, classes: tuple[str, ...], size: tuple[int, int]) -> LabelledImages:
+    missing = [name for name in classes if not (path / name).is_dir()]
+    if 0 < len(missing) < len(classes):
+        raise SynthkdError(f"data {path}: no folder for class {missing[0]!r}; expected one per class of the network")
     images, labels = [], []
     for label, name in enumerate(classes):
         files = sorted(f for f in (path / name).glob("*") if f.suffix.lower() in _SUFFIXES)
         for file in files:
-            x = torch.from_numpy(decode_image(file.read_bytes(), str(file)).copy()).permute(2, 0, 1)[None].float()
-            x = F.interpolate(x, size=list(size), mode="bilinear", antialias=True).clamp(0, 255)
-            images.append(x.round().to(torch.uint8)[0])
+            images.append(_fitted(decode_image(file.read_bytes(), str(file)), size))
             labels.append(label)
     if not images:
         raise SynthkdError(f"data {path}: no images in sub-folders named {', '.join(classes[:3])}, …")

@@ -1,7 +1,8 @@
 """A synthesis job as plain values: enough to build its Synthesizer here, in a worker, or for a replay."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
@@ -37,15 +38,26 @@ class SynthJob:
 
     def source(self) -> dict[str, Any]:
         """What a manifest keeps for `synthkd replay`, beside the recipe."""
-        data = asdict(self)
-        del data["recipe"], data["device"]
-        return data
+        weights = {"alpha": self.alpha, "beta": self.beta}
+        return {"model": _absolute(self.model), "teacher": _absolute(self.teacher), **weights}
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], device: str) -> "SynthJob":
-        """The job that made a set; raises SynthkdError where the manifest does not say."""
-        source = manifest.get("source") or {}
+    def from_manifest(cls, manifest: Mapping[str, Any], device: str, **moved: str | None) -> "SynthJob":
+        """The job that made a set; `moved` overrides model or teacher where they lie elsewhere now.
+
+        Raises SynthkdError where the manifest does not say.
+        """
+        source = {"alpha": manifest["guidance"].get("alpha"), "beta": manifest["guidance"].get("beta")}
+        source |= manifest.get("source") or {}
+        source |= {name: place for name, place in moved.items() if place is not None}
         if not {"model", "teacher", "alpha", "beta"} <= set(source):
-            raise SynthkdError("manifest.json names no model and teacher: replay this set from Python")
+            raise SynthkdError(
+                "manifest.json names no model and teacher (written from Python): pass --model and --teacher"
+            )
         values = {name: source[name] for name in ("model", "teacher", "alpha", "beta")}
         return cls(**values, recipe=Recipe.from_dict(manifest["recipe"]), device=device)
+
+
+def _absolute(reference: str) -> str:
+    """A local path in full, so that a replay works from anywhere; a hub id or `embedded:NAME` as it is."""
+    return str(Path(reference).resolve()) if Path(reference).exists() else reference

@@ -14,8 +14,12 @@ from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import encode_image
 
 
-def replay_sample(set_dir: Path, sample_id: int, target: Path | None, device: str) -> tuple[Path, str]:
+def replay_sample(
+    set_dir: Path, sample_id: int, target: Path | None, device: str, **moved: str | None
+) -> tuple[Path, str]:
     """Redraw a sample's group, write the sample, and say how it compares with the stored one.
+
+    moved: `model` and `teacher`, where they lie elsewhere now; weights are checked by digest all the same.
 
     Raises SynthkdError for an id outside the set, or where model or teacher are not the ones that drew it.
     """
@@ -26,7 +30,7 @@ def replay_sample(set_dir: Path, sample_id: int, target: Path | None, device: st
         raise SynthkdError(f"--id {sample_id}: the set has samples 0 to {count - 1}")
     group = sample_id // recipe.group_size
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
-    stream = open_stream(SynthJob.from_manifest(manifest, device).build, plan, workers=1)
+    stream = open_stream(SynthJob.from_manifest(manifest, device, **moved).build, plan, workers=1)
     for name in ("model_sha256", "fingerprint"):
         if stream.identity[name] != manifest[name]:
             raise SynthkdError(f"{set_dir}: model or teacher changed since the set was drawn ({name} differs)")
@@ -41,7 +45,8 @@ def replay_sample(set_dir: Path, sample_id: int, target: Path | None, device: st
 def _compare(set_dir: Path, shard: int, sample_id: int, data: bytes, recipe: Recipe) -> str:
     row = read_index(set_dir).get(shard)
     name = f"{sample_key(sample_id)}.{recipe.image_format}"
-    stored = dict(members(set_dir / row.file)).get(name) if row else None
+    found = (data for member, data in members(set_dir / row.file) if member == name) if row else iter(())
+    stored = next(found, None)
     if stored is None:
         return "drawn; the set holds no such image yet"
     if stored == data:

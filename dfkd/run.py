@@ -1,10 +1,10 @@
 """The main job: a preset goes in; sets, students, scores and a report come out. Finished stages are kept."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
@@ -23,8 +23,9 @@ from synthkd.dfkd.student import DistillSpec, distill, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
 from synthkd.engine import Plan, Request
 from synthkd.engine.environment import environment, versions
-from synthkd.engine.index import read_index, write_atomically
-from synthkd.engine.runner import default_workers, follow_parent, open_stream
+from synthkd.engine.errors import WorkerLostError
+from synthkd.engine.index import MANIFEST, read_index, write_atomically
+from synthkd.engine.runner import cores, default_workers, follow_parent, open_stream
 from synthkd.engine.shards import WriteSummary, write_shards
 
 _FIELD = {
@@ -79,12 +80,14 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     should_stop: Callable[[], bool] = lambda: False
     _seconds: dict[str, float] = field(default_factory=dict)
+    _drawn: dict[str, int] = field(default_factory=dict)
 
     def execute(self) -> dict[str, Any]:
         """Do what is left to do, write result.json and report.html, return the result."""
         started, job = time.perf_counter(), self.preset.job
         job.check()
         count = self.num_images or self.preset.num_images
+        resumed = (self.out / "shards" / MANIFEST).exists()
         with self._stage("evaluate_teacher"):
             teacher = load_teacher(job.teacher, job.device)
             test = self._test_set(teacher)
@@ -93,9 +96,10 @@ class Run:
             with self._stage(name):
                 self._synthesize(name, this, count)
         with self._stage("distill"):
-            cards = self._distill(teacher)
+            cards = self._distill(count)
         scores |= {name: evaluate(load_teacher(str(c)), test) for name, c in cards.items()} if test else {}
         result = self._result(teacher, scores, count, cards)
+        result["resumed"] = resumed
         result["seconds"] = round(time.perf_counter() - started, 2)
         result["stage_seconds"] = {k: round(v, 2) for k, v in self._seconds.items()}
         write_atomically(self.out / "result.json", json.dumps(result, indent=2) + "\n")
@@ -122,16 +126,24 @@ class Run:
         summary = synthesize(
             job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress, self.should_stop
         )
-        if summary.stopped:
+        if summary.stopped or self.should_stop():
             raise Interrupted
+        self._drawn[name] = summary.drawn
 
-    def _distill(self, teacher: Teacher) -> dict[str, Path]:
+    def _rate(self, name: str) -> float:
+        """Images per second of a stage by the clock, writing and start included; from stage times if it drew less."""
+        folder, drawn = self.folder(name) / "shards", self._drawn[name]
+        if drawn >= (self.num_images or self.preset.num_images):
+            return round(drawn / self._seconds[name], 3)
+        return images_per_second(folder, self.workers_used)
+
+    def _distill(self, count: int) -> dict[str, Path]:
         """Train both students; a finished one is not trained again."""
         folders = {"student": self.out, "unguided": self.out / "control"}
         spec = replace(self.preset.distill, seed=self.seed)
         job = self.preset.job
         jobs = [
-            StudentJob(set_dir=f / "shards", out_dir=f, teacher=job.teacher, spec=spec, device=job.device)
+            StudentJob(set_dir=f / "shards", out_dir=f, teacher=job.teacher, spec=spec, device=job.device, limit=count)
             for f in folders.values()
         ]
         self.progress.begin("distill", len(jobs), "students")
@@ -143,16 +155,15 @@ class Run:
         self, teacher: Teacher, scores: Mapping[str, Score], count: int, cards: Mapping[str, Path]
     ) -> dict[str, Any]:
         sets = {"guided": self.out / "shards", "unguided": self.out / "control" / "shards"}
-        images = {name: load_synthetic(folder) for name, folder in sets.items()}
+        images = {name: load_synthetic(folder, count, teacher.input_size) for name, folder in sets.items()}
         judge = load_teacher(self.preset.judge) if self.preset.judge else None
-        rates = {name: images_per_second(folder, self.workers_used) for name, folder in sets.items()}
         return {
             "preset": self.preset.name,
             "seed": self.seed,
             **{_FIELD[name]: round(score.accuracy, 2) for name, score in scores.items()},
             "num_images": count,
-            "images_per_second": rates["unguided"],
-            "guided_images_per_second": rates["guided"],
+            "images_per_second": self._rate("synthesize_unguided"),
+            "guided_images_per_second": self._rate("synthesize"),
             "seconds": 0.0,
             "teacher_agreement": {name: reading(teacher, data) for name, data in images.items()},
             "judge": {name: reading(judge, data) for name, data in images.items()} if judge else {},
@@ -232,9 +243,10 @@ def train_student(job: StudentJob) -> Path:
         return card
     if job.device == "cpu":
         torch.set_num_threads(1)
-    data = load_synthetic(job.set_dir)
-    student = distill(data.first(job.limit or len(data)), load_teacher(job.teacher, job.device), job.spec)
-    about = {"teacher": job.teacher, "images": min(job.limit or len(data), len(data))}
+    teacher = load_teacher(job.teacher, job.device)
+    data = load_synthetic(job.set_dir, job.limit, teacher.input_size)
+    student = distill(data, teacher, job.spec)
+    about = {"teacher": job.teacher, "images": len(data)}
     save_student(student, job.spec, job.out_dir, about)
     write_atomically(marker, job.stamp)
     return card
@@ -242,13 +254,14 @@ def train_student(job: StudentJob) -> Path:
 
 def train_students(jobs: Sequence[StudentJob], advance: Callable[[int], None] = lambda _: None) -> list[Path]:
     """Train students side by side, one core each; on a GPU one after the other. Returns their cards."""
-    if jobs[0].device == "cpu" and len(os.sched_getaffinity(0)) > 1:
-        cards = []
-        with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
-            for card in pool.map(train_student, jobs):
-                cards.append(card)
-                advance(1)
-        return cards
+    if jobs[0].device == "cpu" and cores() > 1:
+        try:
+            with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
+                return [_told(card, advance) for card in pool.map(train_student, jobs)]
+        except BrokenProcessPool as error:
+            raise WorkerLostError(
+                "a training process ended unasked (out of memory?); run the same command again"
+            ) from error
     return [_told(train_student(job), advance) for job in jobs]
 
 
@@ -267,7 +280,7 @@ def reading(net: Teacher, data: LabelledImages) -> float:
 
 
 def images_per_second(folder: Path, workers: int) -> float:
-    """Rate of a finished set on `workers` processes, from the time its groups took."""
+    """Rate of a finished set from the time its groups took, scaled to `workers` processes; drawing alone."""
     groups = [g for row in read_index(folder).values() for g in row.groups]
     spent = sum(sum(g.seconds.values()) for g in groups)
     return round(sum(g.kept for g in groups) * workers / spent, 3) if spent else 0.0

@@ -181,7 +181,9 @@ def save_student(student: Student, spec: DistillSpec, folder: Path, about: Mappi
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: value.detach().cpu().contiguous() for name, value in student.net.net.state_dict().items()}
-    save_file(state, folder / "student.safetensors", metadata={"card": json.dumps(_card(student, spec, about))})
+    fresh = folder / "student.safetensors.tmp"
+    save_file(state, fresh, metadata={"card": json.dumps(_card(student, spec, about))})
+    fresh.replace(folder / "student.safetensors")
     write_atomically(folder / "student.toml", _toml(_card(student, spec, about)))
     write_atomically(folder / "student_log.jsonl", "".join(json.dumps(row) + "\n" for row in student.log))
     write_atomically(folder / "student.md", _model_card(student, spec, about))

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import struct
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Teacher(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> resized (bilinear, antialiased) to input_size and normalised."""
+        images = images.to(self.get_buffer("mean").dtype)
         if tuple(images.shape[-2:]) != self.input_size:
             images = F.interpolate(
                 images, size=list(self.input_size), mode="bilinear", antialias=True, align_corners=False
@@ -180,7 +182,17 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             f"weights {path}: refused, this pickle holds more than tensors and could run code; save a state dict or "
             "safetensors"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        struct.error,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
         raise SynthkdError(f"weights {path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -200,7 +212,21 @@ def load_teacher(reference: str, device: str | torch.device = "cpu") -> Teacher:
     _check_state(card, net.state_dict(), state)
     net.load_state_dict(state)
     teacher = Teacher(net, mean=card.mean, std=card.std, input_size=card.input_size, classes=card.classes)
+    _try_out(reference, card, teacher)
     return teacher.to(device)
+
+
+def _try_out(reference: str, card: TeacherCard, teacher: Teacher) -> None:
+    """One forward pass on a black image: raises SynthkdError where the network does not take the card's input."""
+    try:
+        with torch.no_grad():
+            teacher(torch.zeros(1, 3, *card.input_size))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        size = "x".join(map(str, (3, *card.input_size)))
+        raise SynthkdError(
+            f"teacher {reference!r}: arch {card.arch!r} does not take {size} images ({reason})"
+        ) from error
 
 
 def _check_state(card: TeacherCard, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:

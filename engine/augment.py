@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from synthkd.engine import rng
 from synthkd.engine.config import CutMixSpec
@@ -77,4 +76,6 @@ def compose(so_far: Tensor, event: Tensor) -> Tensor:
 
 def area_targets(source: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """Label of each sample as the area its classes hold in the composed map: float32 [B,K], rows sum to 1."""
-    return one_hot(classes[source], num_classes).float().mean(dim=(1, 2))
+    flat = classes[source].flatten(1)
+    counts = torch.zeros(len(flat), num_classes).scatter_add_(1, flat, torch.ones(flat.shape))
+    return counts / flat.shape[1]

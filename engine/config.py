@@ -104,7 +104,7 @@ class Recipe:
     """Everything that decides what an image looks like, but for the seed; frozen and checked on birth.
 
     classes: class names in the order of the teacher's outputs; prompts: templates with `{class}`, one drawn
-    per sample; guidance_scale: classifier-free guidance as in diffusers (1 switches it off); guidance: the
+    per sample; guidance_scale: classifier-free guidance as in diffusers (off at 1 and below); guidance: the
     teacher's part; a group is classes_per_group x samples_per_class samples that share batch statistics,
     Latent CutMix partners and randomness.
     """
@@ -141,6 +141,9 @@ class Recipe:
         _check(math.isfinite(self.guidance_scale), "guidance_scale", self.guidance_scale, "a finite number")
         size = (self.classes_per_group, len(self.classes))
         _check(size[0] <= size[1], "classes_per_group", size[0], f"at most the {size[1]} classes")
+        guided = self.guidance.scale == 0 or any(self.guidance.active(i, self.steps) for i in range(self.steps))
+        window = (self.guidance.start, self.guidance.stop)
+        _check(guided, "guidance.start, stop", window, f"a window that holds at least one of {self.steps} steps")
         self._check_cutmix()
 
     def _check_text(self) -> None:

@@ -16,6 +16,10 @@ class NonFiniteError(SynthkdError):
     exit_code = 3
 
 
+class WorkerLostError(SynthkdError):
+    """A worker process ended unasked; every finished group is safe."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The tail of an unknown-name message: the nearest right name, then all of them."""
     names = sorted(known)

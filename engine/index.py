@@ -151,12 +151,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a set; raises SynthkdError where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise SynthkdError(f"{folder}: no {MANIFEST} there; expected a folder written by `synthkd synth` or `run`")
+        if (folder / "shards" / MANIFEST).is_file():
+            raise SynthkdError(f"{folder}: no {MANIFEST}; this is a run, its set is {folder / 'shards'}")
+        raise SynthkdError(f"{folder}: no {MANIFEST} there; expected the folder of a set, written by `synthkd synth`")
     try:
         data: dict[str, Any] = json.loads(path.read_text())
         if data["format"] != FORMAT:
             raise SynthkdError(f"{path}: format {data['format']!r}; this version reads {FORMAT}")
-        _ = data["fingerprint"], data["recipe"]["image_format"]
+        _ = data["fingerprint"], data["recipe"]["image_format"], data["guidance"], data["model_sha256"]
         if type(data["seed"]) is not int or type(data["num_samples"]) is not int:
             raise TypeError("seed or num_samples is not a whole number")
     except (ValueError, KeyError, TypeError) as error:

@@ -5,6 +5,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,17 @@ _MAX_PIXELS = 64 * 2**20
 
 @dataclass(frozen=True)
 class Sample:
-    """A stored sample: uint8 [H,W,3] pixels and its json."""
+    """A stored sample: its image file, decoded when asked for, and its json."""
 
     key: str
-    pixels: NDArray[np.uint8]
+    image: bytes
     meta: dict[str, Any]
+    where: str
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """uint8 [H,W,3]; raises SynthkdError for what is no image."""
+        return decode_image(self.image, self.where)
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -91,7 +98,7 @@ def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
         held[name] = data
         key = name.partition(".")[0]
         if f"{key}.{suffix}" in held and f"{key}.json" in held:
-            pixels = decode_image(held.pop(f"{key}.{suffix}"), f"{path}: {key}.{suffix}")
-            yield Sample(key, pixels, _decode_meta(held.pop(f"{key}.json"), f"{path}: {key}.json"))
+            meta = _decode_meta(held.pop(f"{key}.json"), f"{path}: {key}.json")
+            yield Sample(key, held.pop(f"{key}.{suffix}"), meta, f"{path}: {key}.{suffix}")
     if wanted:
         raise SynthkdError(f"{path}: {min(wanted)} is missing; run `synthkd verify {folder}`")

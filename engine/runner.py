@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from synthkd.engine.environment import environment
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.synthesizer import Batch, Synthesizer
 
@@ -28,9 +28,17 @@ Factory = Callable[[], Synthesizer]
 _worker: Synthesizer | None = None
 
 
+MOST_WORKERS = 8  # each holds a copy of the prior
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_workers(device: str) -> int:
-    """One process per available core on a CPU, one in all on a GPU."""
-    return 1 if device == "cuda" else max(1, len(os.sched_getaffinity(0)))
+    """One process per core on a CPU, eight at most; one in all on a GPU."""
+    return 1 if device == "cuda" else min(cores(), MOST_WORKERS)
 
 
 def follow_parent() -> None:
@@ -109,7 +117,7 @@ class PoolStream:
                     waiting.append(pool.submit(_run, unit, seed))
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise SynthkdError(
+            raise WorkerLostError(
                 "a worker process ended unasked (out of memory?); every finished group is safe: use fewer --workers "
                 "and run the same command again"
             ) from error

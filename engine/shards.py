@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.errors import SynthkdError, WorkerLostError
 from synthkd.engine.index import (
     INDEX,
     LOCK,
@@ -220,7 +220,8 @@ class ShardFolder:
         mend_tail(folder / INDEX)
         self.folder, self.plan = folder, plan
         self.order = list(range(plan.num_shards) if shards is None else shards)
-        self._index = read_index(folder)
+        rows = read_index(folder)  # a shard of another size is damaged, and drawn again
+        self._index = {n: r for n, r in rows.items() if (folder / r.file).stat().st_size == r.bytes}
         self._open: dict[int, ShardFile] = {}
 
     def shard(self, shard: int) -> ShardFile:
@@ -301,16 +302,21 @@ def _write(
         state = ShardFolder(folder, stream.plan, shards)
         on_present(state.present())
         batches = stream.draw(state.pending())
-        for batch in batches:
-            shard = stream.plan.unit(batch.group).shard
-            new = len(batch.ids) - state.shard(shard).kept(batch.group)
-            state.shard(shard).append(batch, stream, identity)
-            state.close(shard)
-            drawn += new
-            on_batch(new)
-            if should_stop():
-                stopped = True
-                break
+        try:
+            for batch in batches:
+                shard = stream.plan.unit(batch.group).shard
+                new = len(batch.ids) - state.shard(shard).kept(batch.group)
+                state.shard(shard).append(batch, stream, identity)
+                state.close(shard)
+                drawn += new
+                on_batch(new)
+                if should_stop():
+                    stopped = True
+                    break
+        except WorkerLostError:
+            if not should_stop():
+                raise
+            stopped = True  # a stop that reached the workers too
         for shard in state.order:
             state.close(shard)
         return WriteSummary(drawn, state.present(), stopped)

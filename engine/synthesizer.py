@@ -1,5 +1,6 @@
 """Owns a prior, a recipe and a guidance; draws groups: run a plan's unit, get a Batch."""
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -159,7 +160,11 @@ class Synthesizer:
         cls, pipe: Any, recipe: Recipe, *, guidance: Guidance | None = None, decoder: Decoder | None = None
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was."""
-        return cls(StableDiffusion(pipe), recipe, guidance, decoder)
+        prior = StableDiffusion(pipe)
+        if decoder is None and recipe.guidance.decoder != "vae":
+            path = recipe.guidance.decoder.removeprefix("tiny:")
+            decoder = load_tiny_decoder(path, device=prior.device, dtype=prior.dtype)
+        return cls(prior, recipe, guidance, decoder)
 
     def stream(self, request: Request) -> Stream:
         """An iterable of Batch over the request; lazy, nothing is drawn before it is iterated."""
@@ -169,7 +174,7 @@ class Synthesizer:
         """What decides the images: recipe, seed, guidance, weights; and the fingerprint over what was declared."""
         described = json.loads(json.dumps(self.guidance.describe())) if self.guidance else {}
         if self._digest is None:
-            self._digest = weights_digest(self.model.modules())
+            self._digest = self._model_digest()
         return {
             "fingerprint": fingerprint(self.recipe, seed, described),
             "recipe": self.recipe.to_dict(),
@@ -180,13 +185,27 @@ class Synthesizer:
             "versions": versions(),
         }
 
+    def _model_digest(self) -> str:
+        """Over the weights, the decoder that guidance looks through if it is another one, and the solver's tables."""
+        look = () if self._look is self.model.decoder else (self._look.module,)
+        tables = self._tables
+        columns = (tables.timesteps, tables.alpha, tables.sigma, tables.alpha_next, tables.sigma_next)
+        schedule = json.dumps([tables.prediction_type, *(c.double().tolist() for c in columns)])
+        return hashlib.sha256((weights_digest([*self.model.modules(), *look]) + schedule).encode()).hexdigest()
+
     def run(self, unit: WorkUnit, seed: int) -> Batch:
         """Draw one group; a non-finite one is redrawn with attempt + 1.
 
-        Raises NonFiniteError after `recipe.attempts` attempts.
+        Raises NonFiniteError after `recipe.attempts` attempts, SynthkdError where a GPU's memory does not suffice.
         """
         for attempt in range(self.recipe.attempts):
-            batch = self._draw(unit, seed, attempt)
+            try:
+                batch = self._draw(unit, seed, attempt)
+            except torch.OutOfMemoryError as error:
+                raise SynthkdError(
+                    f"a group of {len(unit.ids)} images does not fit the device's memory; lower classes_per_group or "
+                    "samples_per_class, or use dtype bfloat16"
+                ) from error
             if batch is not None:
                 return batch.first(unit.kept)
         raise NonFiniteError(
@@ -268,7 +287,7 @@ class Synthesizer:
 
     def _conditions(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
         cond = self.model.encode(prompts)
-        if self.recipe.guidance_scale == 1.0:
+        if self.recipe.guidance_scale <= 1.0:
             return cond, None
         return cond, self.model.encode([self.recipe.negative_prompt]).expand_as(cond)
 
@@ -288,7 +307,8 @@ class Synthesizer:
                     unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
                 )
                 source, maps[i] = augment.compose(source, event), event.to(device)
-                target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
+                if recipe.cutmix.scope == "any":
+                    target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
         targets.append(target)
         return Steering(self.guidance, self._look, recipe.guidance, targets, maps)
 

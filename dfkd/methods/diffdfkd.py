@@ -25,12 +25,18 @@ class TeacherGuidance:
         for name, value in (("alpha", alpha), ("beta", beta)):
             if not (math.isfinite(value) and value >= 0):
                 raise SynthkdError(f"guidance: {name} is {value}; expected a number >= 0")
+        if alpha == beta == 0:
+            raise SynthkdError("guidance: alpha and beta are both 0; for an unguided set put guidance.scale to 0")
         self.teacher, self.alpha, self.beta = teacher, alpha, beta
         settings = f"{teacher.input_size} {teacher.get_buffer('mean').tolist()} {teacher.get_buffer('std').tolist()}"
         self._digest = hashlib.sha256((weights_digest([teacher]) + settings).encode()).hexdigest()
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
         """images [B,3,H,W] in [0,1], targets [B,K] -> loss and the terms bn [] and ce [B], unweighted."""
+        if targets.shape[1] != len(self.teacher.classes):
+            raise SynthkdError(
+                f"guidance: the teacher has {len(self.teacher.classes)} outputs, the recipe {targets.shape[1]} classes"
+            )
         logits, taps = self.teacher.with_taps(images)
         bn, ce = bn_distance(taps).to(logits.device), class_scores(logits, targets.to(logits.dtype))
         return self.alpha * bn + self.beta * ce.mean(), {"bn": bn, "ce": ce}

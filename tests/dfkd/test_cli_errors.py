@@ -268,3 +268,114 @@ def test_data_that_does_not_fit(call: Any, teacher_card: Path, tmp_path: Path) -
     assert_refused(call("evaluate", teacher_card, "--data", tmp_path), "no images in sub-folders")
     np.savez(tmp_path / "x.npz", x=np.zeros((2, 16, 16, 3), np.uint8), y=np.array([0, 7]))
     assert_refused(call("evaluate", teacher_card, "--data", tmp_path / "x.npz"), "labels 0..7", "3 classes")
+
+
+def test_card_whose_network_takes_other_images(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """A grey network: said at loading, not at the first step."""
+    from synthkd.dfkd.nets import build_net
+
+    args = {"widths": [8, 12], "blocks": [1, 1], "in_channels": 1}
+    save_file(build_net("resnet", 3, args).state_dict(), card.with_name("teacher.safetensors"))
+    card.write_text(card.read_text() + "in_channels = 1\n")
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "does not take 3x16x16 images")
+
+
+@pytest.mark.parametrize("keep", [0, 3, 40, 700, 5000])
+def test_damaged_torch_file(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path, keep: int) -> None:
+    """A truncated .pth is one line, wherever it breaks."""
+    torch.save({"a": torch.zeros(2000)}, card.with_name("t.pth"))
+    whole = card.with_name("t.pth").read_bytes()
+    card.with_name("t.pth").write_bytes(whole[:keep])
+    card.write_text(card.read_text().replace("teacher.safetensors", "t.pth"))
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out"), "t.pth")
+
+
+def test_output_that_cannot_be_written(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """A file where a folder is wanted, a folder that is not there: one line."""
+    (tmp_path / "file").write_text("")
+    assert_refused(call("distill", tiny_set, "--out", tmp_path / "file", "--steps", 2, "--batch-size", 4), "file")
+    assert_refused(call("replay", tiny_set, "--id", 0, "--out", tmp_path / "no" / "x.png"), "x.png")
+
+
+def test_unfinished_set_is_not_distilled(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """A set whose last shard is missing says how many images there are."""
+    part = tmp_path / "set"
+    shutil.copytree(tiny_set, part)
+    (part / "shard-000001.tar").unlink()
+    assert_refused(call("distill", part, "--out", tmp_path / "s", "--steps", 2), "18 of 30 images")
+    done = call("distill", part, "--out", tmp_path / "s", "--steps", 2, "--batch-size", 4, "--limit", 18)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_not_its_set(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """`verify` on a run's folder names the set inside."""
+    shutil.copytree(tiny_set, tmp_path / "shards")
+    assert_refused(call("verify", tmp_path), f"its set is {tmp_path / 'shards'}")
+
+
+def test_training_settings_from_a_file(call: Any, tiny_set: Path, tmp_path: Path) -> None:
+    """A spec file chooses the student; unknown fields and wrong types are named."""
+    spec = tmp_path / "spec.toml"
+    words = ("distill", tiny_set, "--out", tmp_path / "s", "--spec", spec)
+    spec.write_text("stepz = 3")
+    assert_refused(call(*words), "unknown field 'stepz'", "did you mean 'steps'")
+    spec.write_text("steps = 'x'")
+    assert_refused(call(*words), "wrong type")
+    spec.write_text("steps = 2\nbatch_size = 4\n[arch_args]\nwidths = [4]\nblocks = [1]")
+    assert call(*words).returncode == 0
+    assert "widths = [4]" in (tmp_path / "s/student.toml").read_text()
+
+
+def test_damaged_shard_is_drawn_again(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """A truncated shard: the command that drew the set mends it, byte for byte."""
+    out = tmp_path / "out"
+    assert synth(call, pipeline_folder, card, out, "--num-samples", 12).returncode == 0
+    shard = out / "shard-000000.tar"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:3000])
+    assert call("verify", out).returncode == 2
+    assert synth(call, pipeline_folder, card, out, "--num-samples", 12).returncode == 0
+    assert shard.read_bytes() == whole
+    assert call("verify", out).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("shape", "part"), [((4, 3, 16, 16), "expected uint8"), ((4, 16, 16, 1), "expected uint8"), (None, "x and y")]
+)
+def test_wrong_arrays(call: Any, teacher_card: Path, tmp_path: Path, shape: Any, part: str) -> None:
+    """Channels first, one channel, a truncated file."""
+    import numpy as np
+
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.zeros(shape or (4, 16, 16, 3), np.uint8), y=np.zeros(4, np.int64))
+    if shape is None:
+        path.write_bytes(path.read_bytes()[:900])
+    assert_refused(call("evaluate", teacher_card, "--data", path), part)
+
+
+def test_misspelt_class_folder(call: Any, teacher_card: Path, tmp_path: Path) -> None:
+    """A class without a folder is not passed over."""
+    for name in ("cat", "dgo", "bird"):
+        (tmp_path / name).mkdir()
+    assert_refused(call("evaluate", teacher_card, "--data", tmp_path), "no folder for class 'dog'")
+    assert_refused(call("evaluate", teacher_card, "--data", "digits:test"), "has 10 classes, the network 3")
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (("--alpha", 0, "--beta", 0), "alpha and beta are both 0"),
+        (("--recipe",), "a window that holds at least one of 10 steps"),
+    ],
+)
+def test_guidance_that_never_guides(
+    call: Any, pipeline_folder: Path, card: Path, tmp_path: Path, more: tuple[Any, ...], part: str
+) -> None:
+    """A no-op is an error."""
+    narrow = tmp_path / "narrow.toml"
+    narrow.write_text(
+        "height = 16\nwidth = 16\nsteps = 10\nclasses_per_group = 3\n"
+        "[guidance]\nscale = 0.1\nstart = 0.5\nstop = 0.54\n"
+    )
+    more = (*more, narrow) if more == ("--recipe",) else more
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out", *more), part)

@@ -66,6 +66,15 @@ def test_a_stop_leaves_whole_groups(preset: Preset, tmp_path: Path) -> None:
     assert result["num_images"] == 14
 
 
+def test_a_smaller_count_uses_fewer_images(preset: Preset, tmp_path: Path) -> None:
+    """Asked for fewer images than the folder holds, the run trains on and reports on so many."""
+    first = Run(preset, tmp_path, workers=1).execute()
+    assert (first["resumed"], first["num_images"]) == (False, 14)
+    fewer = Run(preset, tmp_path, workers=1, num_images=7).execute()
+    assert (fewer["resumed"], fewer["num_images"]) == (True, 7)
+    assert "- images: 7" in (tmp_path / "student.md").read_text()
+
+
 @pytest.mark.parametrize("make", [digits])
 def test_control_differs_in_guidance_scale_alone(make: Any) -> None:
     """The control of a preset: the same job but for guidance.scale = 0."""
@@ -123,3 +132,14 @@ def test_sigterm_ends_after_the_group_with_75(tiny_job: SynthJob, tmp_path: Path
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     assert not list((tmp_path / "set").glob("*.fresh"))
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_workers_too_is_75(tiny_job: SynthJob, tmp_path: Path) -> None:
+    """A signal to the whole process group, as batch systems send it, is a stop and no error."""
+    words = synth_command(tiny_job, tmp_path / "set", 6000)
+    words[words.index("--workers") + 1] = "2"
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=os.environ, start_new_session=True)
+    wait_for_groups(tmp_path / "set", 1, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75

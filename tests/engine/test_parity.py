@@ -61,7 +61,7 @@ def _compare(pipe: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None
     assert (ours - theirs).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("steps", [10, 20])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_final_latents_are_those_of_diffusers(
@@ -79,7 +79,7 @@ def test_final_latents_are_those_of_diffusers(
     _compare(pipeline, recipe(steps=steps, guidance_scale=guidance_scale, negative_prompt="bird"), monkeypatch)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("guidance_scale", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("steps", [10, 20])
 def test_the_embedded_prior_too(
     digits: Any, monkeypatch: pytest.MonkeyPatch, steps: int, guidance_scale: float
