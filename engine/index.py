@@ -200,7 +200,7 @@ def _refuse_other(folder: Path, have: Mapping[str, Any], want: Mapping[str, Any]
         return
     parts = ("recipe", "seed", "guidance", "model_sha256")
     ours, theirs = (flatten({p: side[p] for p in parts}) for side in (want, have))
-    for name in sorted(ours.keys() | theirs.keys()):
+    for name in sorted(ours.keys() | theirs.keys(), key=lambda n: (parts.index(n.partition(".")[0]), n)):
         if ours.get(name) != theirs.get(name):
             there, here = (str(side.get(name))[:60] for side in (theirs, ours))
             raise SynthkdError(

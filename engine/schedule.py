@@ -1,5 +1,6 @@
 """Coefficient tables of the solver, on the device, from a diffusers scheduler config."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,18 @@ def ddim_tables(config: Mapping[str, Any], steps: int, device: torch.device, dty
         sigma_next=put((1 - bar_next).sqrt()),
         prediction_type=str(config.get("prediction_type", "epsilon")),
     )
+
+
+def schedule_identity(config: Mapping[str, Any]) -> str:
+    """What the tables of any number of steps are made from, as text: equal where the tables are."""
+    defaults = {
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "prediction_type": "epsilon",
+    }
+    chosen = {name: config.get(name, value) for name, value in defaults.items()}
+    return json.dumps({"betas": betas(config).tolist(), **chosen}, sort_keys=True)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

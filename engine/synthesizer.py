@@ -22,7 +22,7 @@ from synthkd.engine.guidance import Guidance, frozen
 from synthkd.engine.models import LatentModel, StableDiffusion, load_model, load_tiny_decoder, weights_digest
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
 from synthkd.engine.sampler import Steering, sample
-from synthkd.engine.schedule import ddim_tables
+from synthkd.engine.schedule import ddim_tables, schedule_identity
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,10 @@ class Synthesizer:
         }
 
     def _model_digest(self) -> str:
-        """Over the weights, the decoder that guidance looks through if it is another one, and the solver's tables."""
+        """Over the weights, the decoder that guidance looks through if it is another one, and the noise schedule."""
         look = () if self._look is self.model.decoder else (self._look.module,)
-        tables = self._tables
-        columns = (tables.timesteps, tables.alpha, tables.sigma, tables.alpha_next, tables.sigma_next)
-        schedule = json.dumps([tables.prediction_type, *(c.double().tolist() for c in columns)])
-        return hashlib.sha256((weights_digest([*self.model.modules(), *look]) + schedule).encode()).hexdigest()
+        parts = weights_digest([*self.model.modules(), *look]) + schedule_identity(self.model.scheduler_config)
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def run(self, unit: WorkUnit, seed: int) -> Batch:
         """Draw one group; a non-finite one is redrawn with attempt + 1.

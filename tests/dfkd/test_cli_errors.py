@@ -323,7 +323,7 @@ def test_training_settings_from_a_file(call: Any, tiny_set: Path, tmp_path: Path
     assert_refused(call(*words), "wrong type")
     spec.write_text("steps = 2\nbatch_size = 4\n[arch_args]\nwidths = [4]\nblocks = [1]")
     assert call(*words).returncode == 0
-    assert "widths = [4]" in (tmp_path / "s/student.toml").read_text()
+    assert '"widths" = [4]' in (tmp_path / "s/student.toml").read_text()
 
 
 def test_damaged_shard_is_drawn_again(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:

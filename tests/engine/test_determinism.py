@@ -165,7 +165,7 @@ def test_two_writers_on_one_folder(canned: Callable[..., Any], tmp_path: Path) -
         ({"steps": 3}, "recipe.steps"),
         ({"guidance_scale": 2.0}, "recipe.guidance_scale"),
         ({"cutmix": CutMixSpec(every=1, last_clean=1)}, "recipe.cutmix.every"),
-        ({"guidance": GuidanceSpec(scale=0.1)}, "guidance.alpha"),  # alphabetical: the teacher, then its scale
+        ({"guidance": GuidanceSpec(scale=0.1)}, "recipe.guidance.scale"),  # the recipe before the teacher
         ({"prompts": ("a {class}",)}, "recipe.prompts"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.schedule import ddim_tables
+from synthkd.engine.schedule import ddim_tables, schedule_identity
 
 CPU = torch.device("cpu")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -102,3 +102,13 @@ def test_what_the_loop_cannot_do_is_refused_in_one_line(config: dict[str, Any], 
     with pytest.raises(SynthkdError, match=message) as caught:
         ddim_tables({**base, **config}, steps, CPU, torch.float32)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"beta_end": 0.02}, {"timestep_spacing": "trailing"}, {"steps_offset": 0}])
+def test_identity_follows_the_schedule(change: dict[str, Any]) -> None:
+    """Another schedule is another identity; the diffusers version that wrote the config is not."""
+    base = {
+        "num_train_timesteps": 100, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.01, "steps_offset": 1,
+    }  # fmt: skip
+    assert schedule_identity(base) == schedule_identity({**base, "_diffusers_version": "9", "clip_sample": False})
+    assert schedule_identity(base) != schedule_identity({**base, **change})
