@@ -31,6 +31,7 @@ def imported(path: Path) -> set[str]:
 
 def test_import_contracts_hold() -> None:
     """import-linter's contracts of pyproject.toml."""
+    pytest.importorskip("importlinter", reason="part of the dev extra; a GPU machine's own Python may lack it")
     linter = Path(sys.executable).parent / "lint-imports"
     done = subprocess.run([linter, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -114,7 +114,7 @@ def synth_command(job: SynthJob, folder: Path, count: int) -> list[str]:
 def wait_for_groups(folder: Path, count: int, process: "subprocess.Popen[bytes]") -> None:
     """Until so many groups of the first shard are journalled."""
     journal = folder / "shard-000000.tar.journal"
-    for _ in range(600):
+    for _ in range(3000):  # a minute: workers start slowly on a busy machine
         if journal.exists() and len(journal.read_text().splitlines()) >= count:
             return
         if process.poll() is not None:
