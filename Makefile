@@ -35,7 +35,7 @@ gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark sui
 	$(PYTHON) -m synthkd.bench.gpu --minutes 9
 
 assets: $(VENV)/.ready ## rebuild the embedded default from scratch (about 70 minutes on one core)
-	$(BIN)/python -m pip install -q -c constraints.txt '.[assets]'
+	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev,assets]'
 	$(BIN)/python engine/assets/build/build.py
 
 clean: ## remove what the targets made

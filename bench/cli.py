@@ -42,12 +42,12 @@ def digits(
     console = Console(stderr=json_output)
     rows = []
     for seed in _numbers(seeds):
+        if record and (out_dir / f"seed-{seed}").exists():
+            raise SynthkdError(
+                f"{out_dir}/seed-{seed}: holds an earlier run, so times would not be one run's; remove it"
+            )
         with Bars(console) as bars:
             rows.append(run_seed(preset, seed, out_dir / f"seed-{seed}", bars))
-        if record and rows[-1]["resumed"]:
-            raise SynthkdError(
-                f"{out_dir}: holds an earlier run of seed {seed}, its times are not one run's; use an empty --out"
-            )
         if record:
             append_row("digits", rows[-1])
         if json_output:

@@ -71,3 +71,14 @@ def test_smaller_sets_are_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert asked == [("guided", 250), ("unguided", 250)]
     assert row["accuracy_at"] == {"guided": {"500": 95.0, "250": 50.0}, "unguided": {"500": 20.0, "250": 50.0}}
     assert "confusion" not in row
+
+
+def test_a_resumed_run_is_not_recorded(tmp_path: Path) -> None:
+    """Times of a run that went on from an earlier one are no measurement."""
+    from typer.testing import CliRunner
+
+    from synthkd.bench.cli import app
+
+    (tmp_path / "seed-0").mkdir()
+    done = CliRunner().invoke(app, ["digits", "--out", str(tmp_path), "--record"])
+    assert "holds an earlier run" in str(done.exception)
