@@ -131,11 +131,14 @@ class Synthesizer:
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
+        The guidance's networks are moved to the prior's device.
         Raises SynthkdError where recipe, prior and guidance do not fit together.
         """
         if recipe.guidance.scale > 0 and guidance is None:
             raise SynthkdError("recipe: guidance.scale is above 0, but no guidance was given; pass one or set it to 0")
         self.model, self.recipe, self.guidance = model, recipe, guidance
+        for network in guidance.modules() if guidance else ():
+            network.to(model.device)
         self._look = decoder or model.decoder
         self._shape = model.latent_shape(recipe.height, recipe.width)
         self._tables = ddim_tables(model.scheduler_config, recipe.steps, model.device, model.dtype)

@@ -75,9 +75,7 @@ def write_sums() -> None:
         and p.relative_to(ASSETS).parts[0] != "build"
         and p.suffix in (".safetensors", ".json", ".toml", ".txt", ".png")
     ]
-    lines = [
-        f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(ASSETS).as_posix()}" for p in files
-    ]
+    lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(ASSETS).as_posix()}" for p in files]
     (ASSETS / "SHA256SUMS").write_text("\n".join(lines) + "\n")
 
 
@@ -94,9 +92,7 @@ def run_stage(stage: str, scale: float) -> None:
 
 def main() -> None:
     """Run all stages, or one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=STAGES, help="run this one stage, from what earlier stages left")
     parser.add_argument(
         "--minutes-scale",

@@ -127,9 +127,7 @@ def glyph_canvas(font: str, digit: int) -> Array:
     height = 72
     width = max(8, min(84, round(crop.width * height / crop.height)))
     canvas = Image.new("L", (CANVAS, CANVAS))
-    canvas.paste(
-        crop.resize((width, height), Image.Resampling.BOX), ((CANVAS - width) // 2, (CANVAS - height) // 2)
-    )
+    canvas.paste(crop.resize((width, height), Image.Resampling.BOX), ((CANVAS - width) // 2, (CANVAS - height) // 2))
     return np.asarray(canvas, dtype=np.float32) / 255.0
 
 
@@ -382,9 +380,7 @@ def sheet(images: Array, path: Path, columns: int = 16, zoom: int = 2) -> None:
     rows = len(images) // columns
     grid = images[: rows * columns].reshape(rows, columns, SIDE, SIDE, 3).transpose(0, 2, 1, 3, 4)
     picture = Image.fromarray(grid.reshape(rows * SIDE, columns * SIDE, 3))
-    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(
-        path, optimize=True
-    )
+    picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST).save(path, optimize=True)
 
 
 def main() -> None:

@@ -84,9 +84,7 @@ def augment(x: torch.Tensor, generator: torch.Generator, strength: float = 1.0) 
     return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-def fit(
-    net: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, batch: int, norm: tuple[float, float]
-) -> None:
+def fit(net: nn.Module, x: torch.Tensor, y: torch.Tensor, epochs: int, batch: int, norm: tuple[float, float]) -> None:
     """Train by AdamW with a cosine decay and mild augmentation."""
     generator = torch.Generator().manual_seed(SEED)
     optimiser = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=0.02)

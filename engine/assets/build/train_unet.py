@@ -171,11 +171,7 @@ def noised(latents: torch.Tensor, alphas: torch.Tensor) -> tuple[torch.Tensor, .
 
 def rate(progress: float, step: int) -> float:
     """Warm up over 200 steps, then follow a cosine down to 2 %."""
-    return (
-        PEAK_RATE
-        * min(1.0, (step + 1) / 200)
-        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-    )
+    return PEAK_RATE * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 def make_pipeline(prior: Prior, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
@@ -249,9 +245,7 @@ def sample(
     """Sample images of 0..1, class after class."""
     generator = torch.Generator().manual_seed(seed)
     prompts = [template.format(word) for word in glyphs.DIGITS for _ in range(per_class)]
-    images = pipe(
-        prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt"
-    )
+    images = pipe(prompts, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt")
     return images.images.float()
 
 
@@ -284,9 +278,7 @@ def examine(pipe: StableDiffusionPipeline, folder: Path, per_class: int = 20) ->
 
 
 @torch.no_grad()
-def word_gap(
-    prior: Prior, latents: torch.Tensor, looks: list[glyphs.Look], tokenizer: CLIPTokenizer
-) -> float:
+def word_gap(prior: Prior, latents: torch.Tensor, looks: list[glyphs.Look], tokenizer: CLIPTokenizer) -> float:
     """Measure how much a wrong digit word raises the loss at a middle noise level, in per cent."""
     alpha = make_scheduler().alphas_cumprod[400]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1))
@@ -370,9 +362,7 @@ def train(iterations: int, minutes: float, folder: Path, warm: Path | None = Non
         losses.append(trainer.step(rate(max(count / iterations, spent / minutes), count), count))
         count += 1
         if count in (20, 50) or count % 100 == 0:
-            print(
-                f"{count} {(time.time() - start) / 60:.2f} min loss {np.mean(losses[-100:]):.4f}", flush=True
-            )
+            print(f"{count} {(time.time() - start) / 60:.2f} min loss {np.mean(losses[-100:]):.4f}", flush=True)
         if count % 200 == 0:
             print(f"  word gap {word_gap(trainer.live, *trainer.held, trainer.tokenizer):.2f} %", flush=True)
         if spent > due:
@@ -396,12 +386,8 @@ def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="training steps")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="wall-clock cap, which also paces the decay"
-    )
-    parser.add_argument(
-        "--warm", type=Path, help="pipeline folder whose UNet to start from (default: from nothing)"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="wall-clock cap, which also paces the decay")
+    parser.add_argument("--warm", type=Path, help="pipeline folder whose UNet to start from (default: from nothing)")
     args = parser.parse_args()
     train(args.iterations, args.minutes, glyphs.SCRATCH, args.warm)
 

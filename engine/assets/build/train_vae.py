@@ -80,9 +80,7 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 def rate(progress: float, step: int, peak: float = 1e-3) -> float:
     """Warm up over 100 steps, then follow a cosine down to 3 %."""
-    return (
-        peak * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-    )
+    return peak * min(1.0, (step + 1) / 100) * (0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 @torch.no_grad()
@@ -142,9 +140,7 @@ def train(iterations: int, minutes: float, folder: Path) -> dict[str, float]:
     return save(ema, held, folder, step, (time.time() - start) / 60)
 
 
-def save(
-    vae: AutoencoderKL, held: torch.Tensor, folder: Path, steps: int, minutes: float
-) -> dict[str, float]:
+def save(vae: AutoencoderKL, held: torch.Tensor, folder: Path, steps: int, minutes: float) -> dict[str, float]:
     """Save the finished autoencoder, its figures and a sheet of reconstructions."""
     scaling = finish(vae, held)
     vae.save_pretrained(folder / "vae")
@@ -170,9 +166,7 @@ def main() -> None:
     """Train from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--iterations", type=int, default=ITERATIONS, help="training steps")
-    parser.add_argument(
-        "--minutes", type=float, default=MINUTES, help="wall-clock cap, which also paces the decay"
-    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="wall-clock cap, which also paces the decay")
     args = parser.parse_args()
     train(args.iterations, args.minutes, glyphs.SCRATCH)
 
