@@ -32,10 +32,6 @@ class LabelledImages:
         """Number of images."""
         return len(self.labels)
 
-    def first(self, count: int) -> "LabelledImages":
-        """The first `count` images."""
-        return LabelledImages(self.images[:count], self.labels[:count], self.classes)
-
 
 def load_synthetic(folder: Path, limit: int | None = None, size: tuple[int, int] | None = None) -> LabelledImages:
     """The first `limit` samples of a synthetic set (all by default) in id order, resized to `size` pixels if given.

@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-TONES = ("guided", "unguided", "teacher", "rest", "faint")
-
 # Nothing but inline styles and data: images may load, so the page can neither call out nor run a script.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 

@@ -1,4 +1,4 @@
-"""The environment key: images are byte-identical where it is equal, and within one grey level where it is not."""
+"""The environment key: on a CPU, images are byte-identical where it is equal."""
 
 import hashlib
 import importlib.metadata
