@@ -87,6 +87,22 @@ class Teacher(nn.Module):
             logits = self(images)
         return logits, taps
 
+    def features(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in [0,1] -> what the last linear layer reads, [B,D].
+
+        Raises SynthkdError for a network without a linear layer.
+        """
+        linear = [layer for layer in self.net.modules() if isinstance(layer, nn.Linear)]
+        if not linear:
+            raise SynthkdError("teacher: its network has no linear layer, so it has no features to compare")
+        read: list[Tensor] = []
+        handle = linear[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            self(images)
+        finally:
+            handle.remove()
+        return read[0]
+
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
         return super().train(False)

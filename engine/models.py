@@ -18,8 +18,11 @@ EMBEDDED = "embedded:"
 _PROMPT_CACHE = 4096
 
 
+Conditioning = dict[str, Tensor]
+
+
 class LatentModel(Protocol):
-    """A frozen latent denoiser with text conditioning and its decoder."""
+    """A frozen latent denoiser with its conditioning and its decoder."""
 
     @property
     def decoder(self) -> Decoder:
@@ -45,12 +48,20 @@ class LatentModel(Protocol):
         """Channels, height and width of the latent of an image in pixels."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
-        """Conditioning [B,L,D] of prompts."""
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """What the denoiser is told of B prompts, tensors [B,...] by name, and the same for the negative prompt.
+
+        The second is None where classifier-free guidance is off (guidance_scale <= 1) or embedded in the denoiser.
+        size: height and width of the image in pixels.
+        """
         ...
 
-    def denoise(self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's conditional and unconditional outputs at z [B,C,h,w] and timestep t (0-d)."""
+    def denoise(
+        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's conditional and unconditional outputs [B,C,h,w] at z [B,C,h,w] and timestep t (0-d)."""
         ...
 
     def modules(self) -> Iterable[nn.Module]:
@@ -99,9 +110,15 @@ class StableDiffusion:
                 raise SynthkdError(f"recipe: {name} is {value}; this model needs a multiple of {factor}")
         return int(self._pipe.unet.config.in_channels), height // factor, width // factor
 
-    def encode(self, prompts: Sequence[str]) -> Tensor:
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None]:
         """Text encoder states [B,L,D]; each prompt is encoded alone, once, so the batch cannot change a bit."""
-        return torch.cat([self._encode_one(p) for p in prompts])
+        cond = torch.cat([self._encode_one(p) for p in prompts])
+        if guidance_scale <= 1.0:
+            return {"encoder_hidden_states": cond}, None
+        uncond = self._encode_one(negative_prompt).expand_as(cond)
+        return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
 
     def _encode_one(self, prompt: str) -> Tensor:
         if prompt not in self._cache:
@@ -121,12 +138,15 @@ class StableDiffusion:
                 self._cache.popitem(last=False)
         return self._cache[prompt]
 
-    def denoise(self, z: Tensor, t: Tensor, cond: Tensor, uncond: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def denoise(
+        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Tensor, Tensor | None]:
         """One UNet call; with classifier-free guidance on a doubled batch, unconditional half first."""
         unet = self._pipe.unet
         if uncond is None:
-            return unet(z, t, encoder_hidden_states=cond, return_dict=False)[0], None
-        both = unet(torch.cat([z, z]), t, encoder_hidden_states=torch.cat([uncond, cond]), return_dict=False)[0]
+            return unet(z, t, **cond, return_dict=False)[0], None
+        told = {name: torch.cat([uncond[name], value]) for name, value in cond.items()}
+        both = unet(torch.cat([z, z]), t, **told, return_dict=False)[0]
         out_uncond, out_cond = both.chunk(2)
         return out_cond, out_uncond
 

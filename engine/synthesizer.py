@@ -19,7 +19,14 @@ from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.guidance import Guidance, frozen
-from synthkd.engine.models import LatentModel, StableDiffusion, load_model, load_tiny_decoder, weights_digest
+from synthkd.engine.models import (
+    Conditioning,
+    LatentModel,
+    StableDiffusion,
+    load_model,
+    load_tiny_decoder,
+    weights_digest,
+)
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
 from synthkd.engine.sampler import Steering, sample
 from synthkd.engine.schedule import ddim_tables, schedule_identity
@@ -286,11 +293,10 @@ class Synthesizer:
             seconds=clock.totals(),
         )
 
-    def _conditions(self, prompts: tuple[str, ...]) -> tuple[Tensor, Tensor | None]:
-        cond = self.model.encode(prompts)
-        if self.recipe.guidance_scale <= 1.0:
-            return cond, None
-        return cond, self.model.encode([self.recipe.negative_prompt]).expand_as(cond)
+    def _conditions(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:
+        recipe = self.recipe
+        size = (recipe.height, recipe.width)
+        return self.model.conditions(prompts, recipe.negative_prompt, recipe.guidance_scale, size)
 
     def _steering(self, unit: WorkUnit, seed: int, attempt: int) -> Steering:
         """Targets and source maps of every call, made before the loop starts."""
