@@ -1,6 +1,9 @@
-"""Latent CutMix plans: which sample each latent position comes from (arXiv 2504.00870; boxes as in 1905.04899)."""
+"""Latent CutMix plans: which sample each latent position comes from (arXiv 2504.00870; boxes as in 1905.04899).
 
-from collections.abc import Sequence
+And the augmented views that a guidance may see beside the plain image.
+"""
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -8,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthkd.engine import rng
-from synthkd.engine.config import CutMixSpec
+from synthkd.engine.config import CutMixSpec, GuidanceSpec
 
 
 def partners(classes: Sequence[int], spec: CutMixSpec, seed: int, group: int, event: int, attempt: int) -> list[int]:
@@ -79,3 +82,28 @@ def area_targets(source: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     flat = classes[source].flatten(1)
     counts = torch.zeros(len(flat), num_classes).scatter_add_(1, flat, torch.ones(flat.shape))
     return counts / flat.shape[1]
+
+
+def look(
+    ids: Sequence[int], spec: GuidanceSpec, device: torch.device, *, seed: int, call: int, view: int, attempt: int
+) -> Callable[[Tensor], Tensor]:
+    """One random view of a group's images [B,3,H,W]: shifted (edges repeat) and perhaps mirrored, per sample."""
+    u = torch.from_numpy(np.stack([rng.uniform(seed, i, f"look {call} {view}", 3, attempt) for i in ids]))
+    shift = ((2 * u[:, :2] - 1) * spec.look_shift).float().to(device)
+    mirror = ((u[:, 2] < 0.5) & spec.look_flip).to(device)
+
+    def view_of(images: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        rows = _moved(height, shift[:, 0])
+        columns = _moved(width, shift[:, 1])
+        columns = torch.where(mirror[:, None], columns.flip(1), columns)
+        out = images.gather(2, rows[:, None, :, None].expand_as(images))
+        return out.gather(3, columns[:, None, None, :].expand_as(images))
+
+    return view_of
+
+
+def _moved(size: int, share: Tensor) -> Tensor:
+    """Source index [B,size] of each position under a shift by a share [B] of the size."""
+    positions = torch.arange(size, device=share.device)
+    return (positions + (share * size).round().long()[:, None]).clamp(0, size - 1)

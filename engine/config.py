@@ -10,9 +10,11 @@ from typing import Any, get_args, get_type_hints
 from synthkd.engine.errors import SynthkdError, suggest
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-SCHEDULES = ("sigma", "constant")
+SCHEDULES = ("sigma", "constant", "cosine", "polyak")
 GRADIENTS = ("x0", "unet")
-SAMPLERS = ("ddim",)
+SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
+SPACINGS = ("model", "leading", "trailing", "linspace", "karras")
+PREDICTIONS = ("model", "epsilon", "v_prediction", "sample")
 FORMATS = ("png", "jpg", "webp")
 
 
@@ -38,11 +40,14 @@ class GuidanceSpec:
     """When and how strongly the guidance loss moves the predicted clean latent.
 
     scale: root-mean-square size of one update of x0, in latent units; 0 turns guidance off.
-    schedule: `sigma` multiplies scale by sigma_t = sqrt(1 - alphas_cumprod); `constant` does not.
+    schedule: of the step: `sigma` multiplies scale by sigma_t = sqrt(1 - alphas_cumprod), `constant` by 1, `cosine`
+    by half a cosine from 1 to 0 over the run; `polyak` lets loss and gradient decide, with scale sigma_t at most.
     start, stop: guided share of the steps, as fractions of the run; every: guide each n-th step of it.
     gradient: `x0` differentiates the decoder and the loss only; `unet` goes through the denoiser to z_t.
     decoder: what the loss looks through: `vae`, or `tiny:PATH` for an AutoencoderTiny folder.
     rederive_eps: the solver's eps from the shifted x0 (True) or from the denoiser's own x0 (False, MPGD).
+    looks: views over which the loss is a mean, the plain image and looks - 1 random ones (arXiv 2403.12404), each
+    shifted by up to look_shift of its size and, with look_flip, mirrored half of the time.
     """
 
     scale: float = 0.1
@@ -53,6 +58,9 @@ class GuidanceSpec:
     gradient: str = "x0"
     decoder: str = "vae"
     rederive_eps: bool = False
+    looks: int = 1
+    look_shift: float = 0.1
+    look_flip: bool = False
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a value outside its range."""
@@ -65,6 +73,8 @@ class GuidanceSpec:
         _check(self.every >= 1, "guidance.every", self.every, "a whole number >= 1")
         decoder_ok = self.decoder == "vae" or self.decoder.startswith("tiny:")
         _check(decoder_ok, "guidance.decoder", self.decoder, "'vae' or 'tiny:PATH'")
+        _check(1 <= self.looks <= 64, "guidance.looks", self.looks, "1 to 64 (1: the plain image alone)")
+        _check(0 <= self.look_shift < 1, "guidance.look_shift", self.look_shift, "0 <= share < 1")
 
     def active(self, step: int, steps: int) -> bool:
         """Whether denoiser call `step` of `steps` is guided."""
@@ -103,25 +113,39 @@ class CutMixSpec:
 class Recipe:
     """Everything that decides what an image looks like, but for the seed; frozen and checked on birth.
 
-    classes: class names in the order of the teacher's outputs; prompts: templates with `{class}`, one drawn
-    per sample; guidance_scale: classifier-free guidance as in diffusers (off at 1 and below); guidance: the
-    teacher's part; a group is classes_per_group x samples_per_class samples that share batch statistics,
-    Latent CutMix partners and randomness.
+    classes: class names in the order of the teacher's outputs; class_words: what prompts call them, where that
+    differs; class_weights: images of each class in proportion, 0 leaves a class out (all alike where empty);
+    prompts: templates with `{class}`, one drawn per sample.
+    sampler, steps: the solver and its denoiser calls; eta: DDIM's fresh noise; spacing: which timesteps are called,
+    the prior's own by default; prediction_type: what the prior must predict (checked; `model`: whatever it does);
+    guidance_scale: classifier-free guidance as in diffusers (off at 1 and below), guidance_rescale as well.
+    guidance: the teacher's part. A group is classes_per_group x samples_per_class samples that share batch
+    statistics, Latent CutMix partners and randomness.
+    rounds: parts of the set between which the guidance may learn (a student, say): the first rounds have
+    groups_per_round groups each, the last one all the rest.
     """
 
     classes: tuple[str, ...]
+    class_words: tuple[str, ...] = ()
+    class_weights: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ("a photo of a {class}",)
     negative_prompt: str = ""
     height: int = 512
     width: int = 512
     sampler: str = "ddim"
     steps: int = 20
+    eta: float = 0.0
+    spacing: str = "model"
+    prediction_type: str = "model"
     guidance_scale: float = 5.0
+    guidance_rescale: float = 0.0
     guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     cutmix: CutMixSpec = field(default_factory=CutMixSpec)
     classes_per_group: int = 10
     samples_per_class: int = 2
     groups_per_shard: int = 50
+    rounds: int = 1
+    groups_per_round: int = 0
     dtype: str = "float32"
     image_format: str = "png"
     image_quality: int = 95
@@ -131,16 +155,18 @@ class Recipe:
         """Raise SynthkdError for a field outside its range."""
         _floats(self)
         self._check_text()
+        self._check_classes()
+        self._check_sampler()
+        self._check_rounds()
         for name in ("height", "width", "steps", "classes_per_group", "samples_per_class", "groups_per_shard"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "a whole number >= 1")
-        _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("image_format", self.image_format, FORMATS)
         _check(1 <= self.image_quality <= 100, "image_quality", self.image_quality, "1 to 100")
         _check(self.attempts >= 1, "attempts", self.attempts, "a whole number >= 1")
         _check(math.isfinite(self.guidance_scale), "guidance_scale", self.guidance_scale, "a finite number")
-        size = (self.classes_per_group, len(self.classes))
-        _check(size[0] <= size[1], "classes_per_group", size[0], f"at most the {size[1]} classes")
+        size = (self.classes_per_group, len(self.drawn_classes))
+        _check(size[0] <= size[1], "classes_per_group", size[0], f"at most the {size[1]} classes that are drawn")
         guided = self.guidance.scale == 0 or any(self.guidance.active(i, self.steps) for i in range(self.steps))
         window = (self.guidance.start, self.guidance.stop)
         _check(guided, "guidance.start, stop", window, f"a window that holds at least one of {self.steps} steps")
@@ -152,6 +178,40 @@ class Recipe:
         _check(len(self.prompts) >= 1, "prompts", self.prompts, "at least one template")
         for prompt in self.prompts:
             _check("{class}" in prompt, "prompts", prompt, "a template that contains {class}")
+
+    def _check_classes(self) -> None:
+        count = len(self.classes)
+        if self.class_words:
+            _check(len(self.class_words) == count, "class_words", len(self.class_words), f"{count}, one per class")
+            _check(all(self.class_words), "class_words", self.class_words, "no empty words")
+        if self.class_weights:
+            _check(len(self.class_weights) == count, "class_weights", len(self.class_weights), f"{count} numbers")
+            whole = all(0 <= w <= 1000 for w in self.class_weights) and any(self.class_weights)
+            _check(whole, "class_weights", self.class_weights, "whole numbers 0 to 1000, not all of them 0")
+
+    def _check_sampler(self) -> None:
+        _one_of("sampler", self.sampler, SAMPLERS)
+        _one_of("spacing", self.spacing, SPACINGS)
+        _one_of("prediction_type", self.prediction_type, PREDICTIONS)
+        _check(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
+        _check(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, f"0 with sampler {self.sampler!r}")
+        _check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "0 to 1")
+        fits = self.sampler != "dpmpp_2m" or self.steps >= 2
+        _check(fits, "steps", self.steps, "at least 2 with sampler 'dpmpp_2m', which is of second order")
+        levels = self.sampler in ("euler", "euler_ancestral", "dpmpp_2m")
+        _check(levels or self.spacing != "karras", "spacing", self.spacing, f"another one with {self.sampler!r}")
+        own = self.sampler != "lcm" or self.spacing == "model"
+        _check(own, "spacing", self.spacing, "'model' with sampler 'lcm', which has timesteps of its own")
+
+    def _check_rounds(self) -> None:
+        _check(self.rounds >= 1, "rounds", self.rounds, "a whole number >= 1")
+        if self.rounds == 1:
+            _check(self.groups_per_round == 0, "groups_per_round", self.groups_per_round, "0 with rounds = 1")
+            return
+        fits = self.groups_per_round >= 1 and self.groups_per_round % max(self.groups_per_shard, 1) == 0
+        _check(
+            fits, "groups_per_round", self.groups_per_round, f"a multiple of groups_per_shard {self.groups_per_shard}"
+        )
 
     def _check_cutmix(self) -> None:
         if self.cutmix.every == 0:
@@ -167,6 +227,20 @@ class Recipe:
     def group_size(self) -> int:
         """Samples in a group."""
         return self.classes_per_group * self.samples_per_class
+
+    @property
+    def drawn_classes(self) -> tuple[int, ...]:
+        """Class numbers as often as they take part in one run through the classes."""
+        weights = self.class_weights or (1,) * len(self.classes)
+        return tuple(c for c, weight in enumerate(weights) for _ in range(weight))
+
+    def word(self, class_number: int) -> str:
+        """What prompts call a class."""
+        return (self.class_words or self.classes)[class_number]
+
+    def round_of(self, group: int) -> int:
+        """The round that a group belongs to; a function of the recipe alone, so that a set can grow."""
+        return min(group // self.groups_per_round, self.rounds - 1) if self.rounds > 1 else 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -197,8 +271,9 @@ def _typed(cls: type, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _coerce(where: str, value: Any, hint: Any) -> Any:
     if get_args(hint):
-        ok = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-        _check(ok, where, value, "a list of strings")
+        kind = get_args(hint)[0]
+        ok = isinstance(value, (list, tuple)) and all(type(v) is kind for v in value)
+        _check(ok, where, value, "a list of strings" if kind is str else "a list of whole numbers")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

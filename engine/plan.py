@@ -14,6 +14,7 @@ class WorkUnit:
 
     group: int
     shard: int
+    round: int
     ids: range
     classes: tuple[int, ...]
     kept: int
@@ -43,7 +44,8 @@ class Plan:
         size = self.recipe.group_size
         ids = range(group * size, (group + 1) * size)
         kept = min(size, self.request.num_samples - ids.start)
-        return WorkUnit(group, group // self.recipe.groups_per_shard, ids, self._classes(group), kept)
+        shard, round_ = group // self.recipe.groups_per_shard, self.recipe.round_of(group)
+        return WorkUnit(group, shard, round_, ids, self._classes(group), kept)
 
     def shard_units(self, shard: int) -> Iterator[WorkUnit]:
         """The units of one shard, in order."""
@@ -59,14 +61,29 @@ class Plan:
     def _classes(self, group: int) -> tuple[int, ...]:
         """Class of each member: a window over an endless run of permuted class lists, interleaved.
 
-        Where classes_per_group does not divide the classes, a window over the seam of two lists may hold a class twice.
+        A class of weight w is w times in each list. Where classes_per_group does not divide the list, or a weight is
+        above 1, a window may hold a class more than once.
         """
-        per_group, num_classes = self.recipe.classes_per_group, len(self.recipe.classes)
+        per_group, drawn = self.recipe.classes_per_group, self.recipe.drawn_classes
         window = []
         for position in range(group * per_group, (group + 1) * per_group):
-            epoch, offset = divmod(position, num_classes)
-            window.append(_class_order(self.request.seed, epoch, num_classes)[offset])
+            epoch, offset = divmod(position, len(drawn))
+            window.append(drawn[_class_order(self.request.seed, epoch, len(drawn))[offset]])
         return tuple(window) * self.recipe.samples_per_class
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds that hold at least one wanted sample."""
+        return self.recipe.round_of(self.num_groups - 1) + 1
+
+    def round_shards(self, round_: int) -> range:
+        """The shards of one round; rounds are whole shards."""
+        recipe = self.recipe
+        if recipe.rounds == 1:
+            return range(self.num_shards)
+        per_round = recipe.groups_per_round // recipe.groups_per_shard
+        last = self.num_shards if round_ == recipe.rounds - 1 else (round_ + 1) * per_round
+        return range(min(round_ * per_round, self.num_shards), min(last, self.num_shards))
 
 
 @lru_cache(maxsize=64)

@@ -18,7 +18,7 @@ from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
-from synthkd.engine.guidance import Guidance, frozen
+from synthkd.engine.guidance import Guidance, Look, frozen
 from synthkd.engine.models import (
     Conditioning,
     LatentModel,
@@ -29,7 +29,7 @@ from synthkd.engine.models import (
 )
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
 from synthkd.engine.sampler import Steering, sample
-from synthkd.engine.schedule import ddim_tables, schedule_identity
+from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Synthesizer:
             network.to(model.device)
         self._look = decoder or model.decoder
         self._shape = model.latent_shape(recipe.height, recipe.width)
-        self._tables = ddim_tables(model.scheduler_config, recipe.steps, model.device, model.dtype)
+        self._tables = _tables(model, recipe)
         self._digest: str | None = None
 
     @classmethod
@@ -223,17 +223,20 @@ class Synthesizer:
 
     def initial_latents(self, ids: Iterable[int], seed: int, attempt: int = 0) -> Tensor:
         """Initial noise [B,C,h,w] of samples, float32 standard normal on the host, moved to device and dtype."""
+        return self._noise(ids, seed, "latents", attempt)
+
+    def _noise(self, ids: Iterable[int], seed: int, purpose: str, attempt: int) -> Tensor:
         count = int(np.prod(self._shape))
-        rows = [rng.normal(seed, i, "latents", count, attempt) for i in ids]
+        rows = [rng.normal(seed, i, purpose, count, attempt) for i in ids]
         z = torch.from_numpy(np.stack(rows)).view(-1, *self._shape)
         return z.to(device=self.model.device, dtype=self.model.dtype)
 
     def prompts(self, unit: WorkUnit, seed: int) -> tuple[str, ...]:
         """The prompt of each member of a group: a template drawn per sample, with its class name."""
-        templates, names = self.recipe.prompts, self.recipe.classes
+        templates = self.recipe.prompts
         picks = [rng.integer(seed, i, "prompt", len(templates)) for i in unit.ids]
         pairs = zip(picks, unit.classes, strict=True)
-        return tuple(templates[pick].replace("{class}", names[c]) for pick, c in pairs)
+        return tuple(templates[pick].replace("{class}", self.recipe.word(c)) for pick, c in pairs)
 
     def _draw(self, unit: WorkUnit, seed: int, attempt: int) -> Batch | None:
         """One attempt at a group; None where a latent, a term or an image is not finite."""
@@ -249,7 +252,7 @@ class Synthesizer:
                 self.initial_latents(unit.ids, seed, attempt),
                 lambda z, t: self.model.denoise(z, t, cond, uncond),
                 self._tables,
-                self.recipe.guidance_scale,
+                (self.recipe.guidance_scale, self.recipe.guidance_rescale),
                 steer,
                 clock,
             )
@@ -317,7 +320,42 @@ class Synthesizer:
                 if recipe.cutmix.scope == "any":
                     target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
         targets.append(target)
-        return Steering(self.guidance, self._look, recipe.guidance, targets, maps)
+        fresh = [
+            self._noise(unit.ids, seed, f"noise {i}", attempt) if noisy else None
+            for i, noisy in enumerate(self._tables.noisy)
+        ]
+        looks = self._looks(unit, seed, attempt)
+        return Steering(self.guidance, self._look, recipe.guidance, targets, maps, fresh, looks)
+
+    def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[Look]]:
+        spec, steps = self.recipe.guidance, self.recipe.steps
+        return [
+            [
+                augment.look(unit.ids, spec, self.model.device, seed=seed, call=i, view=view, attempt=attempt)
+                for view in range(1, spec.looks if spec.active(i, steps) else 1)
+            ]
+            for i in range(steps)
+        ]
+
+
+def _tables(model: LatentModel, recipe: Recipe) -> Tables:
+    """The solver's tables; raises SynthkdError where recipe and prior disagree."""
+    config = model.scheduler_config
+    tables = solver_tables(
+        config,
+        recipe.steps,
+        model.device,
+        model.dtype,
+        sampler=recipe.sampler,
+        eta=recipe.eta,
+        spacing=recipe.spacing,
+    )
+    if recipe.prediction_type not in ("model", tables.prediction_type):
+        raise SynthkdError(
+            f"recipe: prediction_type is {recipe.prediction_type!r}; the prior's scheduler says "
+            f"{tables.prediction_type!r}: leave the field out, or mend the prior's scheduler_config.json"
+        )
+    return tables
 
 
 def to_uint8(images: Tensor) -> Tensor:

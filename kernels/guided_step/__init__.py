@@ -1,4 +1,4 @@
-"""Guidance update, DDIM step and Latent CutMix gather, as one op."""
+"""Guidance update, solver step and Latent CutMix gather, as one op."""
 
 from synthkd.kernels.guided_step.reference import gather_source, guided_step
 

@@ -26,30 +26,45 @@ def guided_step(
     x0: Tensor,
     alpha: Tensor,
     sigma: Tensor,
-    alpha_next: Tensor,
-    sigma_next: Tensor,
+    to_x0: Tensor,
+    to_eps: Tensor,
     *,
+    noise: Tensor | None = None,
+    to_noise: Tensor | None = None,
+    before: Tensor | None = None,
+    to_history: Tensor | None = None,
     grad: Tensor | None = None,
     sumsq: Tensor | None = None,
     step: Tensor | None = None,
     src_map: Tensor | None = None,
     rederive_eps: bool = False,
-) -> Tensor:
-    """One deterministic DDIM step (arXiv 2010.02502, eq. 12, eta = 0) from a shifted clean latent.
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """One solver step from a shifted clean latent, then Latent CutMix of everything the solver carries on.
 
     x0' = x0 - step * grad / rms(grad) per sample; eps = (z - alpha x0) / sigma, from x0 (the shift is a
     correction of the clean latent alone, as in MPGD, arXiv 2311.16424) or, with rederive_eps, from x0';
-    z_next = alpha_next x0' + sigma_next eps, gathered through src_map.
+    z_next = to_x0 x0' + to_eps eps [+ to_history (x0' - before)] [+ to_noise noise]
+    which is DDIM (arXiv 2010.02502, eq. 12), Euler, DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) or a
+    consistency step (arXiv 2310.04378, algorithm 3), as the coefficients say.
 
-    z, x0, grad: [B,C,H,W]; sumsq: [B], the per-sample sum of squares of grad in at least float32; step and the
-    four coefficients: 0-d tensors on z's device; src_map: int64 [B,H,W] or None. Returns [B,C,H,W], dtype of z.
+    z, x0, grad, noise, before: [B,C,H,W]; sumsq: [B], the per-sample sum of squares of grad in at least float32;
+    step: 0-d or [B]; the coefficients: 0-d tensors on z's device; src_map: int64 [B,H,W] or None; keep: whether
+    the next call needs this one's x0'. Returns z_next and x0' (None unless kept), [B,C,H,W] in the dtype of z, both
+    gathered through src_map.
     """
     work = torch.promote_types(z.dtype, torch.float32)
     zw, clean = z.to(work), x0.to(work)
-    a, s, a_next, s_next = (c.to(work) for c in (alpha, sigma, alpha_next, sigma_next))
     shifted = clean
     if grad is not None and sumsq is not None and step is not None:
-        shifted = clean - step.to(work) * normalised_direction(grad, sumsq).to(work)
-    eps = (zw - a * (shifted if rederive_eps else clean)) / s
-    out = (a_next * shifted + s_next * eps).to(z.dtype)
-    return out if src_map is None else gather_source(out, src_map)
+        shifted = clean - step.to(work).view(-1, 1, 1, 1) * normalised_direction(grad, sumsq).to(work)
+    eps = (zw - alpha.to(work) * (shifted if rederive_eps else clean)) / sigma.to(work)
+    out = to_x0.to(work) * shifted + to_eps.to(work) * eps
+    if before is not None and to_history is not None:
+        out = out + to_history.to(work) * (shifted - before.to(work))
+    if noise is not None and to_noise is not None:
+        out = out + to_noise.to(work) * noise.to(work)
+    after, kept = out.to(z.dtype), shifted.to(z.dtype) if keep else None
+    if src_map is not None:
+        after, kept = gather_source(after, src_map), gather_source(kept, src_map) if kept is not None else None
+    return after, kept

@@ -11,7 +11,7 @@ from torch import Tensor
 from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe, Request, Synthesizer, SynthkdError, augment
 from synthkd.engine.clock import StageClock
 from synthkd.engine.sampler import Steering, sample
-from synthkd.engine.schedule import Tables
+from synthkd.engine.schedule import Coefficients, Tables
 from synthkd.kernels.guided_step import gather_source
 
 H, W = 5, 9
@@ -164,10 +164,11 @@ def test_the_loop_moves_latents_as_the_oracle_says(pipeline: Any, recipe: Callab
     for event in steer.maps:
         held = held if event is None else _exchange(held, _boxes_of(event))
     one, zero = torch.ones(9, dtype=torch.float64), torch.zeros(9, dtype=torch.float64)
-    tables = Tables(torch.arange(9), one, one, one, zero, "epsilon")
+    rows = Coefficients(one, one, one, zero, zero, zero)
+    tables = Tables(torch.arange(9), rows, (False,) * 9, False, 1.0, "epsilon")
     ids = torch.arange(6.0, dtype=torch.float64).view(-1, 1, 1, 1).expand(6, 4, H, W)
-    off = Steering(None, lambda z: z, GuidanceSpec(scale=0.0), steer.targets, steer.maps)
-    final, _ = sample(ids, lambda z, t: (z * 0, None), tables, 1.0, off, StageClock(torch.device("cpu")))
+    off = Steering(None, lambda z: z, GuidanceSpec(scale=0.0), steer.targets, steer.maps, steer.noise, steer.looks)
+    final, _ = sample(ids, lambda z, t: (z * 0, None), tables, (1.0, 0.0), off, StageClock(torch.device("cpu")))
     assert final[:, 0].long().tolist() == held
     assert held != _own(6)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from synthkd.dfkd.losses import bn_distance
 from synthkd.engine import GuidanceSpec, Request, Synthesizer, guidance, sampler
 from synthkd.engine.guidance import frozen, guidance_gradient
-from synthkd.engine.schedule import ddim_tables
+from synthkd.engine.schedule import solver_tables
 from synthkd.kernels import predict_x0
 
 TERMS = {"bn": (1.0, 0.0), "ce": (0.0, 1.0), "both": (0.3, 1.0)}
@@ -24,15 +24,15 @@ class Setting:
     def __init__(self, pipe: Any, make_recipe: Callable[..., Any], loss: Any, gradient: str) -> None:
         synth = Synthesizer.from_pipeline(pipe, make_recipe(guidance=GuidanceSpec(scale=0.1)), guidance=loss)
         model, self.loss = synth.model, loss
-        tables = ddim_tables(model.scheduler_config, 10, model.device, model.dtype)
+        tables = solver_tables(model.scheduler_config, 10, model.device, model.dtype)
         unit = synth.stream(Request(num_samples=6)).plan.unit(0)
         cond, uncond = synth._conditions(synth.prompts(unit, 0))
         self.targets = synth._steering(unit, 0, 0).targets[0]
         self.start = synth.initial_latents(unit.ids, 0)
-        alpha, sigma = tables.alpha[CALL], tables.sigma[CALL]
+        alpha, sigma = tables.at(CALL)[:2]
 
         def through_unet(z: Tensor) -> Tensor:
-            out = model.denoise(z, tables.timesteps[CALL], cond.expand(len(z), -1, -1), uncond)
+            out = model.denoise(z, tables.timesteps[CALL], cond, uncond)
             return predict_x0(z, *out, 3.0, alpha, sigma, tables.prediction_type)
 
         self.look: Callable[[Tensor], Tensor] = lambda x0: 0.5 + CONTRAST * (model.decoder(x0) - 0.5)
@@ -102,7 +102,7 @@ def test_each_term_alone_lowers_its_own_statistic(
     """With the sign of the step flipped the same comparison must come out the other way."""
     alpha, beta = TERMS[term]
     inner = sampler.step_size
-    monkeypatch.setattr(sampler, "step_size", lambda spec, sigma: sign * inner(spec, sigma))
+    monkeypatch.setattr(sampler, "step_size", lambda *args: sign * inner(*args))
 
     def run(scale: float) -> dict[str, list[Any]]:
         spec = GuidanceSpec(scale=scale, gradient=gradient, schedule="constant")

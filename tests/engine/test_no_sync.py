@@ -14,13 +14,17 @@ from synthkd.engine.clock import StageClock
 from synthkd.engine.guidance import frozen
 from synthkd.engine.sampler import sample
 
-MODES = {"unguided": GuidanceSpec(scale=0.0)} | {
-    f"{gradient}, {schedule}, rederive {rederive}": GuidanceSpec(
-        scale=0.3, gradient=gradient, schedule=schedule, rederive_eps=rederive
-    )
-    for gradient in ("x0", "unet")
-    for schedule, rederive in (("sigma", False), ("constant", True))
-}
+MODES = (
+    {"unguided": GuidanceSpec(scale=0.0)}
+    | {
+        f"{gradient}, {schedule}, rederive {rederive}": GuidanceSpec(
+            scale=0.3, gradient=gradient, schedule=schedule, rederive_eps=rederive
+        )
+        for gradient in ("x0", "unet")
+        for schedule, rederive in (("sigma", False), ("constant", True))
+    }
+    | {"polyak, several looks": GuidanceSpec(scale=0.3, schedule="polyak", looks=3, look_flip=True)}
+)
 
 
 def _sample_fake(synth: Synthesizer, spoil: Callable[[Tensor], Tensor] = lambda z: z) -> tuple[Tensor, list[Any]]:
@@ -35,7 +39,7 @@ def _sample_fake(synth: Synthesizer, spoil: Callable[[Tensor], Tensor] = lambda 
             mode.from_tensor(z),
             lambda z, t: synth.model.denoise(spoil(z), t, cond, uncond),
             synth._tables,
-            synth.recipe.guidance_scale,
+            (synth.recipe.guidance_scale, 0.3),
             steer,
             StageClock(torch.device("cpu")),
         )

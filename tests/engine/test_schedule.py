@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.schedule import ddim_tables, schedule_identity
+from synthkd.engine.schedule import schedule_identity, solver_tables
 
 CPU = torch.device("cpu")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -33,14 +33,14 @@ def test_tables_are_those_of_diffusers(kind: str, spacing: str, to_one: bool) ->
     )
     for steps in (1, 2, 7, 10, 20, 33, 50, 250):
         theirs.set_timesteps(steps)
-        ours = ddim_tables(dict(theirs.config), steps, CPU, torch.float64)
+        ours = solver_tables(dict(theirs.config), steps, CPU, torch.float64)
         assert ours.timesteps.tolist() == theirs.timesteps.tolist()
         before = [t - 1000 // steps for t in theirs.timesteps.tolist()]
         bar = theirs.alphas_cumprod.double()
         bar_next = torch.stack([bar[t] if t >= 0 else theirs.final_alpha_cumprod.double() for t in before])
         for ours_bar, ours_rest, want in (
-            (ours.alpha, ours.sigma, bar[theirs.timesteps]),
-            (ours.alpha_next, ours.sigma_next, bar_next),
+            (ours.rows.alpha, ours.rows.sigma, bar[theirs.timesteps]),
+            (ours.rows.to_x0, ours.rows.to_eps, bar_next),
         ):
             torch.testing.assert_close(ours_bar.square(), want, rtol=2e-4, atol=1e-6)  # theirs is a float32 product
             torch.testing.assert_close(ours_rest.square(), 1 - want, rtol=0, atol=1e-6)
@@ -52,7 +52,7 @@ def test_timesteps_agree_for_every_step_count(spacing: str) -> None:
         theirs = _scheduler(timestep_spacing=spacing, num_train_timesteps=total)
         for steps in range(2, total + 1, 1 if total < 100 else 3):
             theirs.set_timesteps(steps)
-            ours = ddim_tables(dict(theirs.config), steps, CPU, torch.float32)
+            ours = solver_tables(dict(theirs.config), steps, CPU, torch.float32)
             want = theirs.timesteps.tolist()[:steps]  # numpy.arange may give diffusers one more than was asked for
             assert ours.timesteps.tolist() == want, (total, steps)
 
@@ -63,12 +63,12 @@ def test_one_step_is_the_step_of_diffusers(kind: str) -> None:
 
     theirs = _scheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, prediction_type=kind)
     theirs.set_timesteps(10)
-    ours = ddim_tables(dict(theirs.config), 10, CPU, torch.float32)
+    ours = solver_tables(dict(theirs.config), 10, CPU, torch.float32)
     z, out = torch.randn(2, 3, 4, 5, 9, generator=torch.Generator().manual_seed(0))
     for i, t in enumerate(theirs.timesteps):
         want = theirs.step(out, t, z, eta=0.0).prev_sample
-        x0 = predict_x0(z, out, None, 1.0, ours.alpha[i], ours.sigma[i], ours.prediction_type)
-        got = guided_step(z, x0, ours.alpha[i], ours.sigma[i], ours.alpha_next[i], ours.sigma_next[i])
+        x0 = predict_x0(z, out, None, 1.0, *ours.at(i)[:2], ours.prediction_type)
+        got, _ = guided_step(z, x0, *ours.at(i)[:4])
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)  # near t = 0 float32 cancels in (z - alpha x0) / sigma
 
 
@@ -76,13 +76,13 @@ def test_given_betas_are_taken_as_they_are() -> None:
     betas = torch.linspace(0.01, 0.3, 20).tolist()
     theirs = _scheduler(trained_betas=betas, num_train_timesteps=20)
     theirs.set_timesteps(5)
-    ours = ddim_tables(dict(theirs.config), 5, CPU, torch.float32)
-    torch.testing.assert_close(ours.alpha.square(), theirs.alphas_cumprod[theirs.timesteps])
+    ours = solver_tables(dict(theirs.config), 5, CPU, torch.float32)
+    torch.testing.assert_close(ours.rows.alpha.square(), theirs.alphas_cumprod[theirs.timesteps])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tables_are_float32_at_least(dtype: torch.dtype) -> None:
-    assert ddim_tables(dict(_scheduler().config), 10, CPU, dtype).alpha.dtype == torch.float32
+    assert solver_tables(dict(_scheduler().config), 10, CPU, dtype).rows.alpha.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,9 @@ def test_tables_are_float32_at_least(dtype: torch.dtype) -> None:
     [
         ({"clip_sample": True}, 10, "clip_sample is on"),
         ({"thresholding": True}, 10, "thresholding is on"),
-        ({"rescale_betas_zero_snr": True}, 10, "rescale_betas_zero_snr is on"),
+        ({"rescale_betas_zero_snr": True}, 10, "rescale_betas_zero_snr is on with prediction_type 'epsilon'"),
+        ({"prediction_type": "flow_prediction"}, 10, "prediction_type 'flow_prediction' is not supported"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, 10, "flow matching, which is not supported yet"),
         ({}, 1001, "steps is 1001; the scheduler was trained with 1000"),
         ({"steps_offset": 1}, 1000, "steps is 1000"),
         ({"timestep_spacing": "trailling"}, 10, "did you mean 'trailing'"),
@@ -100,7 +102,7 @@ def test_tables_are_float32_at_least(dtype: torch.dtype) -> None:
 def test_what_the_loop_cannot_do_is_refused_in_one_line(config: dict[str, Any], steps: int, message: str) -> None:
     base = {"num_train_timesteps": 1000, "beta_schedule": "linear"}
     with pytest.raises(SynthkdError, match=message) as caught:
-        ddim_tables({**base, **config}, steps, CPU, torch.float32)
+        solver_tables({**base, **config}, steps, CPU, torch.float32)
     assert "\n" not in str(caught.value)
 
 

@@ -28,7 +28,7 @@ def _steer(grad: Tensor, step: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_unguided_step_keeps_x0_and_eps(shape: tuple[int, ...]) -> None:
     x0, eps, _ = _tensors(shape)
-    got = guided_step(A * x0 + S * eps, x0, *_coefficients(torch.float64))
+    got, _ = guided_step(A * x0 + S * eps, x0, *_coefficients(torch.float64))
     torch.testing.assert_close(got, A_NEXT * x0 + S_NEXT * eps, rtol=0, atol=1e-13)
 
 
@@ -37,7 +37,7 @@ def test_unguided_step_keeps_x0_and_eps(shape: tuple[int, ...]) -> None:
 def test_x0_moves_by_step_times_the_unit_rms_gradient(shape: tuple[int, ...], rederive: bool) -> None:
     z, x0, grad = _tensors(shape)
     grad *= torch.logspace(-3, 3, shape[0], dtype=grad.dtype).view(-1, 1, 1, 1)  # the size of a gradient is free
-    got = guided_step(z, x0, *_coefficients(torch.float64), **_steer(grad, 0.3), rederive_eps=rederive)
+    got, _ = guided_step(z, x0, *_coefficients(torch.float64), **_steer(grad, 0.3), rederive_eps=rederive)
     for b in range(shape[0]):
         shifted = x0[b] - 0.3 * grad[b] / grad[b].square().mean().sqrt()
         eps = (z[b] - A * (shifted if rederive else x0[b])) / S
@@ -49,7 +49,7 @@ def test_last_step_returns_the_shifted_x0_itself(rederive: bool) -> None:
     z, x0, grad = _tensors((2, 3, 5, 9))
     a, s = _coefficients(torch.float64)[:2]
     end = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    got = guided_step(z, x0, a, s, *end, **_steer(grad, 0.3), rederive_eps=rederive)
+    got, _ = guided_step(z, x0, a, s, *end, **_steer(grad, 0.3), rederive_eps=rederive)
     torch.testing.assert_close((got - x0).square().mean(dim=(1, 2, 3)).sqrt(), torch.full((2,), 0.3).double())
 
 
@@ -58,8 +58,8 @@ def test_a_zero_gradient_gives_no_shift_and_no_nan(dtype: torch.dtype) -> None:
     z, x0, grad = _tensors((3, 4, 5, 9), dtype)
     grad[1] = 0
     coefficients = _coefficients(torch.promote_types(dtype, torch.float32))
-    guided = guided_step(z, x0, *coefficients, **_steer(grad, 0.3))
-    plain = guided_step(z, x0, *coefficients)
+    guided, _ = guided_step(z, x0, *coefficients, **_steer(grad, 0.3))
+    plain, _ = guided_step(z, x0, *coefficients)
     assert torch.equal(guided[1], plain[1])
     assert torch.isfinite(guided).all()
     assert not torch.equal(guided[0], plain[0])
@@ -69,8 +69,8 @@ def test_a_zero_gradient_gives_no_shift_and_no_nan(dtype: torch.dtype) -> None:
 def test_a_vanishing_gradient_never_overflows(size: float) -> None:
     """A confident teacher's cross-entropy leaves gradients whose squares are at the end of float32."""
     z, x0, grad = _tensors((3, 4, 5, 9), torch.float32)
-    guided = guided_step(z, x0, *_coefficients(torch.float32), **_steer(grad * size, 0.3))
-    plain = guided_step(z, x0, *_coefficients(torch.float32))
+    guided, _ = guided_step(z, x0, *_coefficients(torch.float32), **_steer(grad * size, 0.3))
+    plain, _ = guided_step(z, x0, *_coefficients(torch.float32))
     assert torch.isfinite(guided).all()
     shift = (guided - plain).square().mean().sqrt()
     assert shift <= 0.31 * A_NEXT
@@ -78,8 +78,8 @@ def test_a_vanishing_gradient_never_overflows(size: float) -> None:
 
 def test_half_precision_steps_in_float32() -> None:
     z, x0, grad = _tensors((33, 4, 5, 9), torch.bfloat16)
-    wide = guided_step(z.float(), x0.float(), *_coefficients(torch.float32), **_steer(grad.float(), 0.3))
-    got = guided_step(z, x0, *_coefficients(torch.float32), **_steer(grad, 0.3))
+    wide, _ = guided_step(z.float(), x0.float(), *_coefficients(torch.float32), **_steer(grad.float(), 0.3))
+    got, _ = guided_step(z, x0, *_coefficients(torch.float32), **_steer(grad, 0.3))
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, wide.bfloat16())
 
@@ -96,5 +96,5 @@ def test_gather_follows_the_step() -> None:
     z, x0, grad = _tensors((4, 4, 5, 9))
     source = torch.randint(4, (4, 5, 9), generator=torch.Generator().manual_seed(3))
     c, steer = _coefficients(torch.float64), _steer(grad, 0.3)
-    got = guided_step(z, x0, *c, **steer, src_map=source)
-    assert torch.equal(got, gather_source(guided_step(z, x0, *c, **steer), source))
+    got, _ = guided_step(z, x0, *c, **steer, src_map=source)
+    assert torch.equal(got, gather_source(guided_step(z, x0, *c, **steer)[0], source))
