@@ -16,7 +16,7 @@ import torch
 from synthkd.bench.digits import run_seed
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
-from synthkd.dfkd.run import Silent
+from synthkd.dfkd.progress import Silent
 from synthkd.engine.index import write_atomically
 
 STATE = Path("build/gpu/done.json")

@@ -36,6 +36,9 @@ def run(
     seed: options.Seed = 0,
     num_images: Annotated[int | None, typer.Option("--num-images", help="Images per set, not the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of the students instead of the preset's.")] = None,
+    gamma: options.Gamma = None,
+    rounds: options.Rounds = None,
+    divergence: options.Divergence = None,
     workers: options.Workers = None,
     device: options.Device = None,
 ) -> None:
@@ -43,7 +46,9 @@ def run(
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.run import Interrupted, Run
 
-    chosen = load_preset(preset).on(options.pick_device(device))
+    chosen = load_preset(preset)
+    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence)
+    chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
         chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))
     if num_images is not None:
@@ -84,22 +89,45 @@ def synth(
     recipe: Annotated[Path | None, typer.Option(help="TOML file of recipe fields, [guidance], [cutmix].")] = None,
     classes: Annotated[Path | None, typer.Option(help="File of class names, one a line (or the teacher's).")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompt templates, one a line, with {class}.")] = None,
+    targets: Annotated[Path | None, typer.Option(help="TOML of class weights, exclusions and prompt words.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="LoRA to fuse into the model, PATH[@WEIGHT].")] = None,
     scale: Annotated[float | None, typer.Option(help="Teacher guidance scale; 0 draws the unguided control.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the BatchNorm term.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the class term.")] = None,
+    gamma: options.Gamma = None,
+    rounds: options.Rounds = None,
+    divergence: options.Divergence = None,
+    allow_code: options.AllowCode = False,
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     workers: options.Workers = None,
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
-    from synthkd.dfkd.run import synthesize
+    from synthkd.dfkd.presets import load_preset
+    from synthkd.dfkd.rounds import draw_set
 
-    job = options.build_job(preset, model, teacher, recipe, classes, prompts, scale, alpha, beta, device)
+    asked = options.Asked(
+        model=model,
+        teacher=teacher,
+        recipe=recipe,
+        classes=classes,
+        prompts=prompts,
+        targets=targets,
+        loras=lora or (),
+        scale=scale,
+        rounds=rounds,
+        alpha=alpha,
+        beta=beta,
+        gamma=gamma,
+        divergence=divergence,
+        allow_code=allow_code,
+    )
+    job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)
     order = options.parse_shards(shards, Plan(job.recipe, request).num_shards)
     workers = options.check_workers(workers)
     with Bars(out) as bars, StopFlag() as stop:
-        summary = synthesize(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order)
+        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
@@ -117,6 +145,7 @@ def distill(
     spec_file: Annotated[Path | None, typer.Option("--spec", help="TOML file of DistillSpec fields.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
     seed: options.Seed = 0,
+    allow_code: options.AllowCode = False,
     device: options.Device = None,
 ) -> None:
     """Train a student on a synthetic set under its teacher."""
@@ -127,7 +156,7 @@ def distill(
 
     spec = options.distill_spec(preset, spec_file, steps, batch_size, temperature, seed)
     card = teacher or options.set_teacher(set_dir)
-    chosen = load_teacher(card, options.pick_device(device))
+    chosen = load_teacher(card, options.pick_device(device), allow_code=allow_code)
     options.check_limit(limit, options.set_size(set_dir))
     data = load_synthetic(set_dir, limit, chosen.input_size)
     ours, theirs = len(data.classes), len(chosen.classes)
@@ -146,6 +175,7 @@ def evaluate(
     card: Annotated[str, typer.Argument(help="Card of a student or teacher.")],
     data: Annotated[str, typer.Option(help="digits:test, a folder of class folders, or an .npz of x and y.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print accuracy and confusion matrix as JSON.")] = False,
+    allow_code: options.AllowCode = False,
     device: options.Device = None,
 ) -> None:
     """Score a classifier on real labelled images."""
@@ -153,7 +183,7 @@ def evaluate(
     from synthkd.dfkd.evaluate import evaluate as score
     from synthkd.dfkd.teachers import load_teacher
 
-    net = load_teacher(card, options.pick_device(device))
+    net = load_teacher(card, options.pick_device(device), allow_code=allow_code)
     result = score(net, load_test_set(data, net.classes, net.input_size))
     if json_output:
         print(json.dumps({"accuracy": result.accuracy, "confusion": result.confusion}))
@@ -186,12 +216,15 @@ def replay(
     target: Annotated[Path | None, typer.Option("--out", help="Where to write it (or ID.EXTENSION here).")] = None,
     model: Annotated[str | None, typer.Option(help="Where the model lies now, if it moved.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Where the teacher card lies now, if it moved.")] = None,
+    allow_code: options.AllowCode = False,
     device: options.Device = None,
 ) -> None:
     """Draw one image again from the manifest alone and compare it with the stored one."""
     from synthkd.dfkd.replay import replay_sample
 
-    path, verdict = replay_sample(set_dir, sample_id, target, options.pick_device(device), model=model, teacher=teacher)
+    path, verdict = replay_sample(
+        set_dir, sample_id, target, options.pick_device(device), allow_code, model=model, teacher=teacher
+    )
     out.print(f"{path}: {verdict}", soft_wrap=True, highlight=False)
 
 

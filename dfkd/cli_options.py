@@ -1,7 +1,7 @@
 """Options that several subcommands share, and the checks that turn them into jobs."""
 
-import tomllib
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,9 @@ import typer
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.targets import read_targets
 from synthkd.dfkd.teachers import card_path, read_card
+from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine import Recipe, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.index import read_manifest
@@ -19,6 +21,10 @@ from synthkd.engine.index import read_manifest
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to; made where it does not exist.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that draw (default: one per CPU core, one on a GPU).")]
+Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
+Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
+Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let a teacher card name a module:callable to import.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
 
 
@@ -70,56 +76,67 @@ def read_lines(path: Path, what: str) -> tuple[str, ...]:
     return lines
 
 
-def read_toml(path: Path, what: str) -> dict[str, Any]:
-    """A TOML file as a table; raises SynthkdError naming the option it came from."""
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SynthkdError(f"--{what} {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SynthkdError(f"--{what} {path}: not valid TOML ({error})") from error
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the options of `synth` and `run` say about a job; None where they say nothing."""
+
+    model: str | None = None
+    teacher: str | None = None
+    recipe: Path | None = None
+    classes: Path | None = None
+    prompts: Path | None = None
+    targets: Path | None = None
+    loras: Sequence[str] = ()
+    scale: float | None = None
+    rounds: int | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    divergence: str | None = None
+    allow_code: bool = False
 
 
-def build_job(
-    preset: str | None,
-    model: str | None,
-    teacher: str | None,
-    recipe: Path | None,
-    classes: Path | None,
-    prompts: Path | None,
-    scale: float | None,
-    alpha: float | None,
-    beta: float | None,
-    device: str | None,
-) -> SynthJob:
-    """The job that the options of `synthkd synth` describe, checked before any weight is read."""
-    base = load_preset(preset).job if preset else None
-    model, teacher = model or (base.model if base else None), teacher or (base.teacher if base else None)
+def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:
+    """A preset's job, or none, with what the options ask on top; checked before any weight is read."""
+    model, teacher = asked.model or (base.model if base else None), asked.teacher or (base.teacher if base else None)
     if model is None or teacher is None:
         raise SynthkdError("synth needs --model and --teacher, or a --preset that brings both")
-    fields: dict[str, Any] = base.recipe.to_dict() if base else {"classes": list(read_card(card_path(teacher)).classes)}
-    if recipe is not None:
-        fields = _merge(fields, read_toml(recipe, "recipe"))
-    if classes is not None:
-        fields["classes"] = list(read_lines(classes, "classes"))
-    if prompts is not None:
-        fields["prompts"] = list(read_lines(prompts, "prompts"))
-    if not base:
-        fields.setdefault("classes_per_group", min(10, len(fields["classes"])))
-    built = Recipe.from_dict(fields)
-    if scale is not None:
-        built = replace(built, guidance=replace(built.guidance, scale=scale))
-    weights = {"alpha": alpha, "beta": beta}
-    chosen = {n: v if v is not None else getattr(base, n, None) for n, v in weights.items()}
-    job = SynthJob(
-        model=model,
-        teacher=teacher,
-        recipe=built,
-        device=pick_device(device),
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    changes: dict[str, Any] = {
+        "model": model,
+        "teacher": teacher,
+        "recipe": _recipe(base, asked, teacher),
+        "allow_code": asked.allow_code,
+        "device": pick_device(device),
+    }
+    changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
+    if asked.loras:
+        changes["loras"] = tuple(asked.loras)
+    job = replace(base, **changes) if base else SynthJob(**changes)
     job.check()
     return job
+
+
+def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
+    if base:
+        fields: dict[str, Any] = base.recipe.to_dict()
+    else:
+        fields = {"classes": list(read_card(card_path(teacher), allow_code=asked.allow_code).classes)}
+    if asked.recipe is not None:
+        fields = _merge(fields, read_toml(asked.recipe, f"--recipe {asked.recipe}"))
+    if asked.classes is not None:
+        fields["classes"] = list(read_lines(asked.classes, "classes"))
+    if asked.prompts is not None:
+        fields["prompts"] = list(read_lines(asked.prompts, "prompts"))
+    if asked.targets is not None:
+        fields |= read_targets(asked.targets, fields["classes"])
+    if asked.rounds is not None:
+        fields["rounds"] = asked.rounds
+    if asked.scale is not None:
+        fields["guidance"] = {**fields.get("guidance", {}), "scale": asked.scale}
+    if not base:
+        drawn = sum(fields.get("class_weights") or [1] * len(fields["classes"]))
+        fields.setdefault("classes_per_group", min(10, drawn))
+    return Recipe.from_dict(fields)
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +157,7 @@ def distill_spec(
 ) -> DistillSpec:
     """Training settings: a preset's or the defaults, a file's on top, and single options on top of both."""
     spec = load_preset(preset).distill if preset else DistillSpec()
-    given: dict[str, Any] = read_toml(spec_file, "spec") if spec_file else {}
+    given: dict[str, Any] = read_toml(spec_file, f"--spec {spec_file}") if spec_file else {}
     for name in given:
         if name not in DistillSpec.__dataclass_fields__:
             raise SynthkdError(f"--spec: unknown field {name!r}; {suggest(name, DistillSpec.__dataclass_fields__)}")

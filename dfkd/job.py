@@ -1,63 +1,131 @@
 """A synthesis job as plain values: enough to build its Synthesizer here, in a worker, or for a replay."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
-from synthkd.dfkd.teachers import card_path, load_teacher, read_card
+from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
+
+_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head")
+_LARGEST_ZOOM = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class SynthJob:
-    """model: folder, hub id or `embedded:NAME`; teacher: a card; alpha, beta: weights of its terms."""
+    """model: folder, hub id or `embedded:NAME`; loras: fused into it, `PATH[@WEIGHT]`; teacher: a card.
+
+    alpha, beta, gamma, divergence, entropy, head: weights of the guidance's terms (see `TeacherGuidance`).
+    round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
+    draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
+    """
 
     model: str
     teacher: str
     recipe: Recipe
     alpha: float = 0.1
     beta: float = 1.0
+    gamma: float = 0.0
+    divergence: str = "kl"
+    entropy: float | None = None
+    head: float | None = None
+    loras: tuple[str, ...] = ()
+    round_student: DistillSpec = field(default_factory=DistillSpec)
+    round: int = 0
+    student: str | None = None
+    allow_code: bool = False
     device: str = "cpu"
 
     def check(self) -> None:
-        """Raise SynthkdError where teacher and recipe disagree; reads no weights."""
-        card = read_card(card_path(self.teacher))
-        if len(card.classes) != len(self.recipe.classes):
+        """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
+        card = read_card(card_path(self.teacher), allow_code=self.allow_code)
+        recipe = self.recipe
+        if len(card.classes) != len(recipe.classes):
             raise SynthkdError(
                 f"teacher {self.teacher!r} has {len(card.classes)} outputs, the recipe names "
-                f"{len(self.recipe.classes)} classes; list them in the order of the teacher's outputs"
+                f"{len(recipe.classes)} classes; list them in the order of the teacher's outputs"
             )
+        zoom = max(card.input_size[0] / recipe.height, card.input_size[1] / recipe.width)
+        if zoom > _LARGEST_ZOOM:
+            size, drawn = (f"{h}x{w}" for h, w in (card.input_size, (recipe.height, recipe.width)))
+            raise SynthkdError(
+                f"teacher {self.teacher!r} reads images of {size}, the prior draws {drawn}: enlarged {zoom:.1f} times "
+                f"they tell it nothing; raise height and width to at least a {_LARGEST_ZOOM}th of its input"
+            )
+        if self.gamma > 0 and recipe.rounds < 2:
+            raise SynthkdError(
+                f"gamma is {self.gamma}, but rounds is {recipe.rounds}: there is a student to disagree with only from "
+                "the second round on; set rounds to 2 or more, or gamma to 0"
+            )
+        if recipe.rounds > 1 and self.gamma == 0:
+            raise SynthkdError(f"rounds is {recipe.rounds}, but gamma is 0: nothing would change between rounds")
 
     def build(self) -> Synthesizer:
-        """Load prior and teacher; picklable as a worker's factory."""
+        """Load prior and teacher, and the round's student; picklable as a worker's factory."""
         self.check()
-        guidance = TeacherGuidance(load_teacher(self.teacher, self.device), alpha=self.alpha, beta=self.beta)
-        return Synthesizer.from_pretrained(self.model, self.recipe, guidance=guidance, device=self.device)
+        guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
+        return Synthesizer.from_pretrained(
+            self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras
+        )
+
+    def guidance(self, teacher: Teacher) -> TeacherGuidance:
+        """The loss of this job's round."""
+        weights = {name: getattr(self, name) for name in _WEIGHTS}
+        student = load_teacher(self.student, self.device) if self.student else None
+        about = {"round_student": asdict(self.round_student)}
+        return TeacherGuidance(teacher, **weights, student=student, round=self.round, about=about)
+
+    def at_round(self, round_: int, student: Path | None) -> "SynthJob":
+        """The job of one round, with its student's card."""
+        return replace(self, round=round_, student=str(student) if student else None)
 
     def source(self) -> dict[str, Any]:
         """What a manifest keeps for `synthkd replay`, beside the recipe."""
-        weights = {"alpha": self.alpha, "beta": self.beta}
-        return {"model": _absolute(self.model), "teacher": _absolute(self.teacher), **weights}
+        out: dict[str, Any] = {"model": _absolute(self.model), "teacher": _absolute(self.teacher)}
+        out |= {name: getattr(self, name) for name in _WEIGHTS}
+        if self.loras:
+            out["loras"] = [_absolute(lora) for lora in self.loras]
+        if self.gamma > 0:
+            out["round_student"] = asdict(self.round_student)
+        return out
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any], device: str, **moved: str | None) -> "SynthJob":
+    def from_manifest(
+        cls, manifest: Mapping[str, Any], device: str, allow_code: bool = False, **moved: str | None
+    ) -> "SynthJob":
         """The job that made a set; `moved` overrides model or teacher where they lie elsewhere now.
 
         Raises SynthkdError where the manifest does not say.
         """
-        source = {"alpha": manifest["guidance"].get("alpha"), "beta": manifest["guidance"].get("beta")}
+        source = {name: manifest["guidance"][name] for name in _WEIGHTS if name in manifest["guidance"]}
         source |= manifest.get("source") or {}
         source |= {name: place for name, place in moved.items() if place is not None}
         if not {"model", "teacher", "alpha", "beta"} <= set(source):
             raise SynthkdError(
                 "manifest.json names no model and teacher (written from Python): pass --model and --teacher"
             )
-        values = {name: source[name] for name in ("model", "teacher", "alpha", "beta")}
-        return cls(**values, recipe=Recipe.from_dict(manifest["recipe"]), device=device)
+        values = {name: source[name] for name in ("model", "teacher", *_WEIGHTS) if name in source}
+        values["loras"] = tuple(source.get("loras", ()))
+        if "round_student" in source:
+            values["round_student"] = spec_from(source["round_student"], "manifest.json: source.round_student")
+        return cls(**values, recipe=Recipe.from_dict(manifest["recipe"]), device=device, allow_code=allow_code)
+
+
+def spec_from(data: Any, where: str) -> DistillSpec:
+    """A DistillSpec from plain values; raises SynthkdError naming `where` for a field it does not have."""
+    known = {f.name for f in fields(DistillSpec)}
+    if not isinstance(data, Mapping) or not set(data) <= known:
+        raise SynthkdError(f"{where}: expected fields of DistillSpec, found {str(data)[:80]!r}")
+    try:
+        return DistillSpec(**data)
+    except TypeError as error:
+        raise SynthkdError(f"{where}: a field is of the wrong type ({error})") from error
 
 
 def _absolute(reference: str) -> str:
     """A local path in full, so that a replay works from anywhere; a hub id or `embedded:NAME` as it is."""
-    return str(Path(reference).resolve()) if Path(reference).exists() else reference
+    path, at, weight = reference.partition("@")
+    return str(Path(path).resolve()) + at + weight if Path(path).exists() else reference

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.rounds import student_card
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_index, read_manifest
@@ -15,7 +16,12 @@ from synthkd.engine.shards import encode_image
 
 
 def replay_sample(
-    set_dir: Path, sample_id: int, target: Path | None, device: str, **moved: str | None
+    set_dir: Path,
+    sample_id: int,
+    target: Path | None,
+    device: str,
+    allow_code: bool = False,
+    **moved: str | None,
 ) -> tuple[Path, str]:
     """Redraw a sample's group, write the sample, and say how it compares with the stored one.
 
@@ -30,7 +36,8 @@ def replay_sample(
         raise SynthkdError(f"--id {sample_id}: the set has samples 0 to {count - 1}")
     group = sample_id // recipe.group_size
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
-    stream = open_stream(SynthJob.from_manifest(manifest, device, **moved).build, plan, workers=1)
+    job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
+    stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
     for name in ("model_sha256", "fingerprint"):
         if stream.identity[name] != manifest[name]:
             raise SynthkdError(f"{set_dir}: model or teacher changed since the set was drawn ({name} differs)")

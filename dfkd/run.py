@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,50 +18,22 @@ from synthkd.dfkd.evaluate import Score, evaluate, predict
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.presets import Preset, unguided
+from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
+from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec, distill, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
-from synthkd.engine import Plan, Request
+from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.index import MANIFEST, read_index, write_atomically
-from synthkd.engine.runner import cores, default_workers, follow_parent, open_stream
-from synthkd.engine.shards import WriteSummary, write_shards
+from synthkd.engine.runner import cores, default_workers, follow_parent
 
 _FIELD = {
     "teacher": "teacher_accuracy",
     "student": "student_accuracy",
     "unguided": "unguided_student_accuracy",
 }
-
-
-class Progress(Protocol):
-    """Told what goes on: a stage begins with a total, advances, and ends."""
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        """A stage of `total` units starts."""
-        ...
-
-    def advance(self, stage: str, count: int) -> None:
-        """`count` more units are done."""
-        ...
-
-    def end(self, stage: str) -> None:
-        """The stage is over."""
-        ...
-
-
-class Silent:
-    """A Progress that says nothing."""
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        """Nothing."""
-
-    def advance(self, stage: str, count: int) -> None:
-        """Nothing."""
-
-    def end(self, stage: str) -> None:
-        """Nothing."""
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: the same command goes on later
@@ -123,7 +95,7 @@ class Run:
 
     def _synthesize(self, name: str, job: SynthJob, count: int) -> None:
         folder = self.folder(name) / "shards"
-        summary = synthesize(
+        summary = draw_set(
             job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress, self.should_stop
         )
         if summary.stopped or self.should_stop():
@@ -183,34 +155,6 @@ class Run:
     def workers_used(self) -> int:
         """Processes that draw."""
         return self.workers or default_workers(self.preset.job.device)
-
-
-def synthesize(
-    job: SynthJob,
-    request: Request,
-    folder: Path,
-    stage: str,
-    workers: int | None,
-    progress: Progress,
-    should_stop: Callable[[], bool],
-    shards: list[int] | None = None,
-) -> WriteSummary:
-    """Draw a job's set into a folder, on several processes where the device is a CPU."""
-    job.check()
-    stream = open_stream(job.build, Plan(job.recipe, request), workers or default_workers(job.device))
-    progress.begin(stage, request.num_samples, "images")
-    try:
-        return write_shards(
-            stream,
-            folder,
-            shards=shards,
-            source=job.source(),
-            on_batch=lambda n: progress.advance(stage, n),
-            on_present=lambda n: progress.advance(stage, n),
-            should_stop=should_stop,
-        )
-    finally:
-        progress.end(stage)
 
 
 @dataclass(frozen=True, kw_only=True)

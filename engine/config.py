@@ -121,8 +121,8 @@ class Recipe:
     guidance_scale: classifier-free guidance as in diffusers (off at 1 and below), guidance_rescale as well.
     guidance: the teacher's part. A group is classes_per_group x samples_per_class samples that share batch
     statistics, Latent CutMix partners and randomness.
-    rounds: parts of the set between which the guidance may learn (a student, say): the first rounds have
-    groups_per_round groups each, the last one all the rest.
+    rounds: parts of the set between which the guidance may learn (a student, say): the first ones have
+    groups_per_round groups each (0: one shard's), the last one all the rest.
     """
 
     classes: tuple[str, ...]
@@ -205,10 +205,9 @@ class Recipe:
 
     def _check_rounds(self) -> None:
         _check(self.rounds >= 1, "rounds", self.rounds, "a whole number >= 1")
-        if self.rounds == 1:
-            _check(self.groups_per_round == 0, "groups_per_round", self.groups_per_round, "0 with rounds = 1")
-            return
-        fits = self.groups_per_round >= 1 and self.groups_per_round % max(self.groups_per_shard, 1) == 0
+        once = self.rounds > 1 or self.groups_per_round == 0
+        _check(once, "groups_per_round", self.groups_per_round, "0 with rounds = 1")
+        fits = self.groups_per_round >= 0 and self.groups_per_round % max(self.groups_per_shard, 1) == 0
         _check(
             fits, "groups_per_round", self.groups_per_round, f"a multiple of groups_per_shard {self.groups_per_shard}"
         )
@@ -240,7 +239,7 @@ class Recipe:
 
     def round_of(self, group: int) -> int:
         """The round that a group belongs to; a function of the recipe alone, so that a set can grow."""
-        return min(group // self.groups_per_round, self.rounds - 1) if self.rounds > 1 else 0
+        return min(group // (self.groups_per_round or self.groups_per_shard), self.rounds - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

@@ -12,6 +12,7 @@ from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import SynthkdError
 
 MANIFEST, INDEX, ENVIRONMENTS, LOCK = "manifest.json", "index.jsonl", "environments.json", ".lock"
+CHECKPOINTS, CHECKPOINT = "checkpoints", "student.safetensors"
 FORMAT = 1
 
 
@@ -192,6 +193,27 @@ def claim_folder(folder: Path, identity: Mapping[str, Any], num_samples: int, so
     elif next(folder.glob("shard-*"), None) is not None:
         raise SynthkdError(f"{folder}: holds shards but no {MANIFEST}; choose another folder")
     manifest = {"format": FORMAT, **identity, "num_samples": num_samples, "source": dict(source)}
+    if (folder / MANIFEST).exists():
+        manifest[CHECKPOINTS] = have.get(CHECKPOINTS, {})
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def round_folder(folder: Path, round_: int) -> Path:
+    """Where a set keeps what its guidance had learned when a round began."""
+    return folder / "rounds" / f"round-{round_}"
+
+
+def checkpoint_digest(manifest: Mapping[str, Any], round_: int) -> str | None:
+    """SHA-256 of the checkpoint that a round was drawn with, as the manifest has it; None before it is trained."""
+    noted = manifest.get(CHECKPOINTS)
+    found = noted.get(str(round_)) if isinstance(noted, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def note_checkpoint(folder: Path, round_: int, sha256: str) -> None:
+    """Write a round's checkpoint digest into the manifest."""
+    manifest = read_manifest(folder)
+    manifest[CHECKPOINTS] = {**manifest.get(CHECKPOINTS, {}), str(round_): sha256}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 

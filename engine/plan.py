@@ -79,11 +79,9 @@ class Plan:
     def round_shards(self, round_: int) -> range:
         """The shards of one round; rounds are whole shards."""
         recipe = self.recipe
-        if recipe.rounds == 1:
-            return range(self.num_shards)
-        per_round = recipe.groups_per_round // recipe.groups_per_shard
-        last = self.num_shards if round_ == recipe.rounds - 1 else (round_ + 1) * per_round
-        return range(min(round_ * per_round, self.num_shards), min(last, self.num_shards))
+        per_round = max(1, recipe.groups_per_round // recipe.groups_per_shard)
+        end = self.num_shards if round_ == recipe.rounds - 1 else min((round_ + 1) * per_round, self.num_shards)
+        return range(min(round_ * per_round, self.num_shards), end)
 
 
 @lru_cache(maxsize=64)

@@ -97,6 +97,8 @@ def sample_members(batch: Batch, identity: Mapping[str, Any]) -> Iterator[tuple[
             "losses": {name: value[i] if isinstance(value, list) else value for name, value in last.items()},
             **{name: note[i] for name, note in notes.items()},
         }
+        if recipe["rounds"] > 1:
+            meta["round"] = batch.round
         if recipe["cutmix"]["scope"] == "any" and recipe["cutmix"]["every"]:
             meta["targets"] = targets[i]
         suffix = recipe["image_format"]

@@ -43,6 +43,7 @@ class Batch:
     """
 
     group: int
+    round: int
     attempt: int
     ids: tuple[int, ...]
     prompts: tuple[str, ...]
@@ -204,15 +205,25 @@ class Synthesizer:
     def run(self, unit: WorkUnit, seed: int) -> Batch:
         """Draw one group; a non-finite one is redrawn with attempt + 1.
 
-        Raises NonFiniteError after `recipe.attempts` attempts, SynthkdError where a GPU's memory does not suffice.
+        Raises NonFiniteError after `recipe.attempts` attempts, SynthkdError where memory does not suffice or the
+        guidance is not the one of the unit's round.
         """
+        stands_at = getattr(self.guidance, "round", 0)
+        if self.recipe.guidance.scale > 0 and stands_at != unit.round:
+            raise SynthkdError(
+                f"group {unit.group} belongs to round {unit.round}, the guidance stands at round {stands_at}; "
+                "synthkd.dfkd.draw_set draws a set round by round"
+            )
         for attempt in range(self.recipe.attempts):
             try:
                 batch = self._draw(unit, seed, attempt)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
                 raise SynthkdError(
-                    f"a group of {len(unit.ids)} images does not fit the device's memory; lower classes_per_group or "
-                    "samples_per_class, or use dtype bfloat16"
+                    f"a group of {len(unit.ids)} images of {self.recipe.height}x{self.recipe.width} does not fit the "
+                    "memory; lower classes_per_group or samples_per_class, set guidance.looks to 1, use "
+                    "guidance.gradient 'x0' or a tiny guidance decoder, or dtype 'bfloat16'"
                 ) from error
             if batch is not None:
                 return batch.first(unit.kept)
@@ -285,6 +296,7 @@ class Synthesizer:
         pixels, targets, notes = drawn
         return Batch(
             group=unit.group,
+            round=unit.round,
             attempt=attempt,
             ids=tuple(unit.ids),
             prompts=self.prompts(unit, seed),
@@ -356,6 +368,11 @@ def _tables(model: LatentModel, recipe: Recipe) -> Tables:
             f"{tables.prediction_type!r}: leave the field out, or mend the prior's scheduler_config.json"
         )
     return tables
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """A GPU says so by its type, torch on a CPU only in words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Is a set complete and undamaged? Every problem is named by shard and member."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import ShardRow, read_index, read_manifest
+from synthkd.engine.index import CHECKPOINT, ShardRow, checkpoint_digest, read_index, read_manifest, round_folder
 from synthkd.engine.plan import Plan
 from synthkd.engine.reading import members
 from synthkd.engine.shards import file_digest, short_digest
@@ -29,7 +30,7 @@ def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -
     manifest, index = read_manifest(folder), read_index(folder)
     recipe = Recipe.from_dict(manifest["recipe"])
     plan = Plan(recipe, Request(num_samples=manifest["num_samples"], seed=manifest["seed"]))
-    problems: list[str] = []
+    problems = [p for round_ in range(1, plan.num_rounds) for p in _checkpoint(folder, manifest, round_)]
     for shard in range(plan.num_shards):
         if shard not in index:
             count = sum(u.kept for u in plan.shard_units(shard))
@@ -39,6 +40,17 @@ def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -
         problems += check_shard(folder, index[shard])
         on_shard(index[shard].samples)
     return VerifyReport(sum(r.samples for r in index.values()), len(index), tuple(problems))
+
+
+def _checkpoint(folder: Path, manifest: Mapping[str, Any], round_: int) -> list[str]:
+    """Problems of the checkpoint that a round was drawn with."""
+    path, wanted = round_folder(folder, round_) / CHECKPOINT, checkpoint_digest(manifest, round_)
+    name = path.relative_to(folder)
+    if wanted is None:
+        return [f"round {round_}: not begun; run the command that began the set again"]
+    if not path.is_file():
+        return [f"{name} is missing; run the command that drew the set again"]
+    return [] if file_digest(path) == wanted else [f"{name} does not match its digest in the manifest"]
 
 
 def _coverage(plan: Plan, row: ShardRow) -> list[str]:

@@ -34,11 +34,11 @@ def tiny_job(pipeline_folder: Path, teacher_card: Path) -> Any:
 @pytest.fixture(scope="session")
 def tiny_set(tiny_job: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty images of the tiny job in two shards."""
-    from synthkd.dfkd.run import Silent, synthesize
+    from synthkd.dfkd.rounds import draw_set
     from synthkd.engine import Request
 
     folder = tmp_path_factory.mktemp("set") / "shards"
-    synthesize(tiny_job, Request(num_samples=30, seed=5), folder, "synthesize", 1, Silent(), lambda: False)
+    draw_set(tiny_job, Request(num_samples=30, seed=5), folder, workers=1)
     return folder
 
 

@@ -1,0 +1,160 @@
+"""A set round by round: between rounds a student is trained on what is there, and the next round disagrees with it.
+
+The rounds of a set are fixed by its recipe, so a set can grow; each round's student is a function of the rounds before,
+is kept in the set's folder, and its digest is in the manifest.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from synthkd.dfkd.data import load_synthetic
+from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.student import distill, save_student
+from synthkd.dfkd.teachers import load_teacher
+from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.index import (
+    CHECKPOINT,
+    MANIFEST,
+    checkpoint_digest,
+    claim_folder,
+    note_checkpoint,
+    read_index,
+    read_manifest,
+    round_folder,
+)
+from synthkd.engine.runner import default_workers, open_stream
+from synthkd.engine.shards import WriteSummary, file_digest, write_shards
+
+
+def draw_set(
+    job: SynthJob,
+    request: Request,
+    folder: Path,
+    stage: str = "synthesize",
+    workers: int | None = None,
+    progress: Progress | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    shards: list[int] | None = None,
+) -> WriteSummary:
+    """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
+
+    What is there already is kept. shards: their order, all by default. Raises SynthkdError where a round is asked for
+    before the rounds that teach its student are there.
+    """
+    job.check()
+    told, drawn, stopped, present = progress or Silent(), 0, False, 0
+    plan = Plan(job.recipe, request)
+    order = list(range(plan.num_shards)) if shards is None else shards
+    told.begin(stage, _wanted(plan, order), "images")
+    try:
+        for round_ in range(plan.num_rounds):
+            mine = [s for s in order if s in plan.round_shards(round_)]
+            if not mine:
+                continue
+            if not any(s in plan.round_shards(0) for s in order) and (folder / MANIFEST).exists():
+                # no round before has compared the folder with the job yet
+                claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
+            now = job.at_round(round_, ensure_student(job, folder, round_, request, told) if round_ else None)
+            summary = write_shards(
+                open_stream(now.build, plan, workers or default_workers(job.device)),
+                folder,
+                shards=mine,
+                source=job.source(),
+                on_batch=lambda n: told.advance(stage, n),
+                on_present=lambda n: told.advance(stage, n),
+                should_stop=should_stop,
+            )
+            drawn, present, stopped = drawn + summary.drawn, present + summary.present, summary.stopped
+            if stopped:
+                break
+    finally:
+        told.end(stage)
+    return WriteSummary(drawn, present, stopped)
+
+
+def _wanted(plan: Plan, order: list[int]) -> int:
+    return sum(u.kept for u in plan.units(order))
+
+
+def student_card(folder: Path, round_: int) -> Path | None:
+    """Card of the student that a round was drawn with; None for the first round.
+
+    Raises SynthkdError where it is missing or not the one that the manifest names.
+    """
+    if round_ == 0:
+        return None
+    where, wanted = round_folder(folder, round_), checkpoint_digest(read_manifest(folder), round_)
+    if wanted is None or not (where / CHECKPOINT).is_file() or file_digest(where / CHECKPOINT) != wanted:
+        raise SynthkdError(
+            f"{where / CHECKPOINT}: is missing or not the student that round {round_} was drawn with; run the command "
+            "that drew the set again, which trains it anew"
+        )
+    return where / "student.toml"
+
+
+def ensure_student(job: SynthJob, folder: Path, round_: int, request: Request, progress: Progress) -> Path:
+    """The card of a round's student: the kept one, or trained now on all images of the rounds before.
+
+    Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
+    the manifest names (another processor or library).
+    """
+    try:
+        kept = student_card(folder, round_)
+        assert kept is not None
+        return kept
+    except SynthkdError:
+        wanted = _before(job, folder, round_, request)
+    card, known = _train(job, folder, round_, wanted, request.seed, progress), _digest(folder, round_)
+    found = file_digest(round_folder(folder, round_) / CHECKPOINT)
+    if known not in (None, found):
+        raise SynthkdError(
+            f"{folder}: the student of round {round_} was lost, and training it anew gave another one (another "
+            "processor or library?); draw the set again in a new folder"
+        )
+    note_checkpoint(folder, round_, found)
+    return card
+
+
+def _digest(folder: Path, round_: int) -> str | None:
+    return checkpoint_digest(read_manifest(folder), round_)
+
+
+def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
+    """Number of images in the rounds before; raises SynthkdError where a shard of them is missing."""
+    plan = Plan(job.recipe, request)
+    last = plan.round_shards(round_).start
+    have = read_index(folder) if folder.exists() else {}
+    missing = [s for s in range(last) if s not in have]
+    if missing:
+        raise SynthkdError(
+            f"{folder}: round {round_} needs the rounds before it; shard {missing[0]} is not finished: draw shards 0 "
+            f"to {last - 1} first"
+        )
+    return sum(u.kept for s in range(last) for u in plan.shard_units(s))
+
+
+def _train(job: SynthJob, folder: Path, round_: int, count: int, seed: int, progress: Progress) -> Path:
+    """Train and save a round's student, on a CPU with one thread; a function of (set so far, spec, seed, round)."""
+    spec = replace(job.round_student, seed=(seed + round_) % 2**63)
+    teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
+    data = load_synthetic(folder, count, teacher.input_size)
+    stage = f"student of round {round_}"
+    progress.begin(stage, spec.steps, "steps")
+    with _one_thread(job.device):
+        student = distill(data, teacher, spec, lambda _: progress.advance(stage, 1))
+    progress.end(stage)
+    return save_student(student, spec, round_folder(folder, round_), {"round": round_, "images": count})
+
+
+@contextmanager
+def _one_thread(device: str) -> Iterator[None]:
+    """On a CPU the thread count would decide the last bits of the student, and so of the rounds after."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else before)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,115 @@
+"""Guidance inside a stock diffusers pipeline, through its own step callback, for those who keep their loop."""
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from synthkd.engine.config import GuidanceSpec
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.guidance import Guidance, Terms, frozen, guidance_gradient, step_size, sum_of_squares
+from synthkd.engine.priors import wrap_pipeline
+from synthkd.engine.schedule import Coefficients, Tables, solver_tables
+from synthkd.kernels import predict_x0
+from synthkd.kernels.guided_step import normalised_direction
+
+_SAMPLERS = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
+}
+
+
+class GuidanceCallback:
+    """A `callback_on_step_end` that moves each step's clean latent down the gradient of a guidance.
+
+    >>> with GuidanceCallback(pipe, guidance, targets, GuidanceSpec(scale=0.1)) as callback:
+    ...     images = pipe(prompts, callback_on_step_end=callback).images
+
+    It does what the engine's loop does (`engine.sampler`, gradient "x0", no Latent CutMix): the step that the
+    scheduler took from x0 is corrected to the one it would have taken from x0'. Within the `with` block the scheduler's
+    `step` is observed, since a callback alone is not told the denoiser's output; the block leaves the pipeline as it was.
+    `log` holds each guided step's terms.
+    """
+
+    def __init__(self, pipe: Any, guidance: Guidance, targets: Tensor, spec: GuidanceSpec) -> None:
+        """pipe: a Stable-Diffusion-type pipeline; targets: class shares [B,K] of the images it will draw, in order.
+
+        Raises SynthkdError for a scheduler without a table here, or a spec that a callback cannot follow.
+        """
+        name = type(pipe.scheduler).__name__
+        if name not in _SAMPLERS:
+            raise SynthkdError(
+                f"callback: scheduler {name} is not supported; expected {', '.join(_SAMPLERS)}, for instance "
+                "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+            )
+        if spec.gradient != "x0" or spec.looks != 1 or spec.decoder != "vae":
+            raise SynthkdError("callback: expected guidance.gradient 'x0', looks 1 and decoder 'vae'")
+        self._model, self._pipe, self._sampler = wrap_pipeline(pipe), pipe, _SAMPLERS[name]
+        self._guidance, self._targets, self._spec = guidance, targets, spec
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self.log: list[Terms] = []
+
+    def __enter__(self) -> "GuidanceCallback":
+        """Observe the scheduler's steps."""
+        inner = self._pipe.scheduler.step
+
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._seen = model_output, sample
+            return inner(model_output, timestep, sample, *args, **kwargs)
+
+        for network in self._guidance.modules():
+            network.to(self._model.device)
+        self._pipe.scheduler.step = step
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        """Stop observing."""
+        del self._pipe.scheduler.step
+
+    def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline after each step; returns its `latents` [B,C,h,w] as the guided step has them.
+
+        Raises SynthkdError outside the `with` block, and where the targets are not one per image.
+        """
+        if self._seen is None:
+            raise SynthkdError("callback: use it inside its `with` block, which observes the scheduler")
+        calls = len(pipe.scheduler.timesteps)
+        if not self._spec.active(index, calls):
+            return {}
+        tables = self._tables(calls)
+        c, (out, sample), latents = tables.at(index), self._seen, tensors["latents"]
+        if len(self._targets) != len(latents):
+            raise SynthkdError(f"callback: {len(self._targets)} targets for {len(latents)} images; expected one each")
+        levels = self._sampler == "euler"  # whose latents are x0 + level eps, not of unit variance
+        z = sample * c.alpha.to(sample.dtype) if levels else sample
+        x0 = predict_x0(z, out, None, 1.0, c.alpha, c.sigma, tables.prediction_type)
+        shift = self._shift(x0, c, index, calls)
+        moved = latents.to(shift.dtype) - self._share(c, levels) * shift
+        if tables.multistep:
+            history = pipe.scheduler.model_outputs
+            history[-1] = (history[-1].to(shift.dtype) - shift).to(history[-1].dtype)
+        return {"latents": moved.to(latents.dtype)}
+
+    def _tables(self, calls: int) -> Tables:
+        model = self._model
+        return solver_tables(model.scheduler_config, calls, model.device, model.dtype, sampler=self._sampler)
+
+    def _shift(self, x0: Tensor, c: Coefficients, index: int, calls: int) -> Tensor:
+        """step g / rms(g), what x0' falls below x0, [B,C,h,w]."""
+        spec, loss_of = self._spec, self._guidance
+        with torch.enable_grad(), frozen([self._model.decoder.module, *loss_of.modules()]):
+            leaf = x0.detach().requires_grad_()
+            targets = self._targets.to(x0.device)
+            grad, loss, terms = guidance_gradient(loss_of, self._model.decoder, leaf, leaf, targets)
+        self.log.append(terms)
+        sumsq = sum_of_squares(grad)
+        step = step_size(spec, c.sigma, index, calls, loss, sumsq, grad[0].numel())
+        return step.view(-1, 1, 1, 1) * normalised_direction(grad, sumsq)
+
+    def _share(self, c: Coefficients, levels: bool) -> Tensor:
+        """How far the next latent follows a shift of x0; see `kernels.guided_step`."""
+        back = c.to_eps * c.alpha / c.sigma if self._spec.rederive_eps else torch.zeros_like(c.to_x0)
+        return (c.to_x0 - back) / c.to_x0 if levels else c.to_x0 - back + c.to_history

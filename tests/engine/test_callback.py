@@ -1,0 +1,130 @@
+"""Guidance by a stock pipeline's step callback does what the engine's own loop does."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer, SynthkdError
+from synthkd.engine import synthesizer as synthesizer_module
+from synthkd.engine.callback import GuidanceCallback
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler", "euler": "EulerDiscreteScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler",
+    "lcm": "LCMScheduler",
+}  # fmt: skip
+
+
+def use(pipe: Any, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the pipeline a sampler's scheduler for one test."""
+    import diffusers
+
+    monkeypatch.setattr(pipe, "scheduler", getattr(diffusers, SCHEDULERS[sampler]).from_config(pipe.scheduler.config))
+
+
+def by_the_loop(synth: Synthesizer, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, list[Any]]:
+    """Final latents and terms of the engine."""
+    seen, inner = [], synthesizer_module.sample
+    monkeypatch.setattr(synthesizer_module, "sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])  # type: ignore[func-returns-value]
+    synth.run(synth.stream(Request(num_samples=6)).plan.unit(0), 3)
+    return seen[0]
+
+
+def by_the_callback(pipe: Any, synth: Synthesizer, loss: Any, spec: GuidanceSpec) -> tuple[Tensor, list[Any]]:
+    """The same by diffusers' loop with our callback."""
+    unit, recipe = synth.stream(Request(num_samples=6)).plan.unit(0), synth.recipe
+    targets = one_hot(torch.tensor(unit.classes), 3).float()
+    with GuidanceCallback(pipe, loss, targets, spec) as callback:
+        latents = pipe(
+            list(synth.prompts(unit, 3)), latents=synth.initial_latents(unit.ids, 3).clone(), output_type="latent",
+            num_inference_steps=recipe.steps, guidance_scale=recipe.guidance_scale, height=16, width=16,
+            callback_on_step_end=callback,
+        ).images  # fmt: skip
+    return latents, callback.log
+
+
+SPECS = {
+    "all steps": GuidanceSpec(scale=0.3),
+    "window": GuidanceSpec(scale=0.5, start=0.2, stop=0.8, every=2, schedule="cosine"),
+    "rederived": GuidanceSpec(scale=0.3, rederive_eps=True, schedule="constant"),
+    "polyak": GuidanceSpec(scale=0.3, schedule="polyak"),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+def test_both_loops_end_in_the_same_latents(
+    pipeline: Any,
+    recipe: Callable[..., Recipe],
+    guide: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    spec: GuidanceSpec,
+) -> None:
+    use(pipeline, sampler, monkeypatch)
+    loss = guide()
+    synth = Synthesizer.from_pipeline(pipeline, recipe(steps=6, sampler=sampler, guidance=spec), guidance=loss)
+    want, terms = by_the_loop(synth, monkeypatch)
+    got, log = by_the_callback(pipeline, synth, loss, spec)
+    assert (got - want).abs().max() <= 1e-3 * want.abs().max()
+    assert len(log) == len(terms) == sum(spec.active(i, 6) for i in range(6))
+    for ours, theirs in zip(terms, log, strict=True):
+        torch.testing.assert_close(theirs["ce"], ours["ce"], rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+def test_it_lowers_the_teachers_loss(
+    pipeline: Any,
+    recipe: Callable[..., Recipe],
+    guide: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+) -> None:
+    use(pipeline, sampler, monkeypatch)
+    synth = Synthesizer.from_pipeline(pipeline, recipe(steps=6, guidance=GuidanceSpec(scale=0.3)), guidance=guide())
+    loss, targets = guide(), one_hot(torch.tensor(synth.stream(Request(num_samples=6)).plan.unit(0).classes), 3).float()
+    values = []
+    for scale in (0.0, 0.3):
+        torch.manual_seed(0)
+        latents, _ = by_the_callback(pipeline, synth, loss, GuidanceSpec(scale=scale))
+        with torch.no_grad():
+            values.append(float(loss(synth.model.decoder(latents).clamp(0, 1), targets)[0]))
+    assert values[1] < values[0] - 0.05
+
+
+def test_the_pipeline_is_left_as_it_was(
+    pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(pipeline, "ddim", monkeypatch)
+
+    def image() -> Any:
+        return pipeline("a cat", generator=torch.Generator().manual_seed(1), num_inference_steps=3, height=16, width=16,
+                        output_type="np").images  # fmt: skip
+
+    before, flags = image(), [p.requires_grad for p in pipeline.vae.parameters()]
+    with GuidanceCallback(pipeline, guide(), torch.eye(3)[:1], GuidanceSpec(scale=0.3)) as callback:
+        moved = pipeline("a cat", generator=torch.Generator().manual_seed(1), num_inference_steps=3, height=16, width=16,
+                         output_type="np", callback_on_step_end=callback).images  # fmt: skip
+    assert "step" not in vars(pipeline.scheduler)
+    assert [p.requires_grad for p in pipeline.vae.parameters()] == flags
+    assert (image() == before).all()
+    assert (moved != before).any()
+
+
+def test_wrong_uses_say_so(pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    use(pipeline, "ddim", monkeypatch)
+    callback = GuidanceCallback(pipeline, guide(), torch.eye(3), GuidanceSpec(scale=0.3))
+    with pytest.raises(SynthkdError, match="inside its `with` block"):
+        pipeline("a cat", num_inference_steps=2, height=16, width=16, callback_on_step_end=callback)
+    with pytest.raises(SynthkdError, match="3 targets for 1 images"), callback:
+        pipeline("a cat", num_inference_steps=2, height=16, width=16, callback_on_step_end=callback)
+    with pytest.raises(SynthkdError, match="gradient 'x0'"):
+        GuidanceCallback(pipeline, guide(), torch.eye(3), GuidanceSpec(gradient="unet"))
+    from diffusers import PNDMScheduler
+
+    monkeypatch.setattr(pipeline, "scheduler", PNDMScheduler())
+    with pytest.raises(SynthkdError, match="PNDMScheduler is not supported; expected DDIMScheduler"):
+        GuidanceCallback(pipeline, guide(), torch.eye(3), GuidanceSpec())
