@@ -1,8 +1,10 @@
 """What guidance looks through: latents -> images in [0,1] (not clamped), by a full VAE or a tiny autoencoder."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,17 +24,58 @@ class Decoder(Protocol):
 class VaeDecoder:
     """The pipeline's own AutoencoderKL, or an AutoencoderTiny: both undo their scaling and give [-1,1]."""
 
-    def __init__(self, vae: nn.Module, scaling_factor: float, shift_factor: float = 0.0) -> None:
-        """vae: a module whose `decode(latents, return_dict=False)` gives a tuple with images in [-1,1]."""
+    def __init__(
+        self,
+        vae: nn.Module,
+        scaling_factor: float,
+        shift_factor: float = 0.0,
+        moments: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        """vae: a module whose `decode(latents, return_dict=False)` gives a tuple with images in [-1,1].
+
+        moments: mean and standard deviation of each latent channel, for a denoiser of standardised latents.
+        """
         self._vae, self._scale, self._shift = vae, scaling_factor, shift_factor
+        self._moments: tuple[Tensor, Tensor] | None = None
+        if moments is not None:
+            device = next(vae.parameters()).device
+            mean, std = (torch.tensor(list(m), device=device).view(1, -1, 1, 1) for m in moments)
+            self._moments = mean, std
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """latents [B,C,h,w] as the denoiser sees them -> images [B,3,H,W] around [0,1]."""
+        """latents [B,C,h,w] as the denoiser sees them -> images [B,3,H,W] around [0,1], in the autoencoder's dtype."""
+        latents = latents.to(next((p.dtype for p in self._vae.parameters()), latents.dtype))
+        if self._moments is not None:
+            mean, std = (m.to(latents) for m in self._moments)
+            latents = latents * std / self._scale + mean
+        else:
+            latents = latents / self._scale + self._shift
         decode: Callable[..., Any] = self._vae.decode  # type: ignore[assignment]
-        image: Tensor = decode(latents / self._scale + self._shift, return_dict=False)[0]
+        with evaluating(self._vae):
+            image: Tensor = decode(latents, return_dict=False)[0]
         return image / 2 + 0.5
 
     @property
     def module(self) -> nn.Module:
         """The autoencoder."""
         return self._vae
+
+
+def latent_layout(vae: Any) -> tuple[int, int]:
+    """Latent channels, and pixels per latent position, of an AutoencoderKL or AutoencoderTiny."""
+    config = vae.config
+    step = getattr(config, "upsampling_scaling_factor", 2)
+    return int(config.latent_channels), int(step ** (len(config.block_out_channels) - 1))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """A network that was left in training mode neither drops labels nor activations inside; restored on leaving."""
+    switched = [m for m in network.modules() if m.training] if network.training else []
+    for module in switched:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.training = True

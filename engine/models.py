@@ -1,158 +1,28 @@
-"""Priors: the Protocol the engine needs of one, and its Stable-Diffusion-1.x form. The only `import diffusers`."""
+"""Loads priors and decoders, and digests their weights. The only `import diffusers` and `import transformers`."""
 
 import hashlib
 import json
-from collections import OrderedDict
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from synthkd.engine.decoders import Decoder, VaeDecoder
+from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.families import PARTS, XL, check_index
+from synthkd.engine.priors import LatentModel, decode_dtype, wrap_pipeline
 
-SUPPORTED = ("StableDiffusionPipeline",)
+__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_digest", "wrap_pipeline"]
+
 EMBEDDED = "embedded:"
-_PROMPT_CACHE = 4096
-
-
-Conditioning = dict[str, Tensor]
-
-
-class LatentModel(Protocol):
-    """A frozen latent denoiser with its conditioning and its decoder."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """Latents to images."""
-        ...
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The noise schedule, in diffusers' vocabulary."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        ...
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latent of an image in pixels."""
-        ...
-
-    def conditions(
-        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """What the denoiser is told of B prompts, tensors [B,...] by name, and the same for the negative prompt.
-
-        The second is None where classifier-free guidance is off (guidance_scale <= 1) or embedded in the denoiser.
-        size: height and width of the image in pixels.
-        """
-        ...
-
-    def denoise(
-        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's conditional and unconditional outputs [B,C,h,w] at z [B,C,h,w] and timestep t (0-d)."""
-        ...
-
-    def modules(self) -> Iterable[nn.Module]:
-        """All networks."""
-        ...
-
-
-class StableDiffusion:
-    """A diffusers StableDiffusionPipeline (SD 1.x layout) as a LatentModel; the pipeline is left as it was."""
-
-    def __init__(self, pipe: Any) -> None:
-        """pipe: a live pipeline; refused with SynthkdError if its class is not supported."""
-        name = type(pipe).__name__
-        if name not in SUPPORTED:
-            raise SynthkdError(f"model: {name} is not supported yet; expected {' or '.join(SUPPORTED)}")
-        self._pipe = pipe
-        self._cache: OrderedDict[str, Tensor] = OrderedDict()
-        config = pipe.vae.config
-        self._decoder = VaeDecoder(pipe.vae, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0)
-
-    @property
-    def decoder(self) -> Decoder:
-        """The pipeline's VAE."""
-        return self._decoder
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The pipeline's scheduler config."""
-        return dict(self._pipe.scheduler.config)
-
-    @property
-    def device(self) -> torch.device:
-        """The denoiser's device."""
-        return next(self._pipe.unet.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The denoiser's dtype."""
-        return next(self._pipe.unet.parameters()).dtype
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Raises SynthkdError where the size is not a multiple of the VAE's factor."""
-        factor = 2 ** (len(self._pipe.vae.config.block_out_channels) - 1)
-        for name, value in (("height", height), ("width", width)):
-            if value % factor:
-                raise SynthkdError(f"recipe: {name} is {value}; this model needs a multiple of {factor}")
-        return int(self._pipe.unet.config.in_channels), height // factor, width // factor
-
-    def conditions(
-        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """Text encoder states [B,L,D]; each prompt is encoded alone, once, so the batch cannot change a bit."""
-        cond = torch.cat([self._encode_one(p) for p in prompts])
-        if guidance_scale <= 1.0:
-            return {"encoder_hidden_states": cond}, None
-        uncond = self._encode_one(negative_prompt).expand_as(cond)
-        return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
-
-    def _encode_one(self, prompt: str) -> Tensor:
-        if prompt not in self._cache:
-            tokenizer, encoder = self._pipe.tokenizer, self._pipe.text_encoder
-            tokens = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            mask = tokens.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", 0) else None
-            with torch.no_grad():
-                states = encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0]
-            self._cache[prompt] = states.to(self.dtype)
-            if len(self._cache) > _PROMPT_CACHE:
-                self._cache.popitem(last=False)
-        return self._cache[prompt]
-
-    def denoise(
-        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """One UNet call; with classifier-free guidance on a doubled batch, unconditional half first."""
-        unet = self._pipe.unet
-        if uncond is None:
-            return unet(z, t, **cond, return_dict=False)[0], None
-        told = {name: torch.cat([uncond[name], value]) for name, value in cond.items()}
-        both = unet(torch.cat([z, z]), t, **told, return_dict=False)[0]
-        out_uncond, out_cond = both.chunk(2)
-        return out_cond, out_uncond
-
-    def modules(self) -> Iterable[nn.Module]:
-        """UNet, VAE and text encoder."""
-        return (self._pipe.unet, self._pipe.vae, self._pipe.text_encoder)
+_LORA_FILE = "pytorch_lora_weights.safetensors"
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+_log = logging.getLogger("synthkd")
 
 
 def resolve(reference: str) -> str:
@@ -164,38 +34,118 @@ def resolve(reference: str) -> str:
     return str(embedded_path(reference.removeprefix(EMBEDDED)) / "pipeline")
 
 
-def load_model(reference: str, *, device: str | torch.device, dtype: torch.dtype) -> StableDiffusion:
-    """Load a local folder, a hub id or `embedded:NAME`; safetensors only, never a pickle.
+def load_model(
+    reference: str, *, device: str | torch.device, dtype: torch.dtype, loras: Sequence[str] = ()
+) -> LatentModel:
+    """Load a local folder, a hub id or `embedded:NAME`; safetensors only, never a pickle, never a folder's own code.
 
+    loras: `PATH[@WEIGHT]` each, a folder or .safetensors file or hub id, fused into the weights in this order.
     Raises SynthkdError with one line for a missing folder, an unsupported pipeline class, missing or
-    unreadable weights, half precision on a CPU, or a missing diffusers.
+    unreadable weights, half precision on a CPU, or a missing diffusers or peft.
     """
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         raise SynthkdError("recipe: dtype is 'float16' on a CPU; expected 'float32' or 'bfloat16', or a GPU")
-    where = resolve(reference)
-    _check_folder(where)
+    where, adapters = resolve(reference), [_lora(entry) for entry in loras]
+    index = _local_index(where)
+    if index is not None:
+        check_index(f"model {where!r}", index)
     diffusers = _import_diffusers()
+    pipe = _load_pipeline(diffusers, reference, where, index, dtype)
+    for path, weight in adapters:
+        _fuse_lora(pipe, path, weight)
+    for name in PARTS[type(pipe).__name__]:
+        part = getattr(pipe, name)
+        if isinstance(part, nn.Module):
+            _settle(part, device, decode_dtype(pipe, dtype) if name == "vae" else dtype)
+    if type(pipe).__name__ == XL:
+        _log.info("model %r is an SDXL base; a refiner is never used", reference)
+    return wrap_pipeline(pipe)
+
+
+def _load_pipeline(
+    diffusers: Any, reference: str, where: str, index: Mapping[str, Any] | None, dtype: torch.dtype
+) -> Any:
+    """The pipeline by the class that its index names; the VAE in float32 at least, for `_settle` to lower."""
+    extra: dict[str, Any] = {}
     try:
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, safety_checker=None, requires_safety_checker=False
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SynthkdError(f"model {reference!r}: cannot be loaded: {reason}") from error
-    for module in (pipe.unet, pipe.vae, pipe.text_encoder):
-        _settle(module, device, dtype)
-    return StableDiffusion(pipe)
+        if index is None:
+            index = diffusers.DiffusionPipeline.load_config(where)
+        name = check_index(f"model {where!r}", index)
+        if "safety_checker" in index:
+            extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        dtypes = {"default": dtype, "vae": torch.promote_types(dtype, torch.float32)}
+        pipe = getattr(diffusers, name).from_pretrained(where, dtype=dtypes, use_safetensors=True, **extra)
+    except _LOAD_ERRORS as error:
+        raise SynthkdError(f"model {reference!r}: cannot be loaded: {_one_line(error)}") from error
+    if index.get("id2label"):
+        pipe.register_to_config(id2label=index["id2label"])
+    return pipe
 
 
-def load_tiny_decoder(path: str, *, device: str | torch.device, dtype: torch.dtype) -> VaeDecoder:
-    """An AutoencoderTiny folder (TAESD layout) as a guidance decoder; raises SynthkdError if it is none."""
+def _lora(entry: str) -> tuple[str, float]:
+    """Path or hub id, and weight, of `PATH[@WEIGHT]`; raises SynthkdError before any weight is read."""
+    if find_spec("peft") is None:
+        raise SynthkdError(f"lora {entry!r}: peft is not installed: pip install 'synthkd[lora]'")
+    path, weight = entry, 1.0
+    if "@" in entry and not Path(entry).exists():
+        path, _, tail = entry.rpartition("@")
+        try:
+            weight = float(tail)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise SynthkdError(f"lora {entry!r}: weight is {tail!r}; expected PATH or PATH@NUMBER")
+    return _lora_file(path), weight
+
+
+def _lora_file(path: str) -> str:
+    where = Path(path)
+    if where.is_dir():
+        found = sorted(where.glob("*.safetensors"))
+        named = [f for f in found if f.name == _LORA_FILE] or found
+        if len(named) != 1:
+            raise SynthkdError(f"lora {path!r}: {len(found)} .safetensors files there; expected {_LORA_FILE} or just one")
+        return str(named[0])
+    if where.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise SynthkdError(f"lora {path!r}: a pickle is never read; expected a .safetensors file")
+    if not where.is_file() and (_looks_local(path) or where.suffix == ".safetensors"):
+        raise SynthkdError(f"lora {path!r}: no such file; expected a .safetensors file or a folder with one")
+    return path
+
+
+def _fuse_lora(pipe: Any, path: str, weight: float) -> None:
+    """W <- W + weight * scale * B A (arXiv 2106.09685, section 4.1) in every layer that the file names."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise SynthkdError(f"lora {path!r}: a {type(pipe).__name__} takes no LoRA")
+    try:
+        pipe.load_lora_weights(path, adapter_name="synthkd", use_safetensors=True)
+        parts = [part for part, names in pipe.get_list_adapters().items() if "synthkd" in names]
+        if not parts:
+            raise ValueError("it names no layer of this model")
+        pipe.fuse_lora(components=parts, lora_scale=weight, safe_fusing=True, adapter_names=["synthkd"])
+        pipe.unload_lora_weights()
+    except _LOAD_ERRORS as error:
+        raise SynthkdError(f"lora {path!r}: cannot be fused: {_one_line(error)}") from error
+
+
+def load_tiny_decoder(
+    path: str, *, device: str | torch.device, dtype: torch.dtype, like: Decoder | None = None
+) -> VaeDecoder:
+    """An AutoencoderTiny folder (TAESD layout) as a guidance decoder.
+
+    like: the prior's own decoder; raises SynthkdError if the tiny one has other latents than it, or is none.
+    """
     diffusers = _import_diffusers()
     try:
         vae = diffusers.AutoencoderTiny.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise SynthkdError(f"guidance.decoder 'tiny:{path}': cannot be loaded: {reason}") from error
-    return VaeDecoder(_settle(vae, device, dtype), vae.config.scaling_factor)
+    except _LOAD_ERRORS as error:
+        raise SynthkdError(f"guidance.decoder 'tiny:{path}': cannot be loaded: {_one_line(error)}") from error
+    if like is not None:
+        pairs = zip(("latent channels", "pixels per latent"), latent_layout(vae), latent_layout(like.module), strict=True)
+        for what, found, wanted in pairs:
+            if found != wanted:
+                raise SynthkdError(f"guidance.decoder 'tiny:{path}': {found} {what}; this model's vae has {wanted}")
+    return VaeDecoder(_settle(vae, device, dtype), vae.config.scaling_factor, vae.config.shift_factor)
 
 
 def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
@@ -206,30 +156,43 @@ def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -
 
 
 def weights_digest(modules: Iterable[nn.Module]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors of the modules."""
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors of the modules, and over unfused adapters' scales."""
     digest = hashlib.sha256()
     for module in modules:
         for name, tensor in sorted(module.state_dict().items()):
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(f"{name} {flat.dtype} {tuple(tensor.shape)}".encode())
             digest.update(flat.view(torch.uint8).numpy().tobytes())
+        for name, layer in module.named_modules():
+            if isinstance(scales := getattr(layer, "scaling", None), dict):  # a LoRA layer of peft
+                state = [getattr(layer, a, None) for a in ("active_adapters", "merged_adapters", "disable_adapters")]
+                digest.update(f"{name} {sorted(scales.items())} {state}".encode())
     return digest.hexdigest()
 
 
-def _check_folder(where: str) -> None:
-    """Refuse a local folder by its model_index.json before any weight is read."""
-    index = Path(where) / "model_index.json"
-    looks_local = Path(where).is_absolute() or where.startswith(".") or where.count("/") > 1 or Path(where).exists()
-    if not index.is_file():
-        if looks_local:
+def _looks_local(where: str) -> bool:
+    path = Path(where)
+    return path.is_absolute() or where.startswith(".") or where.count("/") > 1 or path.exists()
+
+
+def _local_index(where: str) -> dict[str, Any] | None:
+    """model_index.json of a local folder, None for a hub id; raises SynthkdError for a folder without a readable one."""
+    path = Path(where) / "model_index.json"
+    if not path.is_file():
+        if _looks_local(where):
             raise SynthkdError(f"model {where!r}: no model_index.json there; expected a diffusers pipeline folder")
-        return
+        return None
     try:
-        name = str(json.loads(index.read_text()).get("_class_name"))
-    except (ValueError, AttributeError) as error:
-        raise SynthkdError(f"model {where!r}: model_index.json is not readable JSON") from error
-    if name not in SUPPORTED:
-        raise SynthkdError(f"model {where!r}: {name} is not supported yet; expected {' or '.join(SUPPORTED)}")
+        index = json.loads(path.read_text())
+    except ValueError:
+        index = None
+    if not isinstance(index, dict):
+        raise SynthkdError(f"model {where!r}: model_index.json is not readable JSON")
+    return index
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _import_diffusers() -> Any:

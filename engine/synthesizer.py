@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -19,15 +19,9 @@ from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.guidance import Guidance, Look, frozen
-from synthkd.engine.models import (
-    Conditioning,
-    LatentModel,
-    StableDiffusion,
-    load_model,
-    load_tiny_decoder,
-    weights_digest,
-)
+from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
+from synthkd.engine.priors import Conditioning, LatentModel
 from synthkd.engine.sampler import Steering, sample
 from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
 
@@ -154,28 +148,31 @@ class Synthesizer:
 
     @classmethod
     def from_pretrained(
-        cls, model: str, recipe: Recipe, *, guidance: Guidance | None = None, device: str | None = None
+        cls,
+        model: str,
+        recipe: Recipe,
+        *,
+        guidance: Guidance | None = None,
+        device: str | None = None,
+        loras: Sequence[str] = (),
     ) -> "Synthesizer":
-        """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`."""
+        """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
+
+        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`).
+        """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = getattr(torch, recipe.dtype)
-        prior = load_model(model, device=where, dtype=dtype)
-        decoder = None
-        if recipe.guidance.decoder != "vae":
-            path = recipe.guidance.decoder.removeprefix("tiny:")
-            decoder = load_tiny_decoder(path, device=where, dtype=dtype)
-        return cls(prior, recipe, guidance, decoder)
+        prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
+        _check_prompts(prior, recipe)
+        return cls(prior, recipe, guidance, _looked_through(prior, recipe))
 
     @classmethod
     def from_pipeline(
         cls, pipe: Any, recipe: Recipe, *, guidance: Guidance | None = None, decoder: Decoder | None = None
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was."""
-        prior = StableDiffusion(pipe)
-        if decoder is None and recipe.guidance.decoder != "vae":
-            path = recipe.guidance.decoder.removeprefix("tiny:")
-            decoder = load_tiny_decoder(path, device=prior.device, dtype=prior.dtype)
-        return cls(prior, recipe, guidance, decoder)
+        prior = wrap_pipeline(pipe)
+        _check_prompts(prior, recipe)
+        return cls(prior, recipe, guidance, decoder or _looked_through(prior, recipe))
 
     def stream(self, request: Request) -> Stream:
         """An iterable of Batch over the request; lazy, nothing is drawn before it is iterated."""
@@ -373,6 +370,20 @@ def _tables(model: LatentModel, recipe: Recipe) -> Tables:
 def _out_of_memory(error: Exception) -> bool:
     """A GPU says so by its type, torch on a CPU only in words."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _check_prompts(prior: LatentModel, recipe: Recipe) -> None:
+    """Refuse a class that the prior cannot draw now, not when its group comes."""
+    prompts = (t.replace("{class}", name) for t in recipe.prompts for name in recipe.classes)
+    prior.check_prompts(prompts, recipe.negative_prompt)
+
+
+def _looked_through(prior: LatentModel, recipe: Recipe) -> Decoder | None:
+    """The recipe's own guidance decoder, None for the prior's."""
+    if recipe.guidance.decoder == "vae":
+        return None
+    path = recipe.guidance.decoder.removeprefix("tiny:")
+    return load_tiny_decoder(path, device=prior.device, dtype=prior.dtype, like=prior.decoder)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Shared: one thread, no hub, and pipelines and teachers small enough to build in a test."""
 
-import json
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,65 +14,47 @@ import torch
 
 torch.set_num_threads(1)
 
-WORDS = ["a", "photo", "of", "cat", "dog", "bird"]
 
 
-def _tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
+def _builders() -> Any:
+    """tests/pipelines.py; under --import-mode=importlib no test module can import another."""
+    spec = importlib.util.spec_from_file_location("synthkd_test_pipelines", Path(__file__).with_name("pipelines.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = letters + [x + "</w>" for x in letters] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer.from_pretrained(str(folder), model_max_length=16)
 
-
-def build_pipeline(folder: Path, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32) -> Any:
-    """A StableDiffusionPipeline of random weights: 16x16 images, f=2, latents 4x8x8."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.manual_seed(0)
-    tokenizer = _tokenizer(folder / "tokens")
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16, norm_num_groups=4, attention_head_dim=8,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4, norm_num_groups=4, sample_size=16, scaling_factor=0.7,
-    )  # fmt: skip
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-    )
-    scheduler = DDIMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(dtype=dtype)
+BUILD = _builders()
 
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """An epsilon-prediction pipeline in float32."""
-    return build_pipeline(tmp_path_factory.mktemp("pipe"))
+    return BUILD.sd(tmp_path_factory.mktemp("pipe"))
+
+
+@pytest.fixture(scope="session")
+def pipelines(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
+    """A tiny live pipeline of each family, all drawing 16x16: sd1 (`pipeline` itself), sd2 (v), sdxl, dit."""
+    folder = tmp_path_factory.mktemp("families")
+    return {"sd1": pipeline, "sd2": BUILD.sd2(folder / "sd2"), "sdxl": BUILD.sdxl(folder / "sdxl"), "dit": BUILD.dit()}
+
+
+@pytest.fixture(scope="session")
+def pipeline_folders(pipelines: Mapping[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """The same, saved."""
+    folder = tmp_path_factory.mktemp("saved-families")
+    for name, pipe in pipelines.items():
+        pipe.save_pretrained(folder / name)
+    return {name: folder / name for name in pipelines}
+
+
+@pytest.fixture(scope="session")
+def build() -> Any:
+    """The builders of tests/pipelines.py, for a pipeline of one's own to change."""
+    return BUILD
 
 
 @pytest.fixture(scope="session")
@@ -86,7 +68,7 @@ def pipeline_folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def pipeline64(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A pipeline in float64, for finite differences."""
-    return build_pipeline(tmp_path_factory.mktemp("pipe64"), dtype=torch.float64)
+    return BUILD.sd(tmp_path_factory.mktemp("pipe64"), dtype=torch.float64)
 
 
 @pytest.fixture

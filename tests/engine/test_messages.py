@@ -47,7 +47,7 @@ def test_an_empty_folder(recipe: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (json.dumps({"_class_name": "StableDiffusionXLPipeline"}), "StableDiffusionXLPipeline is not supported yet"),
+        (json.dumps({"_class_name": "FluxPipeline"}), "FluxPipeline is not supported yet"),
         (json.dumps({"_class_name": "EvilPipeline"}), "expected StableDiffusionPipeline"),
         (json.dumps({}), "None is not supported yet"),
         ("{", "not readable JSON"),
@@ -60,12 +60,12 @@ def test_an_unsupported_pipeline(recipe: Make, tmp_path: Path, text: str, messag
 
 
 def test_a_live_pipeline_of_another_class(recipe: Make) -> None:
-    class StableDiffusionXLPipeline:
+    class StableDiffusion3Pipeline:
         pass
 
     _refused(
-        lambda: Synthesizer.from_pipeline(StableDiffusionXLPipeline(), recipe()),
-        "StableDiffusionXLPipeline is not supported yet; expected StableDiffusionPipeline",
+        lambda: Synthesizer.from_pipeline(StableDiffusion3Pipeline(), recipe()),
+        r"StableDiffusion3Pipeline is not supported yet \(flow matching\); expected StableDiffusionPipeline",
     )
 
 

@@ -1,0 +1,379 @@
+"""Priors: the Protocol the engine needs of one, and its forms over live diffusers pipelines (SD, SDXL, DiT)."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
+from difflib import get_close_matches
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
+
+_PROMPT_CACHE = 4096
+_HALF = (torch.float16, torch.bfloat16)
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+
+Conditioning = dict[str, Tensor]
+
+
+class LatentModel(Protocol):
+    """A frozen latent denoiser with its conditioning and its decoder."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """Latents to images."""
+        ...
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The noise schedule, in diffusers' vocabulary."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        ...
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Channels, height and width of the latent of an image in pixels."""
+        ...
+
+    def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
+        """Raise SynthkdError for a prompt that `conditions` would refuse; cheap, no network runs."""
+        ...
+
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """What the denoiser is told of B prompts, tensors [B,...] by name, and the same for the negative prompt.
+
+        The second is None where classifier-free guidance is off (guidance_scale <= 1) or embedded in the denoiser.
+        size: height and width of the image in pixels.
+        """
+        ...
+
+    def denoise(
+        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The denoiser's conditional and unconditional outputs [B,C,h,w] at z [B,C,h,w] and timestep t (0-d)."""
+        ...
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All networks."""
+        ...
+
+
+class _PipelinePrior:
+    """What priors over a live pipeline share; the pipeline is left as it was."""
+
+    denoiser_part = "unet"
+
+    def __init__(self, pipe: Any) -> None:
+        """pipe: a live pipeline; refused with SynthkdError where its class or its parts do not fit."""
+        _check_live(pipe)
+        self._pipe = pipe
+        self._denoiser: Any = getattr(pipe, self.denoiser_part)
+        self._decoder = self._make_decoder()
+        self._channels, self._factor = latent_layout(pipe.vae)
+        taken = self._denoiser.config.in_channels
+        if taken != self._channels:
+            raise SynthkdError(
+                f"model: vae has {self._channels} latent channels, {self.denoiser_part} takes {taken}; expected the same"
+            )
+
+    def _make_decoder(self) -> VaeDecoder:
+        config = self._pipe.vae.config
+        return VaeDecoder(self._pipe.vae, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0)
+
+    @property
+    def decoder(self) -> Decoder:
+        """The pipeline's VAE."""
+        return self._decoder
+
+    @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The pipeline's scheduler config."""
+        return dict(self._pipe.scheduler.config)
+
+    @property
+    def device(self) -> torch.device:
+        """The denoiser's device."""
+        return next(self._denoiser.parameters()).device  # type: ignore[no-any-return]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The denoiser's dtype."""
+        return next(self._denoiser.parameters()).dtype  # type: ignore[no-any-return]
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Raises SynthkdError where the size is not a multiple of the VAE's factor."""
+        for name, value in (("height", height), ("width", width)):
+            if value % self._factor:
+                raise SynthkdError(f"recipe: {name} is {value}; this model needs a multiple of {self._factor}")
+        return self._channels, height // self._factor, width // self._factor
+
+    def denoise(
+        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """One denoiser call; with classifier-free guidance on a doubled batch, unconditional half first."""
+        with evaluating(self._denoiser):
+            if uncond is None:
+                return self._evaluate(z, t, cond), None
+            told = {name: torch.cat([uncond[name], value]) for name, value in cond.items()}
+            out_uncond, out_cond = self._evaluate(torch.cat([z, z]), t, told).chunk(2)
+        return out_cond, out_uncond
+
+    def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        raise NotImplementedError
+
+    def modules(self) -> Iterable[nn.Module]:
+        """The denoiser, the autoencoder that decodes, and the text encoders."""
+        encoders = [getattr(self._pipe, p) for p in PARTS[type(self._pipe).__name__] if p.startswith("text_encoder")]
+        return (self._denoiser, self._decoder.module, *encoders)
+
+
+class StableDiffusion(_PipelinePrior):
+    """StableDiffusionPipeline (1.x, 2.x) and LatentConsistencyModelPipeline: one text encoder, a UNet."""
+
+    def __init__(self, pipe: Any) -> None:
+        """See the base class."""
+        super().__init__(pipe)
+        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
+            raise SynthkdError("model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()")
+
+    def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
+        """Any text will do."""
+
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Text encoder states [B,L,D]; each prompt is encoded alone, once, so the batch cannot change a bit.
+
+        With guidance embedded in the UNet (arXiv 2210.03142) `timestep_cond` [B,E] holds its scale, and the
+        negative prompt is not used.
+        """
+        rows = [self._encoded(p) for p in prompts]
+        shared = self._shared(len(rows), guidance_scale, size)
+        cond = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        if guidance_scale <= 1.0 or "timestep_cond" in shared:
+            return cond | shared, None
+        negative = self._negative(negative_prompt)
+        return cond | shared, {name: negative[name].expand_as(value) for name, value in cond.items()} | shared
+
+    def _shared(self, count: int, guidance_scale: float, size: tuple[int, int]) -> Conditioning:
+        """Conditions that are the same for every prompt and its negative."""
+        width = self._denoiser.config.time_cond_proj_dim
+        if width is None:
+            return {}
+        embedding = guidance_embedding(guidance_scale, width).to(self.device, self.dtype)
+        return {"timestep_cond": embedding.repeat(count, 1)}
+
+    def _encoded(self, prompt: str) -> Conditioning:
+        """Conditions of one prompt, tensors [1,...]."""
+        if prompt not in self._cache:
+            told = {name: x.to(self.device, self.dtype) for name, x in self._encode(prompt).items()}
+            self._cache[prompt] = told
+            if len(self._cache) > _PROMPT_CACHE:
+                self._cache.popitem(last=False)
+            return told
+        return self._cache[prompt]
+
+    def _negative(self, prompt: str) -> Conditioning:
+        return self._encoded(prompt)
+
+    def _encode(self, prompt: str) -> Conditioning:
+        tokenizer, encoder = self._pipe.tokenizer, self._pipe.text_encoder
+        tokens = self._tokens(tokenizer, prompt)
+        at = next(encoder.parameters()).device
+        mask = tokens.attention_mask.to(at) if getattr(encoder.config, "use_attention_mask", 0) else None
+        with torch.no_grad(), evaluating(encoder):
+            return {"encoder_hidden_states": encoder(tokens.input_ids.to(at), attention_mask=mask)[0]}
+
+    def _tokens(self, tokenizer: Any, prompt: str) -> Any:
+        """Token ids and mask [1,L]; a textual inversion's name stands for all of its vectors."""
+        return tokenizer(
+            self._pipe.maybe_convert_prompt(prompt, tokenizer),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+
+    def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        out: Tensor = self._denoiser(z, t, **told, return_dict=False)[0]
+        return out
+
+
+class StableDiffusionXL(StableDiffusion):
+    """StableDiffusionXLPipeline, the base (arXiv 2307.01952): two text encoders, pooled text and size as conditions."""
+
+    def _make_decoder(self) -> VaeDecoder:
+        """In half precision with `force_upcast`, over a float32 copy: the live autoencoder is not touched."""
+        vae = self._pipe.vae
+        wanted = decode_dtype(self._pipe, vae.dtype)
+        if wanted != vae.dtype:
+            vae = deepcopy(vae).to(wanted).eval().requires_grad_(False)
+        mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
+        moments = None if mean is None or std is None else (mean, std)
+        return VaeDecoder(vae, vae.config.scaling_factor, moments=moments)
+
+    def _shared(self, count: int, guidance_scale: float, size: tuple[int, int]) -> Conditioning:
+        """time_ids [B,6]: original size, crop corner, target size, as for an image that was not cropped."""
+        ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
+        return super()._shared(count, guidance_scale, size) | {"time_ids": ids.repeat(count, 1)}
+
+    def _negative(self, prompt: str) -> Conditioning:
+        told = self._encoded(prompt)
+        if prompt == "" and self._pipe.config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(x) for name, x in told.items()}
+        return told
+
+    def _encode(self, prompt: str) -> Conditioning:
+        """Penultimate states of both encoders side by side [1,L,D1+D2], and the second's pooled embedding [1,P]."""
+        states, pooled = [], None
+        for suffix in ("", "_2"):
+            encoder = getattr(self._pipe, f"text_encoder{suffix}")
+            tokens = self._tokens(getattr(self._pipe, f"tokenizer{suffix}"), prompt).input_ids
+            with torch.no_grad(), evaluating(encoder):
+                out = encoder(tokens.to(next(encoder.parameters()).device), output_hidden_states=True)
+            states.append(out.hidden_states[-2].to(self.device))
+            pooled = out[0]
+        if pooled is None or pooled.ndim != 2:
+            raise SynthkdError("model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection")
+        return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
+
+    def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        added = {name: told[name] for name in ("text_embeds", "time_ids")}
+        rest = {name: x for name, x in told.items() if name not in added}
+        out: Tensor = self._denoiser(z, t, **rest, added_cond_kwargs=added, return_dict=False)[0]
+        return out
+
+
+class ClassConditional(_PipelinePrior):
+    """DiTPipeline (arXiv 2212.09748): no text, the "prompt" of a sample is a label or a number of the model's classes."""
+
+    denoiser_part = "transformer"
+
+    def __init__(self, pipe: Any) -> None:
+        """See the base class."""
+        super().__init__(pipe)
+        self._numbers = _label_numbers(pipe)
+        self._classes = int(self._denoiser.config.num_embeds_ada_norm)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """Raises SynthkdError where the size is not the one the model was trained for."""
+        side = int(self._denoiser.config.sample_size)
+        for name, value in (("height", height), ("width", width)):
+            if value != side * self._factor:
+                raise SynthkdError(f"recipe: {name} is {value}; this model draws {side * self._factor} only")
+        return self._channels, side, side
+
+    def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
+        """Raises SynthkdError for a prompt that names no class of the model, or any negative prompt."""
+        for prompt in prompts:
+            self._number(prompt)
+        if negative_prompt:
+            raise SynthkdError(f"recipe: negative_prompt is {negative_prompt!r}; a class-conditional model takes none")
+
+    def conditions(
+        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Class numbers int64 [B]; the negative is the null class, the one after the last."""
+        self.check_prompts((), negative_prompt)
+        numbers = torch.tensor([self._number(p) for p in prompts], device=self.device)
+        if guidance_scale <= 1.0:
+            return {"class_labels": numbers}, None
+        return {"class_labels": numbers}, {"class_labels": torch.full_like(numbers, self._classes)}
+
+    def _number(self, prompt: str) -> int:
+        found = self._numbers.get(prompt) or self._numbers.get(prompt.strip().lower(), frozenset())
+        if len(found) == 1:
+            return next(iter(found))
+        if found:
+            raise SynthkdError(f"recipe: {prompt!r} is the label of classes {sorted(found)}; name the number you mean")
+        if re.fullmatch(r"\s*[0-9]+\s*", prompt) and int(prompt) < self._classes:
+            return int(prompt)
+        near = [repr(label) for label in get_close_matches(prompt.lower(), self._numbers, n=3, cutoff=0.0)]
+        nearest = f"nearest: {', '.join(near)}; " if near else ""
+        raise SynthkdError(
+            f"recipe: prompt {prompt!r} is no class of this model; {nearest}set prompts = [\"{{class}}\"] and name each "
+            f"class by its label in the model or by its number, 0 to {self._classes - 1}"
+        )
+
+    def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
+        """The first C channels of the output; a learned sigma, if any, follows them and is not used."""
+        out: Tensor = self._denoiser(z, timestep=t.expand(z.shape[0]), **told, return_dict=False)[0]
+        return out[:, : z.shape[1]]
+
+
+_FAMILIES = {
+    "StableDiffusionPipeline": StableDiffusion,
+    "LatentConsistencyModelPipeline": StableDiffusion,
+    XL: StableDiffusionXL,
+    "DiTPipeline": ClassConditional,
+}
+
+
+def wrap_pipeline(pipe: Any) -> LatentModel:
+    """A live diffusers pipeline as a prior, where it is, in its own dtype; it is left as it was.
+
+    Raises SynthkdError for a class that is not supported, a missing part or a schedule of another kind.
+    """
+    check_class("model", type(pipe).__name__)
+    prior: LatentModel = _FAMILIES[type(pipe).__name__](pipe)
+    return prior
+
+
+def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:
+    """What a pipeline of this dtype decodes in: SDXL's autoencoder overflows in half precision (`force_upcast`)."""
+    upcast = type(pipe).__name__ == XL and getattr(pipe.vae.config, "force_upcast", False)
+    return torch.float32 if upcast and dtype in _HALF else dtype
+
+
+def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
+    """Sinusoidal embedding [1,width], float32, of 1000 w with w = guidance_scale - 1 (arXiv 2310.04378, section 4.2).
+
+    The angles reach thousands, where float32 rounds visibly: they are formed in the order the UNets were trained with.
+    """
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
+    angle = torch.tensor([guidance_scale - 1.0]) * 1000.0 * frequency
+    return torch.cat([angle.sin(), angle.cos(), torch.zeros(width % 2)])[None]
+
+
+def _label_numbers(pipe: Any) -> dict[str, frozenset[int]]:
+    """Labels, as written and in lower case -> class numbers (ImageNet has two cranes, so a set)."""
+    named = pipe.config.get("id2label")
+    if named:
+        pairs = [(label, int(n)) for n, text in named.items() for label in {text, *text.split(",")}]
+    else:
+        pairs = list(pipe.labels.items())
+    out: dict[str, frozenset[int]] = {}
+    for label, number in pairs:
+        for key in {label.strip(), label.strip().lower()}:
+            out[key] = out.get(key, frozenset()) | {number}
+    return out
+
+
+def _check_live(pipe: Any) -> None:
+    name = type(pipe).__name__
+    check_class("model", name)
+    check_parts("model", name, {part: getattr(pipe, part, None) is not None for part in PARTS[name]})
+    check_scheduler("model", type(pipe.scheduler).__name__, pipe.scheduler.config)
+    vae = type(getattr(pipe.vae, "_orig_mod", pipe.vae)).__name__
+    if vae not in _AUTOENCODERS:
+        raise SynthkdError(f"model: vae is a {vae}; expected {' or '.join(_AUTOENCODERS)}")
+    for part in PARTS[name]:
+        if hasattr(getattr(pipe, part), "_hf_hook"):
+            raise SynthkdError(f"model: {part} is offloaded; call remove_all_hooks() and move the pipeline to one device")
