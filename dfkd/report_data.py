@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from synthkd.engine.config import Recipe
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import MANIFEST, GroupRow, read_index, read_manifest
+from synthkd.engine.plan import sample_key
 from synthkd.engine.reading import Sample, read_set
 
 RESULT = "result.json"
@@ -36,6 +37,7 @@ class DrawnSet:
     agreed: int = 0
     keys: dict[int, list[str]] = field(default_factory=dict)
     pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    copied: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -59,8 +61,11 @@ class DrawnSet:
         return {name: totals[name] / drawn for name in names}
 
 
-def load_set(folder: Path, chosen: Collection[str] | None = None) -> DrawnSet:
-    """Read a set once; chosen: keys whose pixels are kept, the first few of each class by default."""
+def load_set(folder: Path, chosen: Collection[str] | None = None, copied: Collection[str] = ()) -> DrawnSet:
+    """Read a set once; chosen: keys whose pixels are kept, the first few of each class by default.
+
+    copied: keys of images that repeat one another; their pixels are kept apart.
+    """
     manifest = read_manifest(folder)
     recipe = Recipe.from_dict(manifest["recipe"])
     rows = [group for shard in read_index(folder).values() for group in shard.groups]
@@ -68,6 +73,8 @@ def load_set(folder: Path, chosen: Collection[str] | None = None) -> DrawnSet:
     for sample in read_set(folder):
         try:
             _take(drawn, sample, chosen)
+            if sample.key in copied:
+                drawn.copied[sample.key] = sample.pixels
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise SynthkdError(f"{folder}: the json of {sample.key} is not a synthkd sample's ({error!r})") from error
     return drawn
@@ -123,6 +130,15 @@ class Run:
         recipe = self.main.recipe.classes if self.main else ()
         return [str(c) for c in named] if isinstance(named, list) else list(recipe)
 
+    def near_copies(self, tone: str) -> list[tuple[str, str, float]]:
+        """Example pairs of near-copies in a set: key of the earlier image, key of the later, likeness."""
+        held: Any = self.result
+        for name in ("near_duplicates", "examples", tone):
+            held = held.get(name) if isinstance(held, dict) else None
+        rows = [row for row in held if isinstance(row, list) and len(row) == 3] if isinstance(held, list) else []
+        whole = [row for row in rows if _whole(row[0]) and _whole(row[1]) and isinstance(row[2], (int, float))]
+        return [(sample_key(a), sample_key(b), float(likeness)) for a, b, likeness in whole]
+
     def confusion(self, name: str) -> list[list[int]] | None:
         """One of the run's confusion matrices, None where it is absent or not KxK counts."""
         try:
@@ -133,14 +149,20 @@ class Run:
         return counts.tolist() if square and counts.dtype.kind in "iu" and counts.min() >= 0 else None
 
 
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 def load_run(folder: Path) -> Run:
     """Find out what a folder holds and read it; raises SynthkdError where it is no run and no set."""
     if (folder / RESULT).is_file():
-        main = load_set(folder / "shards") if (folder / "shards" / MANIFEST).is_file() else None
-        other = folder / "control" / "shards"
+        told = Run(folder, _read_result(folder / RESULT), None, None)
+        keys = {tone: {key for pair in told.near_copies(tone) for key in pair[:2]} for tone in ("guided", "unguided")}
+        ours, other = folder / "shards", folder / "control" / "shards"
+        main = load_set(ours, None, keys["guided"]) if (ours / MANIFEST).is_file() else None
         chosen = set(main.pixels) if main else None
-        control = load_set(other, chosen) if (other / MANIFEST).is_file() else None
-        return Run(folder, _read_result(folder / RESULT), main, control)
+        control = load_set(other, chosen, keys["unguided"]) if (other / MANIFEST).is_file() else None
+        return replace(told, main=main, control=control)
     if (folder / MANIFEST).is_file():
         return Run(folder, None, load_set(folder), None)
     raise SynthkdError(

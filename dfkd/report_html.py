@@ -2,7 +2,6 @@
 
 import base64
 import html
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +64,10 @@ svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-num
   grid-template-columns: minmax(0, 1fr); color: var(--soft); max-width: 6.5rem; }
 .sheet li { display: flex; align-items: center; min-height: 0; }
 .sheet li span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.1rem 1.5rem; margin-top: 1.1rem; }
+.pictures figure { width: 10rem; border-left: .35rem solid var(--tone); padding-left: .6rem; }
+.pictures img { display: block; width: 100%; height: auto; } .pictures img.crisp { image-rendering: pixelated; }
+.pictures figcaption { margin-top: .3rem; font-size: .84rem; line-height: 1.35; }
 .swatch { border-left: .35rem solid var(--tone); padding-left: .5rem; }
 .scroll { overflow-x: auto; min-width: 0; } table { border-collapse: collapse; width: 100%; font-size: .86rem; }
 caption { padding-bottom: .5rem; } th { font-weight: 500; text-align: right; color: var(--soft); }
@@ -123,6 +126,16 @@ def number(value: float, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
+def percent(value: float) -> str:
+    """Percent with one digit."""
+    return f"{value:.1f}\N{NO-BREAK SPACE}%"
+
+
+def points(value: float) -> str:
+    """A difference of percentages, with its sign."""
+    return f"{value:+.1f}".replace("-", "−")
+
+
 def duration(seconds: float) -> str:
     """Seconds in the unit a reader would choose."""
     if seconds < 1:
@@ -131,132 +144,6 @@ def duration(seconds: float) -> str:
         return f"{number(seconds)} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A scale from low to high with a label that carries the unit."""
-
-    label: str
-    low: float
-    high: float
-    log: bool = False
-
-    @classmethod
-    def over(cls, label: str, values: Iterable[float], *, log: bool = False) -> "Axis":
-        """An axis around values: rounded outwards to its ticks, or exact where logarithmic."""
-        held = list(values) or [0.0, 1.0]
-        low, high = min(held), max(held)
-        if log and low > 0:
-            return cls(label, low, high, True)
-        if low == high:
-            low, high = min(low, 0.0), max(high, 0.0) or 1.0
-        step = _nice_step(high - low)
-        return cls(label, math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step)
-
-    def share(self, value: float) -> float:
-        """Where a value lies, 0 at low and 1 at high."""
-        low, high, v = (math.log10(x) if self.log else x for x in (self.low, self.high, value))
-        return (v - low) / (high - low) if high > low else 0.5
-
-    def ticks(self) -> list[float]:
-        """Round values on the axis."""
-        if not self.log or self.high < 5 * self.low:
-            step = _nice_step(self.high - self.low)
-            first = math.ceil(self.low / step - 1e-9)
-            return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
-        decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-        digits = (1, 2, 5) if self.high < 200 * self.low else (1,)
-        return [d * 10.0**k for k in decades for d in digits if self.low <= d * 10.0**k <= self.high]
-
-
-def _nice_step(span: float, count: int = 4) -> float:
-    raw = (span or 1.0) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(m * power for m in (1, 2, 5, 10) if raw <= m * power * (1 + 1e-9))
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A line with its direct label; low and high bound an optional band, `stepped` draws a histogram's outline."""
-
-    label: str
-    tone: str
-    xs: Sequence[float]
-    ys: Sequence[float]
-    low: Sequence[float] = field(default=())
-    high: Sequence[float] = field(default=())
-    stepped: bool = False
-
-
-_WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 360, 214, 44, 10, 42
-
-
-def line_chart(title: str, unit: str, curves: Sequence[Curve], x: Axis, y: Axis, alt: str) -> Html:
-    """A small chart; every curve is labelled at its right end, the y axis by `unit` beside the title."""
-    right = _WIDTH - 8 - max((7.7 * len(c.label) for c in curves), default=0)
-    floor = _HEIGHT - _BOTTOM
-
-    def at(u: float, v: float) -> tuple[float, float]:
-        return _LEFT + x.share(u) * (right - _LEFT), floor - y.share(v) * (floor - _TOP)
-
-    parts = [_axes(x, y, right)]
-    ends = []
-    for curve in curves:
-        line = [at(u, v) for u, v in zip(curve.xs, curve.ys, strict=True)]
-        if curve.low:
-            edge = [*zip(curve.xs, curve.high, strict=True), *reversed([*zip(curve.xs, curve.low, strict=True)])]
-            parts.append(f'<polygon class="band {curve.tone}" points="{_points([at(u, v) for u, v in edge])}"/>')
-        if curve.stepped:
-            line = [p for a, b in itertools.pairwise(line) for p in (a, (b[0], a[1]))]
-            base = f"{line[0][0]:.1f},{floor} {_points(line)} {line[-1][0]:.1f},{floor}"
-            parts.append(f'<polygon class="band {curve.tone}" points="{base}"/>')
-        parts.append(f'<polyline class="line {curve.tone}" points="{_points(line)}"/>')
-        ends.append((line[-1][1], curve))
-    parts += _end_labels(ends, right)
-    svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{esc(alt)}">{"".join(parts)}</svg>'
-    caption = wrap("figcaption", join([title, " ", wrap("span", unit)]))
-    return wrap("figure", join([caption, Html(svg)]), 'class="chart"')
-
-
-def _points(points: Iterable[tuple[float, float]]) -> str:
-    return " ".join(f"{u:.1f},{v:.1f}" for u, v in points)
-
-
-def _axes(x: Axis, y: Axis, right: float) -> str:
-    floor, parts = _HEIGHT - _BOTTOM, []
-    for tick in y.ticks():
-        v = floor - y.share(tick) * (floor - _TOP)
-        parts.append(f'<line class="axis" x1="{_LEFT}" x2="{right:.1f}" y1="{v:.1f}" y2="{v:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{v + 4:.1f}" text-anchor="end">{number(tick)}</text>')
-    for tick in x.ticks():
-        u = _LEFT + x.share(tick) * (right - _LEFT)
-        parts.append(f'<text x="{u:.1f}" y="{floor + 16}" text-anchor="middle">{number(tick)}</text>')
-    middle = (_LEFT + right) / 2
-    parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">{esc(x.label)}</text>')
-    return "".join(parts)
-
-
-def _end_labels(ends: Sequence[tuple[float, Curve]], right: float, gap: float = 13.0) -> list[str]:
-    """Labels at the curves' ends, moved apart where they would touch."""
-    parts, last = [], -math.inf
-    for v, curve in sorted(ends, key=lambda end: end[0]):
-        last = max(v, last + gap)
-        where = f'x="{right + 6:.1f}" y="{last + 4:.1f}"'
-        parts.append(f'<text class="tone {curve.tone}" {where}>{esc(curve.label)}</text>')
-    return parts
-
-
-def track(parts: Sequence[tuple[float, str]], marks: Sequence[tuple[float, str]] = (), height: int = 16) -> Html:
-    """A horizontal bar as wide as its cell: (share, tone) end to end, and (position, tone) dots on it."""
-    shapes, x = [], 0.0
-    for share, tone in parts:
-        share = min(max(share, 0.0), 1.0 - x)
-        size = f'x="{100 * x:.2f}%" width="{100 * share:.2f}%" y="2" height="{height - 4}"'
-        shapes.append(f'<rect class="fill {tone}" {size}/>')
-        x += share
-    shapes += [f'<circle class="dot {t}" cx="{100 * at:.2f}%" cy="{height / 2}" r="5"/>' for at, t in marks]
-    return Html(f'<svg width="100%" height="{height}" aria-hidden="true">{"".join(shapes)}</svg>')
 
 
 def table(caption: object, head: Sequence[object], rows: Iterable[Sequence[object]], kind: str = "plain") -> Html:
@@ -335,6 +222,16 @@ def sheet(names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, c
     image = Html(f'<img class="{kind}" {size} alt="{esc(alt)}" src="data:image/png;base64,{data}">')
     caption = wrap("figcaption", tone.capitalize(), f'class="swatch {tone}"')
     return wrap("figure", join([caption, wrap("div", join([labels, image]))]), 'class="sheet"')
+
+
+def pictures(items: Iterable[tuple[bytes, str, str, bool]], tone: str) -> Html:
+    """Small pictures with captions, side by side: (PNG, alternative text, caption, crisp) each."""
+    figures = []
+    for png, alt, caption, crisp in items:
+        data, kind = base64.b64encode(png).decode(), "crisp" if crisp else "photo"
+        image = Html(f'<img class="{kind}" alt="{esc(alt)}" src="data:image/png;base64,{data}">')
+        figures.append(wrap("figure", join([image, wrap("figcaption", wrap("span", caption))]), f'class="{tone}"'))
+    return wrap("div", join(figures), 'class="pictures"')
 
 
 def grid(items: Iterable[Html], wide: bool = False) -> Html:

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
 from synthkd.dfkd.evaluate import Score, evaluate, predict
 from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.metrics import NEAR_COPY, near_duplicates, set_distances, set_features
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.presets import Preset, unguided
 from synthkd.dfkd.progress import Progress, Silent
@@ -128,7 +130,8 @@ class Run:
     ) -> dict[str, Any]:
         sets = {"guided": self.out / "shards", "unguided": self.out / "control" / "shards"}
         images = {name: load_synthetic(folder, count, teacher.input_size) for name, folder in sets.items()}
-        judge = load_teacher(self.preset.judge) if self.preset.judge else None
+        judge = load_teacher(self.preset.judge, self.preset.job.device) if self.preset.judge else None
+        real = self._test_set(teacher)
         return {
             "preset": self.preset.name,
             "seed": self.seed,
@@ -139,6 +142,9 @@ class Run:
             "seconds": 0.0,
             "teacher_agreement": {name: reading(teacher, data) for name, data in images.items()},
             "judge": {name: reading(judge, data) for name, data in images.items()} if judge else {},
+            "feature_distance": {"network": "judge" if judge else "teacher"}
+            | feature_distance(judge or teacher, {**images, "real": real} if real else images),
+            "near_duplicates": repeats(images),
             "classes": list(teacher.classes),
             "parameters": {
                 "teacher": count_parameters(teacher.net),
@@ -221,6 +227,20 @@ def _set_digest(folder: Path) -> list[str]:
 def reading(net: Teacher, data: LabelledImages) -> float:
     """Percent of images that a network reads as their label says."""
     return round(100 * (predict(net, data.images).argmax(dim=1) == data.labels).float().mean().item(), 2)
+
+
+def feature_distance(net: Teacher, sets: Mapping[str, LabelledImages]) -> dict[str, Any]:
+    """Distances between the sets in a network's features; empty for a network without a linear layer."""
+    if not any(isinstance(layer, nn.Linear) for layer in net.modules()):
+        return {}
+    return set_distances({name: set_features(net, data.images) for name, data in sets.items()})
+
+
+def repeats(sets: Mapping[str, LabelledImages]) -> dict[str, Any]:
+    """Images of each set that repeat an earlier one: how many, and example pairs [earlier id, later id, likeness]."""
+    found = {name: near_duplicates(data.images) for name, data in sets.items()}
+    examples = {name: [[c.earlier, c.later, round(c.likeness, 4)] for c in f.examples] for name, f in found.items()}
+    return {name: f.count for name, f in found.items()} | {"threshold": NEAR_COPY, "examples": examples}
 
 
 def images_per_second(folder: Path, workers: int) -> float:

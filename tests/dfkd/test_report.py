@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from synthkd.dfkd import report_charts as c
 from synthkd.dfkd import report_html as h
 from synthkd.dfkd.report import load_run, read_log, write_report
 from synthkd.engine.config import GuidanceSpec, Recipe, Request, fingerprint
@@ -258,7 +259,7 @@ def test_durations_read_well() -> None:
 
 @pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [1e-9, 2e-9], [0.0, 1e9], [-3.0, 4.0]])
 def test_axes_enclose_their_values_and_have_ticks(values: list[float]) -> None:
-    axis = h.Axis.over("", values)
+    axis = c.Axis.over("", values)
     assert axis.low <= min(values)
     assert axis.high >= max(values)
     assert 2 <= len(axis.ticks()) <= 8
@@ -266,5 +267,5 @@ def test_axes_enclose_their_values_and_have_ticks(values: list[float]) -> None:
 
 
 def test_log_axes_tick_inside_their_range() -> None:
-    axis = h.Axis.over("loss", [0.02, 3.0], log=True)
+    axis = c.Axis.over("loss", [0.02, 3.0], log=True)
     assert axis.ticks() == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2], rel=1e-9)
