@@ -1,16 +1,19 @@
 """Guided synthesis: a recipe and a request in, labelled images out."""
 
+from synthkd.engine.batch import Batch
+from synthkd.engine.callback import GuidanceCallback
 from synthkd.engine.config import CutMixSpec, GuidanceSpec, Recipe, Request
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
-from synthkd.engine.synthesizer import Batch, Stream, Synthesizer
+from synthkd.engine.synthesizer import Stream, Synthesizer
 
 __all__ = [
     "Batch",
     "CutMixSpec",
     "Guidance",
+    "GuidanceCallback",
     "GuidanceSpec",
     "NonFiniteError",
     "Plan",

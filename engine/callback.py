@@ -29,9 +29,9 @@ class GuidanceCallback:
     ...     images = pipe(prompts, callback_on_step_end=callback).images
 
     It does what the engine's loop does (`engine.sampler`, gradient "x0", no Latent CutMix): the step that the
-    scheduler took from x0 is corrected to the one it would have taken from x0'. Within the `with` block the scheduler's
-    `step` is observed, since a callback alone is not told the denoiser's output; the block leaves the pipeline as it was.
-    `log` holds each guided step's terms.
+    scheduler took from x0 is corrected to the one it would have taken from x0'. Within the `with` block the
+    scheduler's `step` is observed, since a callback alone is not told the denoiser's output; the block leaves the
+    pipeline as it was. `log` holds each guided step's terms.
     """
 
     def __init__(self, pipe: Any, guidance: Guidance, targets: Tensor, spec: GuidanceSpec) -> None:

@@ -150,7 +150,9 @@ class StableDiffusion(_PipelinePrior):
         super().__init__(pipe)
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
         if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
-            raise SynthkdError("model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()")
+            raise SynthkdError(
+                "model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()"
+            )
 
     def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
         """Any text will do."""
@@ -250,7 +252,9 @@ class StableDiffusionXL(StableDiffusion):
             states.append(out.hidden_states[-2].to(self.device))
             pooled = out[0]
         if pooled is None or pooled.ndim != 2:
-            raise SynthkdError("model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection")
+            raise SynthkdError(
+                "model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection"
+            )
         return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
 
     def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
@@ -307,7 +311,7 @@ class ClassConditional(_PipelinePrior):
         near = [repr(label) for label in get_close_matches(prompt.lower(), self._numbers, n=3, cutoff=0.0)]
         nearest = f"nearest: {', '.join(near)}; " if near else ""
         raise SynthkdError(
-            f"recipe: prompt {prompt!r} is no class of this model; {nearest}set prompts = [\"{{class}}\"] and name each "
+            f'recipe: prompt {prompt!r} is no class of this model; {nearest}set prompts = ["{{class}}"] and name each '
             f"class by its label in the model or by its number, 0 to {self._classes - 1}"
         )
 
@@ -376,4 +380,6 @@ def _check_live(pipe: Any) -> None:
         raise SynthkdError(f"model: vae is a {vae}; expected {' or '.join(_AUTOENCODERS)}")
     for part in PARTS[name]:
         if hasattr(getattr(pipe, part), "_hf_hook"):
-            raise SynthkdError(f"model: {part} is offloaded; call remove_all_hooks() and move the pipeline to one device")
+            raise SynthkdError(
+                f"model: {part} is offloaded; call remove_all_hooks() and move the pipeline to one device"
+            )

@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 
+from synthkd.engine.batch import Batch
 from synthkd.engine.environment import environment
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.synthesizer import Batch, Synthesizer
+from synthkd.engine.synthesizer import Synthesizer
 
 Factory = Callable[[], Synthesizer]
 _worker: Synthesizer | None = None

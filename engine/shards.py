@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from synthkd.engine.batch import Batch, SampleStream
 from synthkd.engine.errors import SynthkdError, WorkerLostError
 from synthkd.engine.index import (
     INDEX,
@@ -37,7 +38,6 @@ from synthkd.engine.index import (
     write_atomically,
 )
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.synthesizer import Batch, SampleStream
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}

@@ -12,11 +12,11 @@ import torch
 from synthkd.dfkd import report_charts as c
 from synthkd.dfkd import report_html as h
 from synthkd.dfkd.report import load_run, read_log, write_report
+from synthkd.engine.batch import Batch
 from synthkd.engine.config import GuidanceSpec, Recipe, Request, fingerprint
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
-from synthkd.engine.synthesizer import Batch
 
 RUN_SECTIONS = ["summary", "images", "guidance", "distillation", "balance", "confidence", "confusion", "throughput",
                 "provenance"]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from synthkd.dfkd import TeacherGuidance, load_teacher
 from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer
-from synthkd.engine.synthesizer import Batch
+from synthkd.engine.batch import Batch
 
 
 def draw(folder: Path, card: Path, recipe: Recipe) -> Batch:

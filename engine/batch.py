@@ -1,0 +1,83 @@
+"""What a group is once it is drawn, and what anything must offer whose groups can be written to disk."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from synthkd.engine.plan import Plan, WorkUnit, sample_key
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The kept samples of one group.
+
+    images: uint8 [B,3,H,W] on the device, an NCHW view of channels_last memory; labels: int64 [B];
+    targets: float32 [B,K], the label as class shares (one-hot unless Latent CutMix crossed classes);
+    notes: what the guidance's `annotate` gave, [B,...]; curves: per logged term one value per guided call
+    (group terms) or one per call and sample; seconds: per stage.
+    """
+
+    group: int
+    round: int
+    attempt: int
+    ids: tuple[int, ...]
+    prompts: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    notes: dict[str, Tensor] = field(default_factory=dict)
+    curves: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> list[str]:
+        """Sample names, as in a shard."""
+        return [sample_key(i) for i in self.ids]
+
+    def first(self, kept: int) -> "Batch":
+        """The first `kept` samples."""
+        if kept == len(self.ids):
+            return self
+        per_sample = {n: [c[:kept] if isinstance(c, list) else c for c in v] for n, v in self.curves.items()}
+        return replace(
+            self,
+            ids=self.ids[:kept],
+            prompts=self.prompts[:kept],
+            images=self.images[:kept],
+            labels=self.labels[:kept],
+            targets=self.targets[:kept],
+            notes={name: note[:kept] for name, note in self.notes.items()},
+            curves=per_sample,
+        )
+
+
+class SampleStream(Protocol):
+    """What `write_shards` consumes: a plan, its identity, and a way to draw any of its units in order."""
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that is drawn."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The manifest's content: recipe, seed, guidance, model digest, fingerprint, versions."""
+        ...
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where it is drawn (see `engine.environment`)."""
+        ...
+
+    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+        """One Batch per unit, in the given order."""
+        ...
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """images [B,3,H,W] float, 0..1 -> uint8, clamped and rounded half to even, channels_last memory."""
+    scaled = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    return scaled.contiguous(memory_format=torch.channels_last)
