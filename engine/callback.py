@@ -1,5 +1,6 @@
 """Guidance inside a stock diffusers pipeline, through its own step callback, for those who keep their loop."""
 
+from functools import wraps
 from types import TracebackType
 from typing import Any
 
@@ -56,6 +57,7 @@ class GuidanceCallback:
         """Observe the scheduler's steps."""
         inner = self._pipe.scheduler.step
 
+        @wraps(inner)  # pipelines read off its signature whether it takes eta and a generator
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             self._seen = model_output, sample
             return inner(model_output, timestep, sample, *args, **kwargs)

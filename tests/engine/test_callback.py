@@ -1,5 +1,6 @@
 """Guidance by a stock pipeline's step callback does what the engine's own loop does."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -106,8 +107,10 @@ def test_the_pipeline_is_left_as_it_was(
             "a cat", generator=g, num_inference_steps=3, height=16, width=16, output_type="np", **kwargs
         ).images  # fmt: skip
 
+    wanted = inspect.signature(pipeline.scheduler.step)
     before, flags = image(), [p.requires_grad for p in pipeline.vae.parameters()]
     with GuidanceCallback(pipeline, guide(), torch.eye(3)[:1], GuidanceSpec(scale=0.3)) as callback:
+        assert inspect.signature(pipeline.scheduler.step) == wanted  # what says that it takes eta and a generator
         moved = image(callback_on_step_end=callback)
     assert "step" not in vars(pipeline.scheduler)
     assert [p.requires_grad for p in pipeline.vae.parameters()] == flags
