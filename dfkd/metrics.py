@@ -24,36 +24,34 @@ def set_features(net: Teacher, images: Tensor, batch_size: int = 256) -> Tensor:
     return torch.cat([net.features(b.to(device).float() / 255).cpu() for b in torch.split(images, batch_size)])
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
+def frechet_distance(a: Tensor, b: Tensor, block: int = 4096) -> float:
     """Squared 2-Wasserstein distance of Gaussian fits to features [N,D] and [M,D], in float64.
 
         d^2 = |m_a - m_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))
 
-    Heusel et al. 2017, arXiv 1706.08500, eq. 6; covariances divide by N - 1. The trace of the root is that of
-    (S C_b S)^(1/2), S = C_a^(1/2), which is symmetric, so a covariance may be singular (N < D). Few samples bias
-    it upwards: two sets of one distribution are 0 apart only as N grows, so compare only sets of about one size.
+    Heusel et al. 2017, arXiv 1706.08500, eq. 6; covariances divide by N - 1. With C_a = A^T A and C_b = B^T B the
+    trace of the root is that of (G G^T)^(1/2), G = A B^T: one symmetric root, and a covariance may be singular
+    (N < D). Few samples bias the distance upwards: two sets of one distribution are 0 apart only as N grows, so
+    compare only distances between sets of about one size. `block` rows at a time bound the memory.
     """
-    mean_a, cov_a = _gaussian(a)
-    mean_b, cov_b = _gaussian(b)
-    root = _symmetric_root(cov_a)
-    cross = _symmetric_root(root @ cov_b @ root).trace()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    mean_a, root_a = _gaussian(a, block)
+    mean_b, root_b = _gaussian(b, block)
+    product_ab = root_a @ root_b.T
+    gram = product_ab @ product_ab.T if len(root_a) <= len(root_b) else product_ab.T @ product_ab
+    # Rounding leaves a singular gram with eigenvalues just below 0.
+    cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * cross
     return max(0.0, float(distance))
 
 
-def _gaussian(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D,D] of rows [N,D], N > 1."""
-    rows = rows.double()
-    mean = rows.mean(dim=0)
-    centred = rows - mean
-    return mean, centred.T @ centred / (len(rows) - 1)
-
-
-def _symmetric_root(matrix: Tensor) -> Tensor:
-    """Square root [D,D] of a symmetric positive semi-definite matrix; what rounding made negative or tiny is 0."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    noise = values.abs().max() * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * values.where(values > noise, 0.0).sqrt()) @ vectors.T
+def _gaussian(rows: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Mean [D] of rows [N,D], N > 1, and a factor A [min(N,D),D] of their covariance A^T A."""
+    mean = rows.mean(dim=0, dtype=torch.float64)
+    factor = mean.new_empty(0, rows.shape[1])
+    for part in torch.split(rows, block):
+        factor = torch.cat([factor, part.double() - mean])
+        factor = torch.linalg.qr(factor, mode="r").R if len(factor) > rows.shape[1] else factor
+    return mean, factor / math.sqrt(len(rows) - 1)
 
 
 def kernel_distance(a: Tensor, b: Tensor, block: int = 1024) -> float:
@@ -133,7 +131,7 @@ def near_duplicates(images: Tensor, threshold: float = NEAR_COPY, examples: int 
     N x 769 x 4 bytes and little more.
     """
     found = [copy for copy in _nearest_earlier(_shapes(images, block), block) if copy.likeness >= threshold]
-    likest = sorted(found, key=lambda c: (-c.likeness, c.later))
+    likest = sorted(found, key=lambda c: (-round(c.likeness, 5), c.later))
     return NearCopies(len(found), likest[:examples])
 
 
@@ -163,7 +161,7 @@ def _nearest_earlier(vectors: Tensor, block: int) -> Iterator[NearCopy]:
             best = torch.maximum(best, top)
         for i, (likeness, at) in enumerate(zip(best.tolist(), where.tolist(), strict=True)):
             if start + i:
-                yield NearCopy(at, start + i, likeness)
+                yield NearCopy(at, start + i, min(likeness, 1.0))
 
 
 def per_class_accuracy(confusion: Sequence[Sequence[int]]) -> list[float | None]:

@@ -26,7 +26,7 @@ class Term(NamedTuple):
 TERMS = {
     "bn": Term("BatchNorm distance", "lower: statistics nearer to the teacher's"),
     "ce": Term("cross-entropy", "lower: the teacher is surer of the class"),
-    "adv": Term("disagreement with the student", "adversarial term; lower: they disagree more"),
+    "adv": Term("adversarial term (disagreement with the student)", "lower: they disagree more"),
     "entropy": Term("entropy term", "lower is better"),
     "head": Term("classifier-head term", "lower is better"),
     "moments": Term("feature-moment distance", "lower: features nearer to the teacher's"),

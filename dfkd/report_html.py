@@ -87,7 +87,9 @@ td { text-align: right; font-variant-numeric: tabular-nums; } th[scope=row] { te
 .heat thead th { writing-mode: vertical-rl; transform: rotate(180deg); padding: .35rem 0 0; max-height: 7rem;
   text-align: left; margin: auto; } .heat thead th:first-child { writing-mode: initial; transform: none; }
 .heat thead th:first-child { white-space: normal; width: 3.4rem; } .heat tbody th { text-align: right !important; }
-@media (max-width: 30rem) { .heat { font-size: .75rem; } .heat td { min-width: 1.5rem; padding: 0; } }
+@media (max-width: 30rem) { .plain th, .plain td { padding-left: .5rem; } .plain td.wide { min-width: 4.2rem; }
+  .plain .key::before { margin-right: .25em; }
+  .heat { font-size: .75rem; } .heat td { min-width: 1.5rem; padding: 0; } }
 code { font: .92em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 pre { margin: .9rem 0 0; padding: .7rem .9rem; border: 1px solid var(--line); border-radius: 4px; overflow-x: auto; }
 :focus-visible { outline: 2px solid var(--guided); outline-offset: 3px; }

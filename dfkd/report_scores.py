@@ -12,8 +12,8 @@ from synthkd.dfkd.report_data import CLASSES_SHOWN, Run
 from synthkd.dfkd.report_images import NO_CONTROL
 
 _PAIRS = {
-    "guided_real": ("guided – real test", "guided"),
-    "unguided_real": ("unguided – real test", "unguided"),
+    "guided_real": ("guided – real", "guided"),
+    "unguided_real": ("unguided – real", "unguided"),
     "guided_unguided": ("guided – unguided", "rest"),
 }
 _NETWORKS = {
@@ -34,7 +34,7 @@ def distance(run: Run) -> h.Section | None:
     for pair, (frechet, kernel) in found.items():
         name, tone = _PAIRS[pair]
         rows.append([name, c.track([(frechet / top, tone)]), h.number(frechet), h.number(kernel)])
-    network = str((run.result or {})["feature_distance"].get("network"))
+    network = str((run.result or {})["feature_distance"].get("network", "network"))
     text = (
         f"Distances are taken in what the last linear layer reads of {_NETWORKS.get(network, network)}. A smaller one "
         "means more alike to that network, not prettier. Fréchet: between Gaussian fits, squared; few images raise "
@@ -70,15 +70,12 @@ def classes(run: Run) -> h.Section | None:
     """Accuracy on real test images class by class; None where no student was scored."""
     held = {tone: run.confusion(key) for tone, key in _CONFUSIONS.items()}
     right = {tone: per_class_accuracy(counts) for tone, counts in held.items() if counts is not None}
-    counts, scored = held["guided"] or [], right.get("guided", [])
-    order = sorted((v, i) for i, v in enumerate(scored) if v is not None)
+    order = sorted((v, i) for i, v in enumerate(right.get("guided", [])) if v is not None)
     if not order:
         return None
     shown = sorted(i for _, i in order[:CLASSES_SHOWN])
     rows = [_class_row(run.classes[i], {tone: values[i] for tone, values in right.items()}) for i in shown]
-    head = ["class", "dots: percent right", *(h.key(tone, _WHO[tone]) for tone in right), "images"]
-    for row, i in zip(rows, shown, strict=True):
-        row.append(f"{sum(counts[i]):,}")
+    head = ["class", "dots: percent right", *(h.key(tone, _WHO[tone]) for tone in right)]
     body = [h.table("Percent of real test images read right, by class", head, rows)]
     if len(order) > len(shown):
         body.append(h.note(f"Shown: the {len(shown)} of {len(order):,} classes in which the student is weakest."))

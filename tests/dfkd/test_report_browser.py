@@ -45,8 +45,8 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
 def test_every_section_is_rendered_and_the_console_stays_silent(page: Path, tmp_path: Path) -> None:
     done = browse(page, tmp_path, "--dump-dom")
     found = re.findall(r'<section id="(\w+)"', done.stdout)
-    assert found == ["summary", "images", "guidance", "distillation", "balance", "confidence", "confusion",
-                     "throughput", "provenance"]  # fmt: skip
+    assert found == ["summary", "images", "guidance", "distillation", "balance", "confidence", "classes",
+                     "confusion", "throughput", "provenance"]  # fmt: skip
     assert "CONSOLE" not in done.stderr
 
 

@@ -43,6 +43,18 @@ def test_run_writes_everything(preset: Preset, tmp_path: Path) -> None:
     for name in ("student.safetensors", "student.toml", "student.md", "student_log.jsonl", "report.html"):
         assert (out / name).stat().st_size > 0
     assert {p.name for p in (out / "shards").glob("*.tar")} == {"shard-000000.tar"}
+    assert set(result["feature_distance"]) == {"network", "guided_unguided", "guided_real", "unguided_real"}
+    assert result["feature_distance"]["network"] == "judge"
+    assert result["feature_distance"]["guided_real"]["frechet"] > 0
+    assert set(result["near_duplicates"]) == {"guided", "unguided", "threshold", "examples"}
+
+
+def test_without_judge_and_test_set_the_teacher_compares_the_two_sets(preset: Preset, tmp_path: Path) -> None:
+    """No real images: one distance, in the teacher's features."""
+    alone = replace(preset, judge=None, test_set=None)
+    found = Run(alone, tmp_path / "run", workers=1).execute()["feature_distance"]
+    assert set(found) == {"network", "guided_unguided"}
+    assert found["network"] == "teacher"
 
 
 def test_finished_stages_are_kept(preset: Preset, tmp_path: Path) -> None:
