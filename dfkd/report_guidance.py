@@ -41,10 +41,8 @@ def term(name: str) -> Term:
 
 
 def rounds_of(drawn: DrawnSet) -> list[int]:
-    """The round in which each of a set's groups was drawn; 0 where the recipe knows no rounds."""
-    declared = drawn.manifest["recipe"]
-    rounds, size = (int(declared.get(name) or 0) for name in ("rounds", "groups_per_round"))
-    return [min(row.group // size, rounds - 1) if rounds > 1 and size > 0 else 0 for row in drawn.rows]
+    """The round in which each of a set's groups was drawn."""
+    return [drawn.recipe.round_of(row.group) for row in drawn.rows]
 
 
 def curves(drawn: DrawnSet) -> dict[str, dict[int, Values]]:

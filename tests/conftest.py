@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import signal
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,3 +115,23 @@ def teacher_card(tmp_path_factory: pytest.TempPathFactory) -> Path:
         'std = [0.25, 0.25, 0.25]\nclasses = ["cat", "dog", "bird"]\n[arch_args]\nwidths = [8, 12]\nblocks = [1, 1]\n'
     )
     return folder / "teacher.toml"
+
+
+@pytest.fixture
+def killed() -> Callable[[Callable[[], object]], bool]:
+    """Run something in a child process that is to die by SIGKILL; False where it came to its end instead."""
+
+    def run(work: Callable[[], object]) -> bool:
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        return status == -signal.SIGKILL
+
+    return run

@@ -1,9 +1,6 @@
 """Shared by the engine's tests: teacher guidance, ready synthesizers, and what a set holds on disk."""
 
-import os
-import signal
 import tarfile
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -89,23 +86,3 @@ def canned(synthesizer: Callable[..., Synthesizer], drawn: dict[tuple[Recipe, in
         return Canned(synthesizer(**{"steps": 2, **changes}), Request(num_samples=num_samples), drawn)
 
     return make
-
-
-@pytest.fixture
-def killed() -> Callable[[Callable[[], object]], bool]:
-    """Run something in a child process that is to die by SIGKILL; False where it came to its end instead."""
-
-    def run(work: Callable[[], object]) -> bool:
-        child = os.fork()
-        if child == 0:
-            try:
-                work()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert status in (0, -signal.SIGKILL)
-        return status == -signal.SIGKILL
-
-    return run
