@@ -110,7 +110,7 @@ class StagedResNet(nn.Module):
     """Residual classifier for 32x32 images: 3x3 stem without pooling, `layer1`, `layer2`, … and `linear`.
 
     The CIFAR ResNet of arXiv 1512.03385, sec. 4.2, has three stages of 16, 32 and 64 channels of ShortcutBlock; the
-    32-pixel form of ResNet-18 and -34 has four of BasicBlock (tensor names of its shortcut: `shortcut.0`, `shortcut.1`).
+    32-pixel form of ResNet-18 and -34 has four of BasicBlock (its shortcut's tensors: `shortcut.0`, `shortcut.1`).
     """
 
     def __init__(

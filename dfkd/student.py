@@ -25,9 +25,9 @@ from synthkd.engine.index import write_atomically
 class DistillSpec:
     """How a student is trained; the same for guided sets and their unguided controls.
 
-    arch, arch_args: a built-in network (`dfkd/nets.py`); steps of batch_size images; learning_rate with cosine decay after warmup_steps; temperature of the KL;
-    held_out: share of the set kept for the agreement curve; shift, rotate (radians), zoom: reach of the affine
-    augmentation; mix: share of batches blended with a shuffled copy (arXiv 1710.09412), the teacher labels the blend.
+    arch, arch_args: a built-in network (`dfkd/nets.py`) and its arguments; steps of batch_size images; learning_rate
+    with cosine decay after warmup_steps; temperature of the KL; held_out: share of the set kept for the agreement
+    curve; shift, rotate (radians), zoom: reach of the affine augmentation; mix: share of batches blended with a shuffled copy (arXiv 1710.09412), the teacher labels the blend.
     """
 
     arch: str = "resnet"

@@ -61,7 +61,7 @@ class Teacher(nn.Module):
         """The last linear layer with an output per class; the last one of all where none has; None without any."""
         layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Linear)]
         fitting = [layer for layer in layers if layer.out_features == len(self.classes)]
-        return (fitting or layers or [None])[-1]
+        return next(reversed(fitting or layers), None)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> resized (bilinear, antialiased) to input_size and normalised."""

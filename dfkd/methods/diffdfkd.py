@@ -1,4 +1,4 @@
-"""DiffDFKD's inversion loss (arXiv 2504.00870) as a guidance of the engine, and terms for teachers without BatchNorm."""
+"""DiffDFKD's inversion loss (arXiv 2504.00870) as a guidance of the engine; terms for teachers without BatchNorm."""
 
 import hashlib
 import logging
