@@ -161,6 +161,8 @@ def distill_spec(
     for name in given:
         if name not in DistillSpec.__dataclass_fields__:
             raise SynthkdError(f"--spec: unknown field {name!r}; {suggest(name, DistillSpec.__dataclass_fields__)}")
+    if given.get("arch", spec.arch) != spec.arch:  # another network does not take the preset's arguments
+        given.setdefault("arch_args", {})
     given |= {
         k: v for k, v in {"steps": steps, "batch_size": batch_size, "temperature": temperature}.items() if v is not None
     }

@@ -1,12 +1,16 @@
 """Losses, one equation each."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synthkd.dfkd.teachers import Tap
+from synthkd.dfkd.taps import Tap
+from synthkd.engine.errors import SynthkdError, suggest
+
+DIVERGENCES = ("kl", "js")
 
 
 def bn_distance(taps: Sequence[Tap]) -> Tensor:
@@ -14,7 +18,8 @@ def bn_distance(taps: Sequence[Tap]) -> Tensor:
 
     sum over layers of ||mu - mu_run||_2 + ||var - var_run||_2, unweighted, on the inputs of each BatchNorm
     (arXiv 1912.08795, eq. 4, with norms not squared, as in arXiv 2504.00870). A property of the group; the
-    biased variance makes it the same for a group and for copies of it. Zero for a teacher without BatchNorm.
+    biased variance makes it the same for a group and for copies of it. The same for taps of stored moments. Zero for
+    no taps.
     """
     if not taps:
         return torch.zeros(())
@@ -27,7 +32,61 @@ def bn_distance(taps: Sequence[Tap]) -> Tensor:
 
 def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy per sample [B] of logits [B,K] against class shares [B,K]: -sum_k y_k log p_k."""
-    return -(targets * F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, dim=1)).sum(dim=1)
+    return -(targets * F.log_softmax(_wide(logits), dim=1)).sum(dim=1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Shannon entropy per sample [B], in nats, of softmax(logits [B,K]): -sum_k p_k log p_k."""
+    log_p = F.log_softmax(_wide(logits), dim=1)
+    return -(log_p.exp() * log_p).sum(dim=1)
+
+
+def disagreement(student_logits: Tensor, teacher_logits: Tensor, kind: str = "kl") -> Tensor:
+    """Per sample [B]: 1[argmax s = argmax t] D(t || s), where both name one class (arXiv 2504.00870, L_adv negated).
+
+    student_logits, teacher_logits: [B,K]; kind: `kl` for sum_k t_k log(t_k / s_k), `js` for the Jensen-Shannon
+    divergence in nats, at most log 2. float32 at least. Raises SynthkdError for another kind.
+    """
+    if kind not in DIVERGENCES:
+        raise SynthkdError(f"guidance: divergence is {kind!r}; {suggest(str(kind), DIVERGENCES)}")
+    s, t = F.log_softmax(_wide(student_logits), dim=1), F.log_softmax(_wide(teacher_logits), dim=1)
+    if kind == "kl":
+        apart = _kl(t, s)
+    else:
+        middle = torch.logaddexp(s, t) - math.log(2)
+        apart = (_kl(t, middle) + _kl(s, middle)) / 2
+    return (s.argmax(dim=1) == t.argmax(dim=1)).to(apart.dtype) * apart
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """How far class means of features lie from the classifier's own directions, a scalar in [0, 2].
+
+    Mean over the classes k of the group of 1 - cos(m_k - m, w_k - mean_j w_j): m_k the mean feature of class k, m of
+    the group, w_k rows of the last linear layer. At the end of training the two are parallel (self-duality, NC3 of
+    Papyan, Han and Donoho 2020, PNAS, arXiv 2008.08186, sec. 2).
+    features: [B,D]; targets: class shares [B,K], which weigh the samples; weight: [K,D]. A class whose mean is the
+    group's (one class alone, equal features) counts 1 and has no gradient.
+    """
+    f, w = _wide(features), weight.to(_wide(features).dtype)
+    y = targets.to(f.dtype)
+    shares = y.sum(dim=0)
+    present = shares > 0
+    means = (y.T @ f) / torch.where(present, shares, 1)[:, None]
+    away, wanted = means - f.mean(dim=0), w - w.mean(dim=0)
+    squared, size = away.square().sum(dim=1), f.square().sum(dim=1).mean()
+    defined = squared > (256 * torch.finfo(f.dtype).eps) ** 2 * size  # below, the difference is rounding
+    norm = torch.where(defined, squared, 1).sqrt() * wanted.norm(dim=1).clamp_min(torch.finfo(f.dtype).tiny)
+    cosine = torch.where(defined, (away * wanted).sum(dim=1) / norm, 0)
+    return ((1 - cosine) * present).sum() / present.sum()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32 at least; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

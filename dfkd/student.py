@@ -25,13 +25,13 @@ from synthkd.engine.index import write_atomically
 class DistillSpec:
     """How a student is trained; the same for guided sets and their unguided controls.
 
-    steps of batch_size images; learning_rate with cosine decay after warmup_steps; temperature of the KL;
-    held_out: share of the set kept for the agreement curve; shift, rotate (radians), zoom: reach of the affine
-    augmentation; mix: share of batches blended with a shuffled copy (arXiv 1710.09412), the teacher labels the blend.
+    arch, arch_args: a built-in network (`dfkd/nets.py`) and its arguments; steps of batch_size images; learning_rate
+    with cosine decay after warmup_steps; temperature of the KL; held_out: share of the set kept for the agreement
+    curve; shift, rotate (radians), zoom: reach of the affine augmentation; mix: share of batches blended with a shuffled copy (arXiv 1710.09412), the teacher labels the blend.
     """
 
     arch: str = "resnet"
-    arch_args: Mapping[str, Any] = field(default_factory=lambda: {"widths": [16, 32, 64], "blocks": [1, 1, 1]})
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 1000
     batch_size: int = 128
     learning_rate: float = 4e-3

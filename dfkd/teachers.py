@@ -1,50 +1,30 @@
-"""Classifiers from a TOML card: frozen, with their preprocessing and BatchNorm taps. No card runs code."""
+"""Classifiers from a TOML card: frozen, with their preprocessing, statistics taps and features. No card runs code."""
 
-import contextlib
-import pickle
-import struct
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from synthkd.dfkd.nets import build_net, count_parameters
-from synthkd.engine.assets import embedded_path
-from synthkd.engine.errors import SynthkdError, suggest
-from synthkd.engine.models import EMBEDDED
-from synthkd.kernels import BatchNormStats, batchnorm_stats
-
-_FIELDS = ("arch", "weights", "input_size", "mean", "std", "classes", "arch_args", "about")
+from synthkd.dfkd.cards import TeacherCard, card_path, load_weights, read_card
+from synthkd.dfkd.model_zoo import build_classifier
+from synthkd.dfkd.nets import count_parameters
+from synthkd.dfkd.taps import Moments, Tap, batchnorm_layers, read_moments, tapped
+from synthkd.engine.errors import SynthkdError
 
 
-@dataclass(frozen=True, kw_only=True)
-class TeacherCard:
-    """What a classifier is: architecture, weights file, input in pixels, normalisation, class names."""
+class Look(NamedTuple):
+    """What one forward pass shows: logits [B,K], taps in forward order, and what the last linear layer read, [B,D].
 
-    arch: str
-    weights: Path
-    input_size: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    classes: tuple[str, ...]
-    arch_args: Mapping[str, Any] = field(default_factory=dict)
-    about: Mapping[str, Any] = field(default_factory=dict)
+    taps: of BatchNorm layers; stored: of layers whose moments came in a file; features: None where no linear layer
+    was called.
+    """
 
-
-class Tap(NamedTuple):
-    """Statistics of one BatchNorm layer's input beside the layer's running ones, [C] each."""
-
-    name: str
-    stats: BatchNormStats
-    running_mean: Tensor
-    running_var: Tensor
+    logits: Tensor
+    taps: list[Tap]
+    stored: list[Tap]
+    features: Tensor | None
 
 
 class Teacher(nn.Module):
@@ -58,13 +38,30 @@ class Teacher(nn.Module):
         std: Sequence[float],
         input_size: tuple[int, int],
         classes: Sequence[str],
+        moments: Moments | None = None,
     ) -> None:
-        """net: any classifier [B,3,H,W] -> [B,K]; it is set to eval mode and frozen."""
+        """net: any classifier [B,3,H,W] -> [B,K]; it is set to eval mode and frozen.
+
+        moments: stored input statistics of norm layers that keep none.
+        """
         super().__init__()
         self.net = net.eval().requires_grad_(False)
+        self.moments = moments
         self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a group's statistics can be compared: with BatchNorm's or with stored moments."""
+        return self.moments is not None or bool(batchnorm_layers(self.net))
+
+    @property
+    def classifier(self) -> nn.Linear | None:
+        """The last linear layer with an output per class; the last one of all where none has; None without any."""
+        layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Linear)]
+        fitting = [layer for layer in layers if layer.out_features == len(self.classes)]
+        return next(reversed(fitting or layers), None)
 
     def preprocess(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> resized (bilinear, antialiased) to input_size and normalised."""
@@ -80,188 +77,120 @@ class Teacher(nn.Module):
         logits: Tensor = self.net(self.preprocess(images))
         return logits
 
+    def look(self, images: Tensor) -> Look:
+        """images [B,3,H,W] in [0,1] -> logits, statistics and features of one forward pass."""
+        bn: list[Tap] = []
+        stored: list[Tap] = []
+        read: list[Tensor] = []
+        last = self.classifier
+        handle = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) if last else None
+        try:
+            with tapped(self.net, self.moments, bn, stored):
+                logits = self(images)
+        finally:
+            if handle:
+                handle.remove()
+        return Look(logits, bn, stored, _pooled(read[-1]) if read else None)
+
     def with_taps(self, images: Tensor) -> tuple[Tensor, list[Tap]]:
         """Logits [B,K] and the statistics of every BatchNorm layer's input, in forward order."""
-        taps: list[Tap] = []
-        with _tapped(self.net, taps):
-            logits = self(images)
-        return logits, taps
+        seen = self.look(images)
+        return seen.logits, seen.taps
 
     def features(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> what the last linear layer reads, [B,D].
 
         Raises SynthkdError for a network without a linear layer.
         """
-        linear = [layer for layer in self.net.modules() if isinstance(layer, nn.Linear)]
-        if not linear:
+        features = self.look(images).features
+        if features is None:
             raise SynthkdError("teacher: its network has no linear layer, so it has no features to compare")
-        read: list[Tensor] = []
-        handle = linear[-1].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-        try:
-            self(images)
-        finally:
-            handle.remove()
-        return read[0]
+        return features
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
         return super().train(False)
 
 
-@contextlib.contextmanager
-def _tapped(net: nn.Module, taps: list[Tap]) -> Iterator[None]:
-    """Hooks on every BatchNorm layer for the length of one forward pass; none is left behind."""
-    handles = []
-    for name, layer in net.named_modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.running_mean is not None:
-            handles.append(layer.register_forward_pre_hook(_tap(name, taps)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _pooled(x: Tensor) -> Tensor:
+    """[B,D], or the mean over what lies between in [B,*,D]."""
+    return x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
 
 
-def _tap(name: str, taps: list[Tap]) -> Any:
-    def hook(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        taps.append(Tap(name, batchnorm_stats(inputs[0]), layer.running_mean, layer.running_var))
-
-    return hook
-
-
-def card_path(reference: str) -> Path:
-    """Path of a card: a file, or `embedded:digits` (`embedded:digits/judge` for another card of the default)."""
-    if not reference.startswith(EMBEDDED):
-        return Path(reference)
-    name, _, card = reference.removeprefix(EMBEDDED).partition("/")
-    return embedded_path(name) / f"{card or 'teacher'}.toml"
-
-
-def read_card(path: Path) -> TeacherCard:
-    """Read and check a card without touching its weights.
-
-    Raises SynthkdError naming the field that is missing, unknown or of the wrong kind.
-    """
-    try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SynthkdError(f"teacher card {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SynthkdError(f"teacher card {path}: not valid TOML ({error})") from error
-    for name in data:
-        if name not in _FIELDS:
-            raise SynthkdError(f"teacher card {path}: unknown field {name!r}; {suggest(name, _FIELDS)}")
-    missing = [name for name in _FIELDS[:6] if name not in data]
-    if missing:
-        raise SynthkdError(f"teacher card {path}: field {missing[0]!r} is missing; expected {', '.join(_FIELDS[:6])}")
-    _check_card(path, data)
-    weights = path.parent / data["weights"]
-    if not weights.is_file():
-        raise SynthkdError(f"teacher card {path}: weights {str(weights)!r} not found")
-    sequences = {name: tuple(data[name]) for name in ("input_size", "mean", "std", "classes")}
-    return TeacherCard(**{**data, **sequences, "weights": weights})
-
-
-def _check_card(path: Path, data: Mapping[str, Any]) -> None:
-    def numbers(name: str, count: int) -> bool:
-        value = data[name]
-        return isinstance(value, list) and len(value) == count and all(isinstance(v, (int, float)) for v in value)
-
-    kinds = {
-        "arch": (isinstance(data["arch"], str), "a name"),
-        "weights": (isinstance(data["weights"], str), "a file name"),
-        "input_size": (numbers("input_size", 2) and min(data["input_size"]) >= 1, "[height, width] in pixels"),
-        "mean": (numbers("mean", 3), "three numbers"),
-        "std": (numbers("std", 3) and min(data["std"]) > 0, "three numbers above 0"),
-        "classes": (
-            isinstance(data["classes"], list) and bool(data["classes"]) and len(set(data["classes"])) > 1,
-            "at least two class names",
-        ),
-        "arch_args": (isinstance(data.get("arch_args", {}), dict), "a table"),
-    }
-    for name, (ok, expected) in kinds.items():
-        if not ok:
-            raise SynthkdError(f"teacher card {path}: {name} is {data[name]!r}; expected {expected}")
-
-
-def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from safetensors, or from a torch file that holds tensors only.
-
-    Raises SynthkdError for a damaged file, and refuses a pickle that would run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SynthkdError(
-            f"weights {path}: refused, this pickle holds more than tensors and could run code; save a state dict or "
-            "safetensors"
-        ) from error
-    except (
-        SafetensorError,
-        OSError,
-        RuntimeError,
-        EOFError,
-        LookupError,
-        struct.error,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        raise SynthkdError(f"weights {path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise SynthkdError(f"weights {path}: expected a state dict of tensors")
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
-def load_teacher(reference: str, device: str | torch.device = "cpu") -> Teacher:
+def load_teacher(
+    reference: str, device: str | torch.device = "cpu", *, allow_code: bool = False, moments: bool = True
+) -> Teacher:
     """Build the network of a card, load its weights strictly, freeze it.
 
-    Raises SynthkdError where weights are missing, misnamed or of another shape, or where the output count
-    differs from the card's classes.
+    allow_code: let `arch = "module:function"` import and call that function; moments: read the card's `moments`.
+    Raises SynthkdError where weights are missing, misnamed or of another shape, where the output count differs from
+    the card's classes, and where moments do not fit the network.
     """
-    card = read_card(card_path(reference))
-    net = build_net(card.arch, len(card.classes), card.arch_args)
-    state = load_weights(card.weights)
-    _check_state(card, net.state_dict(), state)
-    net.load_state_dict(state)
-    teacher = Teacher(net, mean=card.mean, std=card.std, input_size=card.input_size, classes=card.classes)
+    card = read_card(card_path(reference), moments=moments)
+    net = build_classifier(card, allow_code=allow_code)
+    if card.weights is not None:
+        state = load_weights(card.weights)
+        _check_state(card, card.weights, net.state_dict(), state)
+        net.load_state_dict(state)
+    stored = read_moments(card.moments, net) if card.moments else None
+    teacher = Teacher(
+        net, mean=card.mean, std=card.std, input_size=card.input_size, classes=card.classes, moments=stored
+    )
     _try_out(reference, card, teacher)
     return teacher.to(device)
 
 
 def _try_out(reference: str, card: TeacherCard, teacher: Teacher) -> None:
-    """One forward pass on a black image: raises SynthkdError where the network does not take the card's input."""
+    """One forward pass on a black image: raises SynthkdError where the network does not take the card's input.
+
+    Or where what it returns is not [1, classes].
+    """
     try:
         with torch.no_grad():
-            teacher(torch.zeros(1, 3, *card.input_size))
-    except RuntimeError as error:
+            found: object = teacher(torch.zeros(1, 3, *card.input_size))
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         size = "x".join(map(str, (3, *card.input_size)))
         raise SynthkdError(
             f"teacher {reference!r}: arch {card.arch!r} does not take {size} images ({reason})"
         ) from error
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (1, len(card.classes)):
+        expected = f"logits (1, {len(card.classes)}), one per class of the card"
+        raise SynthkdError(f"teacher {reference!r}: arch {card.arch!r} returns {shape}; expected {expected}")
 
 
-def _check_state(card: TeacherCard, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
+def _check_state(card: TeacherCard, path: object, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
     """Compare names and shapes, the classifier's output count first of all."""
-    last = list(want)[-1]
-    if last in have and have[last].shape[0] != len(card.classes):
+    last = list(want)[-1] if want else ""
+    count = len(card.classes)
+    is_output = last in have and want[last].dim() > 0 < have[last].dim() and want[last].shape[0] == count
+    if is_output and have[last].shape[0] != count:
         raise SynthkdError(
-            f"teacher {card.weights}: the network has {have[last].shape[0]} outputs, the card names "
-            f"{len(card.classes)} classes; they must agree"
+            f"teacher {path}: the network has {have[last].shape[0]} outputs, the card names "
+            f"{count} classes; they must agree"
         )
     for name in want:
         if name not in have:
-            raise SynthkdError(f"teacher {card.weights}: tensor {name!r} is missing for arch {card.arch!r}")
+            if name.endswith("num_batches_tracked"):  # files older than this counter lack it; eval mode needs none
+                continue
+            raise SynthkdError(f"teacher {path}: tensor {name!r} is missing for arch {card.arch!r}")
         if have[name].shape != want[name].shape:
             shapes = f"{tuple(have[name].shape)}; arch {card.arch!r} expects {tuple(want[name].shape)}"
-            raise SynthkdError(f"teacher {card.weights}: tensor {name!r} has shape {shapes}")
+            raise SynthkdError(f"teacher {path}: tensor {name!r} has shape {shapes}")
     extra = sorted(have.keys() - want.keys())
     if extra:
-        raise SynthkdError(f"teacher {card.weights}: tensor {extra[0]!r} does not belong to arch {card.arch!r}")
+        raise SynthkdError(f"teacher {path}: tensor {extra[0]!r} does not belong to arch {card.arch!r}")
 
 
-__all__ = ["Tap", "Teacher", "TeacherCard", "card_path", "count_parameters", "load_teacher", "read_card"]
+__all__ = [
+    "Look",
+    "Tap",
+    "Teacher",
+    "TeacherCard",
+    "card_path",
+    "count_parameters",
+    "load_teacher",
+    "load_weights",
+    "read_card",
+]

@@ -1,49 +1,136 @@
-"""DiffDFKD's inversion loss (arXiv 2504.00870) as a guidance of the engine: alpha BN + beta CE."""
+"""DiffDFKD's inversion loss (arXiv 2504.00870) as a guidance of the engine; terms for teachers without BatchNorm."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from synthkd.dfkd.losses import bn_distance, class_scores
-from synthkd.dfkd.teachers import Teacher
-from synthkd.engine.errors import SynthkdError
+from synthkd.dfkd.losses import DIVERGENCES, bn_distance, class_scores, disagreement, entropy, head_alignment
+from synthkd.dfkd.teachers import Look, Teacher
+from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Terms
 from synthkd.engine.models import weights_digest
 
+# For teachers without statistics, where nothing was said. Not measured: a starting point, no recommendation.
+DEFAULT_ENTROPY, DEFAULT_HEAD = 0.1, 0.5
+
 
 class TeacherGuidance:
-    """L = alpha * BN distance of the group + beta * mean cross-entropy to the intended classes.
+    """L = alpha (bn + moments) + beta ce + gamma adv + entropy H + head N, each term a property or mean of the group.
 
-    Both terms are means over the group or properties of it, so their ratio does not depend on its size.
+    bn, moments: distance of the group's statistics from the teacher's, of BatchNorm inputs and of stored moments;
+    ce: cross-entropy to the intended classes; adv: minus the disagreement of student and teacher where both name one
+    class (arXiv 2504.00870, L_adv); H: entropy of the teacher's output; N: alignment of class means with the
+    classifier's rows. No ratio of terms depends on the size of the group.
+
+    `round` and `student` are for the caller: which round of student training this guidance belongs to, and the
+    student of it; without one there is no adversarial term.
     """
 
-    def __init__(self, teacher: Teacher, *, alpha: float = 0.1, beta: float = 1.0) -> None:
-        """alpha, beta: weights of the BatchNorm and the class term; raises SynthkdError for negative ones."""
-        for name, value in (("alpha", alpha), ("beta", beta)):
-            if not (math.isfinite(value) and value >= 0):
-                raise SynthkdError(f"guidance: {name} is {value}; expected a number >= 0")
-        if alpha == beta == 0:
-            raise SynthkdError("guidance: alpha and beta are both 0; for an unguided set put guidance.scale to 0")
-        self.teacher, self.alpha, self.beta = teacher, alpha, beta
+    def __init__(
+        self,
+        teacher: Teacher,
+        *,
+        alpha: float = 0.1,
+        beta: float = 1.0,
+        gamma: float = 0.0,
+        divergence: str = "kl",
+        entropy: float | None = None,
+        head: float | None = None,
+        student: Teacher | None = None,
+        round: int = 0,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
+        """alpha, beta, gamma, entropy, head: weights >= 0; divergence: `kl` or `js`, of the adversarial term.
+
+        entropy, head: None is 0 for a teacher with statistics, and DEFAULT_ENTROPY and DEFAULT_HEAD for one without.
+        about: plain values that a fingerprint must know where gamma > 0: how the student of each round is trained.
+        Raises SynthkdError for a negative weight, for weights of which none steers, for an unknown divergence, for a
+        student of other classes, and for `head` on a teacher without a linear layer over the classes.
+        """
+        known, aligned = teacher.has_statistics, _rows(teacher) is not None
+        self.alpha, self.beta, self.gamma, self.divergence = alpha, beta, gamma, divergence
+        self.entropy = entropy if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
+        self.head = head if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
+        self.teacher, self.student, self.round, self.about = teacher, student, round, dict(about or {})
+        self._check(known, aligned)
+        if alpha > 0 and not known:
+            logging.getLogger("synthkd").warning(
+                "teacher has no BatchNorm and no stored moments: the statistics term (alpha) is off; class, entropy "
+                "and head terms steer alone"
+            )
         settings = f"{teacher.input_size} {teacher.get_buffer('mean').tolist()} {teacher.get_buffer('std').tolist()}"
         self._digest = hashlib.sha256((weights_digest([teacher]) + settings).encode()).hexdigest()
 
+    def _check(self, has_statistics: bool, has_rows: bool) -> None:
+        for name in ("alpha", "beta", "gamma", "entropy", "head"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise SynthkdError(f"guidance: {name} is {value}; expected a number >= 0")
+        if self.divergence not in DIVERGENCES:
+            raise SynthkdError(f"guidance: divergence is {self.divergence!r}; {suggest(self.divergence, DIVERGENCES)}")
+        if not any((self.alpha and has_statistics, self.beta, self.gamma, self.entropy, self.head)):
+            why = " (alpha does not count: the teacher has no statistics)" if self.alpha else ""
+            raise SynthkdError(f"guidance: all weights are 0{why}; for an unguided set put guidance.scale to 0")
+        if self.head > 0 and not has_rows:
+            count = len(self.teacher.classes)
+            raise SynthkdError(f"guidance: head is {self.head}, but the teacher has no linear layer of {count} outputs")
+        if self.student is not None and self.student.classes != self.teacher.classes:
+            ours, theirs = len(self.student.classes), len(self.teacher.classes)
+            raise SynthkdError(
+                f"guidance: the student names {ours} classes, the teacher {theirs}; they must be the same"
+            )
+
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
-        """images [B,3,H,W] in [0,1], targets [B,K] -> loss and the terms bn [] and ce [B], unweighted."""
+        """images [B,3,H,W] in [0,1], targets [B,K] -> loss and the active terms, unweighted.
+
+        Group terms []: bn, moments, head; per sample [B]: ce, adv, entropy.
+        """
         if targets.shape[1] != len(self.teacher.classes):
             raise SynthkdError(
                 f"guidance: the teacher has {len(self.teacher.classes)} outputs, the recipe {targets.shape[1]} classes"
             )
-        logits, taps = self.teacher.with_taps(images)
-        bn, ce = bn_distance(taps).to(logits.device), class_scores(logits, targets.to(logits.dtype))
-        return self.alpha * bn + self.beta * ce.mean(), {"bn": bn, "ce": ce}
+        seen = self.teacher.look(images)
+        terms = self._statistics(seen)
+        if self.beta > 0:
+            terms["ce"] = (self.beta, class_scores(seen.logits, targets.to(seen.logits.dtype)))
+        if self.gamma > 0 and self.student is not None:
+            told = self.student(images)
+            terms["adv"] = (self.gamma, -disagreement(told, seen.logits, self.divergence))
+        if self.entropy > 0:
+            terms["entropy"] = (self.entropy, entropy(seen.logits))
+        if self.head > 0:
+            terms["head"] = (self.head, self._head(seen, targets))
+        if not terms:  # an adversary alone, before its first round: no direction, but a gradient to take
+            return seen.logits.sum() * 0.0, {}
+        weighted = [weight * term.mean() for weight, term in terms.values()]
+        return reduce(torch.add, weighted), {name: term for name, (_, term) in terms.items()}
+
+    def _statistics(self, seen: Look) -> dict[str, tuple[float, Tensor]]:
+        found = {"bn": seen.taps, "moments": seen.stored} if self.alpha > 0 else {}
+        return {name: (self.alpha, bn_distance(taps)) for name, taps in found.items() if taps}
+
+    def _head(self, seen: Look, targets: Tensor) -> Tensor:
+        rows = _rows(self.teacher)
+        if rows is None or seen.features is None:
+            raise SynthkdError("guidance: the teacher's last linear layer is not called in its forward pass; head to 0")
+        return head_alignment(seen.features, targets, rows)
 
     def describe(self) -> dict[str, Any]:
-        """Kind, weights and the teacher's digest."""
-        return {"kind": "diffdfkd", "alpha": self.alpha, "beta": self.beta, "teacher_sha256": self._digest}
+        """Kind, weights, the teacher's digest, and what else is active; nothing of a trained student."""
+        out: dict[str, Any] = dict(self.about) if self.gamma > 0 else {}
+        out |= {"kind": "diffdfkd", "alpha": self.alpha, "beta": self.beta, "teacher_sha256": self._digest}
+        if self.gamma > 0:
+            out |= {"gamma": self.gamma, "divergence": self.divergence}
+        out |= {name: value for name in ("entropy", "head") if (value := getattr(self, name)) > 0}
+        if self.alpha > 0 and self.teacher.moments is not None:
+            out["moments_sha256"] = self.teacher.moments.digest()
+        return out
 
     def annotate(self, images: Tensor) -> dict[str, Tensor]:
         """The teacher's logits [B,K] on the finished images."""
@@ -51,5 +138,11 @@ class TeacherGuidance:
         return {"logits": logits}
 
     def modules(self) -> Iterable[nn.Module]:
-        """The teacher."""
-        return (self.teacher,)
+        """The teacher, and the student where there is one."""
+        return (self.teacher,) if self.student is None else (self.teacher, self.student)
+
+
+def _rows(teacher: Teacher) -> Tensor | None:
+    """Weight [K,D] of the linear layer that gives the class scores, if there is one."""
+    last = teacher.classifier
+    return last.weight if last is not None and last.out_features == len(teacher.classes) else None

@@ -364,7 +364,7 @@ def test_misspelt_class_folder(call: Any, teacher_card: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (("--alpha", 0, "--beta", 0), "alpha and beta are both 0"),
+        (("--alpha", 0, "--beta", 0), "all weights are 0"),
         (("--recipe",), "a window that holds at least one of 10 steps"),
     ],
 )

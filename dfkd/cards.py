@@ -1,0 +1,152 @@
+"""Teacher cards: a classifier described by a small TOML file beside its weights. Reading one runs no code."""
+
+import pickle
+import struct
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from synthkd.engine.assets import embedded_path
+from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.models import EMBEDDED
+
+TRANSFORMERS = "transformers:"
+_REQUIRED = ("arch", "weights", "input_size", "mean", "std", "classes")
+_FIELDS = (*_REQUIRED, "arch_args", "moments", "about")
+# ImageNet's mean and deviation are near 0.45 and 0.22 for images in [0,1], near 115 and 57 for 0..255.
+_LARGEST = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherCard:
+    """What a classifier is: architecture, weights file, input in pixels, normalisation, class names.
+
+    arch: a built-in network, `transformers:FOLDER_OR_ID`, `timm:NAME`, `torchvision:NAME` or `module:function`;
+    weights: None only where a `transformers:` folder brings them; moments: input statistics of the norm layers
+    that keep none, as `synthkd teacher moments` writes them; folder: where the card lies.
+    """
+
+    arch: str
+    weights: Path | None
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classes: tuple[str, ...]
+    arch_args: Mapping[str, Any] = field(default_factory=dict)
+    moments: Path | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path = Path()
+
+
+def card_path(reference: str) -> Path:
+    """Path of a card: a file, or `embedded:digits` (`embedded:digits/judge` for another card of the default)."""
+    if not reference.startswith(EMBEDDED):
+        return Path(reference)
+    name, _, card = reference.removeprefix(EMBEDDED).partition("/")
+    return embedded_path(name) / f"{card or 'teacher'}.toml"
+
+
+def read_card(path: Path, *, moments: bool = True) -> TeacherCard:
+    """Read and check a card without touching its weights.
+
+    moments: False passes over the field of that name, for the command that is about to make the file.
+    Raises SynthkdError naming the field that is missing, unknown or of the wrong kind, or the file not there.
+    """
+    data = _parsed(path)
+    for name in data:
+        if name not in _FIELDS:
+            raise SynthkdError(f"teacher card {path}: unknown field {name!r}; {suggest(name, _FIELDS)}")
+    brings_weights = str(data.get("arch", "")).startswith(TRANSFORMERS)
+    required = [name for name in _REQUIRED if name != "weights" or not brings_weights]
+    missing = [name for name in required if name not in data]
+    if missing:
+        raise SynthkdError(f"teacher card {path}: field {missing[0]!r} is missing; expected {', '.join(required)}")
+    _check_card(path, data)
+    sequences = {name: tuple(data[name]) for name in ("input_size", "mean", "std", "classes")}
+    files = {"weights": _file(path, data, "weights"), "moments": _file(path, data, "moments") if moments else None}
+    return TeacherCard(**{**data, **sequences, **files, "folder": path.parent})
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise SynthkdError(f"teacher card {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SynthkdError(f"teacher card {path}: not valid TOML ({error})") from error
+
+
+def _file(path: Path, data: Mapping[str, Any], name: str) -> Path | None:
+    """A file that the card names, relative to the card."""
+    if name not in data:
+        return None
+    found = path.parent / data[name]
+    if not found.is_file():
+        raise SynthkdError(f"teacher card {path}: {name} {str(found)!r} not found")
+    return found
+
+
+def _check_card(path: Path, data: Mapping[str, Any]) -> None:
+    def numbers(name: str, count: int) -> bool:
+        value = data[name]
+        return isinstance(value, list) and len(value) == count and all(isinstance(v, (int, float)) for v in value)
+
+    kinds = {
+        "arch": (isinstance(data["arch"], str), "a name"),
+        "weights": (isinstance(data.get("weights", ""), str), "a file name"),
+        "input_size": (numbers("input_size", 2) and min(data["input_size"]) >= 1, "[height, width] in pixels"),
+        "mean": (numbers("mean", 3), "three numbers"),
+        "std": (numbers("std", 3) and min(data["std"]) > 0, "three numbers above 0"),
+        "classes": (
+            isinstance(data["classes"], list) and bool(data["classes"]) and len(set(data["classes"])) > 1,
+            "at least two class names",
+        ),
+        "arch_args": (isinstance(data.get("arch_args", {}), dict), "a table"),
+        "moments": (isinstance(data.get("moments", ""), str), "a file name"),
+    }
+    for name, (ok, expected) in kinds.items():
+        if not ok:
+            raise SynthkdError(f"teacher card {path}: {name} is {data[name]!r}; expected {expected}")
+    for name in ("mean", "std"):
+        if max(map(abs, data[name])) > _LARGEST:
+            expected = "values for images in [0,1] (for a network trained on 0..255, divide mean and std by 255)"
+            raise SynthkdError(f"teacher card {path}: {name} is {data[name]!r}; expected {expected}")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A state dict from safetensors, or from a torch file that holds tensors only.
+
+    Raises SynthkdError for a damaged file, and refuses a pickle that would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SynthkdError(
+            f"weights {path}: refused, this pickle holds more than tensors and could run code; save a state dict or "
+            "safetensors"
+        ) from error
+    except (
+        SafetensorError,
+        OSError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        struct.error,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        raise SynthkdError(f"weights {path}: cannot be read ({' '.join(str(error).split())[:160]})") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise SynthkdError(f"weights {path}: expected a state dict of tensors")
+    return {name.removeprefix("module."): value for name, value in state.items()}
