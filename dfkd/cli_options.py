@@ -120,7 +120,7 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
     if base:
         fields: dict[str, Any] = base.recipe.to_dict()
     else:
-        fields = {"classes": list(read_card(card_path(teacher), allow_code=asked.allow_code).classes)}
+        fields = {"classes": list(read_card(card_path(teacher)).classes)}
     if asked.recipe is not None:
         fields = _merge(fields, read_toml(asked.recipe, f"--recipe {asked.recipe}"))
     if asked.classes is not None:

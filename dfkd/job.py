@@ -41,7 +41,7 @@ class SynthJob:
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
-        card = read_card(card_path(self.teacher), allow_code=self.allow_code)
+        card = read_card(card_path(self.teacher))
         recipe = self.recipe
         if len(card.classes) != len(recipe.classes):
             raise SynthkdError(

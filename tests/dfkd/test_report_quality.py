@@ -149,9 +149,9 @@ def test_many_classes_show_the_weakest() -> None:
 
 def in_rounds(folder: Path, rounds: int, groups: int, terms: dict[str, int]) -> DrawnSet:
     """A set whose groups hold each term from the given round on, two groups per round."""
-    made.write_set(folder, made.make_recipe(samples_per_class=2), 20 * groups)
+    several: dict[str, Any] = {"rounds": rounds, "groups_per_round": 2} if rounds > 1 else {}
+    made.write_set(folder, made.make_recipe(samples_per_class=2, groups_per_shard=1, **several), 20 * groups)
     drawn = load_set(folder)
-    drawn.manifest["recipe"] |= {"rounds": rounds, "groups_per_round": 2}
     drawn.rows = [
         replace(
             r, curves={t: [1.0 + r.group, 0.5] for t, first in terms.items() if min(r.group // 2, rounds - 1) >= first}
