@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
@@ -21,7 +22,7 @@ __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_di
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _log = logging.getLogger("synthkd")
 

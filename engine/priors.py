@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout
+from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
 
@@ -197,7 +197,7 @@ class StableDiffusion(_PipelinePrior):
         tokens = self._tokens(tokenizer, prompt)
         at = next(encoder.parameters()).device
         mask = tokens.attention_mask.to(at) if getattr(encoder.config, "use_attention_mask", 0) else None
-        with torch.no_grad(), evaluating(encoder):
+        with torch.no_grad(), evaluating(encoder), unmarked(encoder):
             return {"encoder_hidden_states": encoder(tokens.input_ids.to(at), attention_mask=mask)[0]}
 
     def _tokens(self, tokenizer: Any, prompt: str) -> Any:
@@ -245,7 +245,7 @@ class StableDiffusionXL(StableDiffusion):
         for suffix in ("", "_2"):
             encoder = getattr(self._pipe, f"text_encoder{suffix}")
             tokens = self._tokens(getattr(self._pipe, f"tokenizer{suffix}"), prompt).input_ids
-            with torch.no_grad(), evaluating(encoder):
+            with torch.no_grad(), evaluating(encoder), unmarked(encoder):
                 out = encoder(tokens.to(next(encoder.parameters()).device), output_hidden_states=True)
             states.append(out.hidden_states[-2].to(self.device))
             pooled = out[0]
