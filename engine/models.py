@@ -144,7 +144,9 @@ def _lora_file(path: str) -> str:
         found = sorted(where.glob("*.safetensors"))
         named = [f for f in found if f.name == _LORA_FILE] or found
         if len(named) != 1:
-            raise SynthkdError(f"lora {path!r}: {len(found)} .safetensors files there; expected {_LORA_FILE} or just one")
+            raise SynthkdError(
+                f"lora {path!r}: {len(found)} .safetensors files there; expected {_LORA_FILE} or just one"
+            )
         return str(named[0])
     if where.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise SynthkdError(f"lora {path!r}: a pickle is never read; expected a .safetensors file")
@@ -181,7 +183,9 @@ def load_tiny_decoder(
     except _LOAD_ERRORS as error:
         raise SynthkdError(f"guidance.decoder 'tiny:{path}': cannot be loaded: {_one_line(error)}") from error
     if like is not None:
-        pairs = zip(("latent channels", "pixels per latent"), latent_layout(vae), latent_layout(like.module), strict=True)
+        pairs = zip(
+            ("latent channels", "pixels per latent"), latent_layout(vae), latent_layout(like.module), strict=True
+        )
         for what, found, wanted in pairs:
             if found != wanted:
                 raise SynthkdError(f"guidance.decoder 'tiny:{path}': {found} {what}; this model's vae has {wanted}")
@@ -216,7 +220,7 @@ def _looks_local(where: str) -> bool:
 
 
 def _local_index(where: str) -> dict[str, Any] | None:
-    """model_index.json of a local folder, None for a hub id; raises SynthkdError for a folder without a readable one."""
+    """model_index.json of a local folder, None for a hub id; SynthkdError for a folder without a readable one."""
     path = Path(where) / "model_index.json"
     if not path.is_file():
         if _looks_local(where):

@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -88,7 +88,7 @@ class _PipelinePrior:
         taken = self._denoiser.config.in_channels
         if taken != self._channels:
             raise SynthkdError(
-                f"model: vae has {self._channels} latent channels, {self.denoiser_part} takes {taken}; expected the same"
+                f"model: vae has {self._channels} latent channels, {self.denoiser_part} {taken}; expected the same"
             )
 
     def _make_decoder(self) -> VaeDecoder:
@@ -108,12 +108,12 @@ class _PipelinePrior:
     @property
     def device(self) -> torch.device:
         """The denoiser's device."""
-        return next(self._denoiser.parameters()).device  # type: ignore[no-any-return]
+        return next(self._denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's dtype."""
-        return next(self._denoiser.parameters()).dtype  # type: ignore[no-any-return]
+        return next(self._denoiser.parameters()).dtype
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Raises SynthkdError where the size is not a multiple of the VAE's factor."""
@@ -150,7 +150,9 @@ class StableDiffusion(_PipelinePrior):
         super().__init__(pipe)
         self._cache: OrderedDict[str, Conditioning] = OrderedDict()
         if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
-            raise SynthkdError("model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()")
+            raise SynthkdError(
+                "model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()"
+            )
 
     def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
         """Any text will do."""
@@ -250,7 +252,9 @@ class StableDiffusionXL(StableDiffusion):
             states.append(out.hidden_states[-2].to(self.device))
             pooled = out[0]
         if pooled is None or pooled.ndim != 2:
-            raise SynthkdError("model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection")
+            raise SynthkdError(
+                "model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection"
+            )
         return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
 
     def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
@@ -261,7 +265,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class ClassConditional(_PipelinePrior):
-    """DiTPipeline (arXiv 2212.09748): no text, the "prompt" of a sample is a label or a number of the model's classes."""
+    """DiTPipeline (arXiv 2212.09748): no text; a "prompt" is a label or a number of the model's classes."""
 
     denoiser_part = "transformer"
 
@@ -307,7 +311,7 @@ class ClassConditional(_PipelinePrior):
         near = [repr(label) for label in get_close_matches(prompt.lower(), self._numbers, n=3, cutoff=0.0)]
         nearest = f"nearest: {', '.join(near)}; " if near else ""
         raise SynthkdError(
-            f"recipe: prompt {prompt!r} is no class of this model; {nearest}set prompts = [\"{{class}}\"] and name each "
+            f'recipe: prompt {prompt!r} is no class of this model; {nearest}set prompts = ["{{class}}"] and name each '
             f"class by its label in the model or by its number, 0 to {self._classes - 1}"
         )
 
@@ -317,7 +321,7 @@ class ClassConditional(_PipelinePrior):
         return out[:, : z.shape[1]]
 
 
-_FAMILIES = {
+_FAMILIES: Mapping[str, Callable[[Any], LatentModel]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "LatentConsistencyModelPipeline": StableDiffusion,
     XL: StableDiffusionXL,
@@ -331,8 +335,7 @@ def wrap_pipeline(pipe: Any) -> LatentModel:
     Raises SynthkdError for a class that is not supported, a missing part or a schedule of another kind.
     """
     check_class("model", type(pipe).__name__)
-    prior: LatentModel = _FAMILIES[type(pipe).__name__](pipe)
-    return prior
+    return _FAMILIES[type(pipe).__name__](pipe)
 
 
 def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:
@@ -376,4 +379,6 @@ def _check_live(pipe: Any) -> None:
         raise SynthkdError(f"model: vae is a {vae}; expected {' or '.join(_AUTOENCODERS)}")
     for part in PARTS[name]:
         if hasattr(getattr(pipe, part), "_hf_hook"):
-            raise SynthkdError(f"model: {part} is offloaded; call remove_all_hooks() and move the pipeline to one device")
+            raise SynthkdError(
+                f"model: {part} is offloaded; call remove_all_hooks() and move the pipeline to one device"
+            )

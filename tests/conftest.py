@@ -15,7 +15,6 @@ import torch
 torch.set_num_threads(1)
 
 
-
 def _builders() -> Any:
     """tests/pipelines.py; under --import-mode=importlib no test module can import another."""
     spec = importlib.util.spec_from_file_location("synthkd_test_pipelines", Path(__file__).with_name("pipelines.py"))

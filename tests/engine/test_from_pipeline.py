@@ -18,12 +18,20 @@ def parts(pipe: Any) -> dict[str, nn.Module]:
 
 
 def state(pipe: Any) -> dict[str, Any]:
-    """Tensors with their identity, dtype, layout and flags; modes, hooks and own attributes of every module; configs."""
+    """Tensors with their identity, dtype, layout, flags; modes, hooks, own attributes of every module; configs."""
     out: dict[str, Any] = {"config": dict(pipe.config), "attributes": sorted(vars(pipe))}
     for part, network in parts(pipe).items():
         for name, x in (*network.named_parameters(), *network.named_buffers()):
             out[f"{part}.{name}"] = x.detach().clone()
-            out[f"{part}.{name}?"] = (id(x), x.data_ptr(), x.dtype, x.device, x.stride(), x.requires_grad, x.grad is None)
+            out[f"{part}.{name}?"] = (
+                id(x),
+                x.data_ptr(),
+                x.dtype,
+                x.device,
+                x.stride(),
+                x.requires_grad,
+                x.grad is None,
+            )
         for name, module in network.named_modules():
             out[f"{part}.{name}!"] = (id(module), module.training, sorted(vars(module)), hooks(module))
         out[f"{part} config"] = str(getattr(network, "config", None))

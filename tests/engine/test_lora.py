@@ -154,9 +154,7 @@ def test_files_that_are_refused(pipeline_folders: Mapping[str, Path], lora: Path
     refused(lambda: load(pipeline_folders["dit"], str(lora)), "a DiTPipeline takes no LoRA")
 
 
-def test_without_peft(
-    pipeline_folders: Mapping[str, Path], lora: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_peft(pipeline_folders: Mapping[str, Path], lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     refused(lambda: load(pipeline_folders["sd1"], str(lora)), r"peft is not installed: pip install 'synthkd\[lora\]'")
     load(pipeline_folders["sd1"])
