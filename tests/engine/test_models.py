@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer
+from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer, models
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.priors import decode_dtype, guidance_embedding
 
@@ -149,6 +149,17 @@ def test_a_saved_pipeline_draws_what_the_live_one_draws(
     modules = list(loaded.model.modules())
     assert len(modules) == {"sd1": 3, "sd2": 3, "sdxl": 4, "dit": 2}[name]
     assert not any(p.requires_grad or m.training for m in modules for p in m.parameters())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sdxl", "dit"])
+def test_a_model_without_a_local_index(pipeline_folders: Folders, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The way of a hub id: diffusers finds the index, the class and its checks are the same."""
+    where = str(pipeline_folders[name])
+    local = load_model(where, device="cpu", dtype=torch.float32)
+    monkeypatch.setattr(models, "_local_index", lambda where: None)
+    remote = load_model(where, device="cpu", dtype=torch.float32)
+    assert type(remote) is type(local)
+    assert weights_digest(remote.modules()) == weights_digest(local.modules())
 
 
 def test_a_consistency_model_loads_from_a_folder(build: Any, tmp_path: Path) -> None:
