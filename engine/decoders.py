@@ -1,4 +1,4 @@
-"""What guidance looks through: latents -> images in [0,1] (not clamped), by a full VAE or a tiny autoencoder."""
+"""Latents -> images in [0,1] (not clamped), by a full VAE or a tiny autoencoder; and how a borrowed network is run."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -79,3 +79,20 @@ def evaluating(network: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.training = True
+
+
+@contextmanager
+def unmarked(network: nn.Module) -> Iterator[None]:
+    """Forward hooks and attributes that a call leaves behind are taken off again on leaving.
+
+    transformers installs hooks for good at the first call that asks for hidden states.
+    """
+    before = [(m, set(m._forward_hooks), set(vars(m))) for m in network.modules()]
+    try:
+        yield
+    finally:
+        for module, hooks, names in before:
+            for key in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[key]
+            for name in set(vars(module)) - names:
+                delattr(module, name)

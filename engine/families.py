@@ -54,9 +54,7 @@ def check_scheduler(where: str, name: str, config: Mapping[str, Any] | None = No
     config = config or {}
     flow = "FlowMatch" in name or bool(config.get("use_flow_sigmas"))
     if flow or config.get("prediction_type") == "flow_prediction":
-        raise SynthkdError(
-            f"{where}: scheduler {name} is flow matching, which is not supported yet; expected a DDIM kind"
-        )
+        raise SynthkdError(f"{where}: scheduler {name} (flow matching) is not supported yet; expected a DDIM kind")
     if name.startswith("EDM"):
         raise SynthkdError(f"{where}: scheduler {name} (EDM noise levels) is not supported yet; expected a DDIM kind")
 

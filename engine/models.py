@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
@@ -21,7 +22,8 @@ __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_di
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError)
+_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
+_NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _log = logging.getLogger("synthkd")
 
 
@@ -48,7 +50,7 @@ def load_model(
     where, adapters = resolve(reference), [_lora(entry) for entry in loras]
     index = _local_index(where)
     if index is not None:
-        check_index(f"model {where!r}", index)
+        _check_files(where, check_index(f"model {where!r}", index))
     diffusers = _import_diffusers()
     pipe = _load_pipeline(diffusers, reference, where, index, dtype)
     for path, weight in adapters:
@@ -66,20 +68,58 @@ def _load_pipeline(
     diffusers: Any, reference: str, where: str, index: Mapping[str, Any] | None, dtype: torch.dtype
 ) -> Any:
     """The pipeline by the class that its index names; the VAE in float32 at least, for `_settle` to lower."""
-    extra: dict[str, Any] = {}
+    dtypes = {"default": dtype, "vae": torch.promote_types(dtype, torch.float32)}
     try:
         if index is None:
             index = diffusers.DiffusionPipeline.load_config(where)
         name = check_index(f"model {where!r}", index)
+        extra = {part: _load_text_encoder(where, part, index, dtype) for part in PARTS[name] if _is_text(part)}
         if "safety_checker" in index:
-            extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        dtypes = {"default": dtype, "vae": torch.promote_types(dtype, torch.float32)}
+            extra |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, name).from_pretrained(where, dtype=dtypes, use_safetensors=True, **extra)
+        for part in PARTS[name]:
+            _check_whole(part, getattr(pipe, part))
     except _LOAD_ERRORS as error:
         raise SynthkdError(f"model {reference!r}: cannot be loaded: {_one_line(error)}") from error
     if index.get("id2label"):
         pipe.register_to_config(id2label=index["id2label"])
     return pipe
+
+
+def _is_text(part: str) -> bool:
+    return part.startswith("text_encoder")
+
+
+def _load_text_encoder(where: str, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """A text encoder; raises ValueError for a tensor that its file lacks, which transformers would draw at random."""
+    import transformers
+
+    encoder, found = getattr(transformers, index[part][1]).from_pretrained(
+        where, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise ValueError(f"{part} lacks the tensor {min(found['missing_keys'])}")
+    return encoder
+
+
+def _check_whole(part: str, module: Any) -> None:
+    """Raise ValueError for a tensor that its file lacks: diffusers leaves it on the meta device."""
+    tensors = module.named_parameters() if isinstance(module, nn.Module) else ()
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError(f"{part} lacks the tensor {name}")
+
+
+def _check_files(where: str, name: str) -> None:
+    """Every part of a local folder has its config, and its weights as safetensors."""
+    for part in PARTS[name]:
+        folder = Path(where) / part
+        config = {"scheduler": "scheduler_config.json"}.get(part, "config.json")
+        missing = None if part.startswith("tokenizer") or (folder / config).is_file() else config
+        if part in _NETWORKS and not any(folder.glob("*.safetensors")):
+            missing = missing or "*.safetensors (pickled weights are never read)"
+        if missing or not folder.is_dir():
+            raise SynthkdError(f"model {where!r}: cannot be loaded: no {part}/{missing or ''}")
 
 
 def _lora(entry: str) -> tuple[str, float]:
@@ -180,7 +220,7 @@ def _looks_local(where: str) -> bool:
 
 
 def _local_index(where: str) -> dict[str, Any] | None:
-    """model_index.json of a local folder, None for a hub id; raises SynthkdError for a folder without a readable one."""
+    """model_index.json of a local folder, None for a hub id; SynthkdError for a folder without a readable one."""
     path = Path(where) / "model_index.json"
     if not path.is_file():
         if _looks_local(where):

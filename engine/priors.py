@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout
+from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
 
@@ -88,7 +88,7 @@ class _PipelinePrior:
         taken = self._denoiser.config.in_channels
         if taken != self._channels:
             raise SynthkdError(
-                f"model: vae has {self._channels} latent channels, {self.denoiser_part} takes {taken}; expected the same"
+                f"model: vae has {self._channels} latent channels, {self.denoiser_part} {taken}; expected the same"
             )
 
     def _make_decoder(self) -> VaeDecoder:
@@ -108,12 +108,12 @@ class _PipelinePrior:
     @property
     def device(self) -> torch.device:
         """The denoiser's device."""
-        return next(self._denoiser.parameters()).device  # type: ignore[no-any-return]
+        return next(self._denoiser.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The denoiser's dtype."""
-        return next(self._denoiser.parameters()).dtype  # type: ignore[no-any-return]
+        return next(self._denoiser.parameters()).dtype
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Raises SynthkdError where the size is not a multiple of the VAE's factor."""
@@ -199,7 +199,7 @@ class StableDiffusion(_PipelinePrior):
         tokens = self._tokens(tokenizer, prompt)
         at = next(encoder.parameters()).device
         mask = tokens.attention_mask.to(at) if getattr(encoder.config, "use_attention_mask", 0) else None
-        with torch.no_grad(), evaluating(encoder):
+        with torch.no_grad(), evaluating(encoder), unmarked(encoder):
             return {"encoder_hidden_states": encoder(tokens.input_ids.to(at), attention_mask=mask)[0]}
 
     def _tokens(self, tokenizer: Any, prompt: str) -> Any:
@@ -247,7 +247,7 @@ class StableDiffusionXL(StableDiffusion):
         for suffix in ("", "_2"):
             encoder = getattr(self._pipe, f"text_encoder{suffix}")
             tokens = self._tokens(getattr(self._pipe, f"tokenizer{suffix}"), prompt).input_ids
-            with torch.no_grad(), evaluating(encoder):
+            with torch.no_grad(), evaluating(encoder), unmarked(encoder):
                 out = encoder(tokens.to(next(encoder.parameters()).device), output_hidden_states=True)
             states.append(out.hidden_states[-2].to(self.device))
             pooled = out[0]
@@ -265,7 +265,7 @@ class StableDiffusionXL(StableDiffusion):
 
 
 class ClassConditional(_PipelinePrior):
-    """DiTPipeline (arXiv 2212.09748): no text, the "prompt" of a sample is a label or a number of the model's classes."""
+    """DiTPipeline (arXiv 2212.09748): no text; a "prompt" is a label or a number of the model's classes."""
 
     denoiser_part = "transformer"
 
@@ -321,7 +321,7 @@ class ClassConditional(_PipelinePrior):
         return out[:, : z.shape[1]]
 
 
-_FAMILIES = {
+_FAMILIES: Mapping[str, Callable[[Any], LatentModel]] = {
     "StableDiffusionPipeline": StableDiffusion,
     "LatentConsistencyModelPipeline": StableDiffusion,
     XL: StableDiffusionXL,
@@ -335,8 +335,7 @@ def wrap_pipeline(pipe: Any) -> LatentModel:
     Raises SynthkdError for a class that is not supported, a missing part or a schedule of another kind.
     """
     check_class("model", type(pipe).__name__)
-    prior: LatentModel = _FAMILIES[type(pipe).__name__](pipe)
-    return prior
+    return _FAMILIES[type(pipe).__name__](pipe)
 
 
 def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:

@@ -61,6 +61,7 @@ class FakeStream:
         }
         return Batch(
             group=unit.group,
+            round=unit.round,
             attempt=0,
             ids=tuple(unit.ids),
             prompts=tuple(recipe.prompts[0].replace("{class}", recipe.classes[c]) for c in unit.classes),

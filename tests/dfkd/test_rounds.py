@@ -26,7 +26,9 @@ COUNT = 20  # four groups of 6 in shards of one group: rounds 0, 1, 2, 2; the la
 def round_job(tiny_job: Any) -> Any:
     """Three rounds of one group, then the rest; a student of a few steps between them."""
     recipe = replace(tiny_job.recipe, rounds=3, groups_per_shard=1, steps=3)
-    student = DistillSpec(arch="resnet", arch_args={"widths": [4], "blocks": [1]}, steps=4, batch_size=4, warmup_steps=1)
+    student = DistillSpec(
+        arch="resnet", arch_args={"widths": [4], "blocks": [1]}, steps=4, batch_size=4, warmup_steps=1
+    )
     return replace(tiny_job, recipe=recipe, gamma=1.0, round_student=student)
 
 
@@ -177,9 +179,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_trained_anew(
-    round_job: Any, whole: Path, tmp_path: Path, kind: str
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_trained_anew(round_job: Any, whole: Path, tmp_path: Path, kind: str) -> None:
     folder = damaged(whole, tmp_path, DAMAGE[kind])
     problems = verify_set(folder).problems
     assert len(problems) == 1
@@ -263,7 +263,10 @@ def test_jobs_that_make_no_sense(
     [
         ({"rounds": 0}, "rounds is 0"),
         ({"rounds": 1, "groups_per_round": 2}, "groups_per_round is 2; expected 0 with rounds = 1"),
-        ({"rounds": 2, "groups_per_round": 3, "groups_per_shard": 2}, "a multiple of groups_per_shard, 2"),
+        (
+            {"rounds": 2, "groups_per_round": 3, "groups_per_shard": 2},
+            "groups_per_round is 3; expected a multiple of groups_per_shard, 2",
+        ),
     ],
 )
 def test_rounds_that_do_not_fit(tiny_job: Any, changes: dict[str, Any], message: str) -> None:
