@@ -138,7 +138,14 @@ def test_plain_values_of_the_wrong_kind(data: dict[str, Any], message: str) -> N
 
 OTHER: dict[str, Any] = {
     "classes": ("cat", "dog", "fish"),
+    "class_words": ("tabby", "dog", "fish"),
+    "class_weights": (1, 2, 1),
     "prompts": ("{class}",),
+    "sampler": "euler",
+    "eta": 0.5,
+    "spacing": "trailing",
+    "prediction_type": "epsilon",
+    "guidance_rescale": 0.7,
     "negative_prompt": "blur",
     "height": 32,
     "width": 32,
@@ -149,6 +156,7 @@ OTHER: dict[str, Any] = {
     "classes_per_group": 2,
     "samples_per_class": 3,
     "groups_per_shard": 4,
+    "rounds": 2,
     "dtype": "bfloat16",
     "image_format": "jpg",
     "image_quality": 94,
@@ -158,9 +166,10 @@ OTHER: dict[str, Any] = {
 
 def test_the_fingerprint_sees_every_field(recipe: Callable[..., Recipe]) -> None:
     seen = {fingerprint(recipe(), 0, {}), fingerprint(recipe(), 1, {}), fingerprint(recipe(), 0, {"kind": "other"})}
-    assert {f.name for f in fields(Recipe)} - set(OTHER) == {"sampler"}  # only one sampler so far
+    assert {f.name for f in fields(Recipe)} - set(OTHER) == {"groups_per_round"}  # which goes with rounds alone
     seen |= {fingerprint(recipe(**{name: value}), 0, {}) for name, value in OTHER.items()}
-    assert len(seen) == 3 + len(OTHER)
+    seen.add(fingerprint(recipe(rounds=2, groups_per_round=6), 0, {}))
+    assert len(seen) == 4 + len(OTHER)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +187,9 @@ def test_the_fingerprint_sees_every_field(recipe: Callable[..., Recipe]) -> None
                 "gradient": "unet",
                 "decoder": "tiny:x",
                 "rederive_eps": True,
+                "looks": 2,
+                "look_shift": 0.2,
+                "look_flip": True,
             },
         ),
         ("cutmix", MIX, {"every": 2, "last_clean": 2, "alpha": 0.5, "scope": "any"}),

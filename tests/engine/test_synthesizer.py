@@ -146,7 +146,7 @@ def test_the_step_has_the_declared_size(
     monkeypatch.setattr(sampler, "guided_step", spy)
     synth = _guided(pipeline, recipe, Simple(), schedule=kind)
     synth.run(synth.stream(Request(num_samples=6)).plan.unit(0), 0)
-    sigma = synth._tables.sigma.tolist()
+    sigma = synth._tables.rows.sigma.tolist()
     assert steps == pytest.approx([0.3 * s if kind == "sigma" else 0.3 for s in sigma])
 
 
