@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.digits import run_seed
 from synthkd.bench.record import append_row
 from synthkd.dfkd.cli_options import Device, pick_device
@@ -19,11 +20,6 @@ from synthkd.engine import SynthkdError
 app = typer.Typer(
     help="Benchmark suites; each prints its rows and can append them to bench/results/.", no_args_is_help=True
 )
-
-
-@app.callback()
-def _suites() -> None:
-    """Keep the suites subcommands even while there is one."""
 
 
 @app.command(epilog="Example: synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record")
@@ -54,6 +50,33 @@ def digits(
             print(json.dumps(rows[-1], sort_keys=True), flush=True)
     if not json_output:
         console.print(_table(rows))
+
+
+@app.command(epilog="Example: synthkd bench adversarial --seeds 0,1,2,3,4 --out out/adversarial --record")
+def adversarial(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the sets, one per seed.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    gamma: Annotated[float, typer.Option(help="Weight of the disagreement with the student.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="Rounds of each set; the student learns between them.")] = 3,
+    num_images: Annotated[int | None, typer.Option(help="Images per set, not the preset's.")] = None,
+    record: Annotated[bool, typer.Option("--record", help="Append rows to bench/results/adversarial.jsonl.")] = False,
+    device: Device = None,
+) -> None:
+    """Digits with and without the adversarial term, KL and JS: what a student makes of each set."""
+    preset = load_preset("digits").on(pick_device(device))
+    preset = replace(preset, num_images=num_images or preset.num_images)
+    console, rows = Console(), []
+    for seed in _numbers(seeds):
+        with Bars(console) as bars:
+            rows.append(adversarial_seed(preset, gamma, rounds, seed, out_dir / f"seed-{seed}", bars))
+        if record:
+            append_row("adversarial", rows[-1])
+    table = Table("seed", "variant", "student accuracy", "teacher reads", "judge reads", "near-copies")
+    names = ("student_accuracy", "teacher_agreement", "judge", "near_duplicates")
+    for row in rows:
+        for name, scores in row["variants"].items():
+            table.add_row(str(row["seed"]), name, *(str(scores.get(n, "–")) for n in names))
+    console.print(table)
 
 
 def _numbers(text: str) -> list[int]:

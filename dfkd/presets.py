@@ -54,8 +54,16 @@ def digits() -> Preset:
         samples_per_class=4,
         groups_per_shard=10,
     )
-    job = SynthJob(model="embedded:digits", teacher="embedded:digits", recipe=recipe, alpha=0.3, beta=1.0)
     student = {"widths": [16, 32, 64], "blocks": [1, 1, 1], "stem_stride": 2}
+    between = DistillSpec(arch="resnet", arch_args=student, steps=250)  # of rounds, where a run has them
+    job = SynthJob(
+        model="embedded:digits",
+        teacher="embedded:digits",
+        recipe=recipe,
+        alpha=0.3,
+        beta=1.0,
+        round_student=between,
+    )
     return Preset(
         name="digits",
         job=job,
