@@ -108,8 +108,8 @@ def _timm(arch: str, count: int, args: Mapping[str, Any]) -> nn.Module:
     """timm.create_model by a name of its own registry: never a hub or folder reference, never pretrained."""
     try:
         import timm
-    except ImportError as error:
-        raise SynthkdError(f"arch {arch!r}: timm is not installed: pip install 'synthkd[timm]'") from error
+    except (ImportError, RuntimeError) as error:
+        raise _not_there(arch, error) from error
     name = arch.removeprefix(_TIMM)
     _check_name(arch, name, timm.list_models())
     return _called(arch, args, lambda: timm.create_model(name, pretrained=False, num_classes=count, **args))
@@ -119,13 +119,17 @@ def _torchvision(arch: str, count: int, args: Mapping[str, Any]) -> nn.Module:
     """torchvision.models.get_model, without weights."""
     try:
         from torchvision import models
-    except ImportError as error:
-        raise SynthkdError(
-            f"arch {arch!r}: torchvision is not installed: pip install 'synthkd[torchvision]'"
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise _not_there(arch, error) from error
     name = arch.removeprefix(_TORCHVISION)
     _check_name(arch, name, models.list_models(module=models))
     return _called(arch, args, lambda: models.get_model(name, weights=None, num_classes=count, **args))
+
+
+def _not_there(arch: str, error: Exception) -> SynthkdError:
+    """torchvision raises RuntimeError where it was built for another torch."""
+    library = arch.partition(":")[0]
+    return SynthkdError(f"arch {arch!r}: cannot import {library} ({_reason(error)}): pip install 'synthkd[{library}]'")
 
 
 def _from_code(arch: str, count: int, args: Mapping[str, Any], allow_code: bool) -> nn.Module:

@@ -27,7 +27,8 @@ class DistillSpec:
 
     arch, arch_args: a built-in network (`dfkd/nets.py`) and its arguments; steps of batch_size images; learning_rate
     with cosine decay after warmup_steps; temperature of the KL; held_out: share of the set kept for the agreement
-    curve; shift, rotate (radians), zoom: reach of the affine augmentation; mix: share of batches blended with a shuffled copy (arXiv 1710.09412), the teacher labels the blend.
+    curve; shift, rotate (radians), zoom: reach of the affine augmentation; mix: share of batches blended with a
+    shuffled copy (arXiv 1710.09412), the teacher labels the blend.
     """
 
     arch: str = "resnet"
