@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.environment import versions
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(teacher_app, name="teacher")
 out = Console()
 
 

@@ -6,22 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard
+from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, load_weights
 from synthkd.dfkd.nets import ARCHITECTURES, build_net
 from synthkd.engine.errors import SynthkdError, suggest
 
 _TIMM, _TORCHVISION = "timm:", "torchvision:"
 # Arguments by which a library would fetch or unpickle weights: those come from the card, checked.
 _REFUSED_ARGS = {"checkpoint_path", "cache_dir", "num_classes", "weights", "weights_backbone"}
-_LOADING = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, AssertionError)
+_LOADING = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+    SafetensorError,
+)
 
 
 def build_classifier(card: TeacherCard, *, allow_code: bool = False) -> nn.Module:
     """The network of a card: [B,3,H,W], normalised -> logits [B,K]; weights are the caller's to load.
 
-    Only a `transformers:` folder without the card's own `weights` comes with its weights, from safetensors.
+    Only a `transformers:` network comes with its weights: the card's own, or the folder's from safetensors.
     `module:function` is imported from the Python path and called with num_classes=K and arch_args, if allow_code.
     Raises SynthkdError for an unknown name, a missing library or folder, arguments that do not fit, a folder of another
     number of labels, and code that was not allowed.
@@ -43,29 +54,42 @@ def build_classifier(card: TeacherCard, *, allow_code: bool = False) -> nn.Modul
 
 def _transformers(card: TeacherCard) -> nn.Module:
     """AutoModelForImageClassification, whose output is made the logits; only safetensors, no remote code."""
-    where, count = _folder_or_id(card), len(card.classes)
+    where = _folder_or_id(card)
     if card.arch_args:
         raise SynthkdError(f"arch {card.arch!r}: arch_args do not fit; the folder's config.json says how it is built")
-    library = _import_transformers()
-    auto = library.AutoModelForImageClassification
+    state = load_weights(card.weights) if card.weights is not None else None
     try:
-        config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
-        if config.num_labels != count:
-            raise SynthkdError(
-                f"arch {card.arch!r}: its config.json has {config.num_labels} labels (num_labels), the card names "
-                f"{count} classes; they must agree"
-            )
-        if card.weights is not None:
-            return _giving_logits(auto.from_config(config, trust_remote_code=False).float())
-        net, info = auto.from_pretrained(
-            where, use_safetensors=True, trust_remote_code=False, dtype=torch.float32, output_loading_info=True
-        )
+        net, info = _pretrained(_import_transformers(), card, where, state)
     except _LOADING as error:
         raise SynthkdError(f"arch {card.arch!r}: cannot be loaded: {_reason(error)}") from error
-    lost = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if lost:  # transformers fills these with random values and goes on
-        raise SynthkdError(f"arch {card.arch!r}: its weights lack {len(lost)} tensors, {lost[0]!r} first")
-    return _giving_logits(net)
+    wrong = {"lack": [*info["missing_keys"], *info["mismatched_keys"]]}
+    if state is not None:
+        wrong["have in excess"] = list(info["unexpected_keys"])
+    for what, keys in wrong.items():  # transformers fills what is missing with random values and goes on
+        if keys:
+            first = min(map(str, keys))
+            raise SynthkdError(f"arch {card.arch!r}: its weights {what} {len(keys)} tensors, {first!r} first")
+    net.register_forward_hook(_logits)  # no wrapper, so that layers keep the names they have in transformers
+    return net
+
+
+def _pretrained(
+    library: Any, card: TeacherCard, where: str, state: Mapping[str, Tensor] | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network and what its loading left open; the number of labels is checked before weights are read."""
+    auto = library.AutoModelForImageClassification
+    config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
+    if config.num_labels != len(card.classes):
+        raise SynthkdError(
+            f"arch {card.arch!r}: its config.json has {config.num_labels} labels (num_labels), the card names "
+            f"{len(card.classes)} classes; they must agree"
+        )
+    options = {"dtype": torch.float32, "output_loading_info": True, "config": config}
+    if state is None:
+        return auto.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **options)
+    # from_pretrained knows the names of saved files as well as those of this release's modules.
+    kind = type(auto.from_config(config, trust_remote_code=False))
+    return kind.from_pretrained(None, state_dict=dict(state), **options)
 
 
 def _folder_or_id(card: TeacherCard) -> str:
@@ -80,12 +104,6 @@ def _folder_or_id(card: TeacherCard) -> str:
             f"arch {card.arch!r}: no config.json in {str(folder)!r}; expected a saved transformers model"
         )
     return name
-
-
-def _giving_logits(net: nn.Module) -> nn.Module:
-    """The same module, tensor and layer names kept; a call returns its output's `logits`."""
-    net.register_forward_hook(_logits)
-    return net
 
 
 def _logits(net: nn.Module, inputs: object, output: Any) -> Tensor:
@@ -108,8 +126,8 @@ def _timm(arch: str, count: int, args: Mapping[str, Any]) -> nn.Module:
     """timm.create_model by a name of its own registry: never a hub or folder reference, never pretrained."""
     try:
         import timm
-    except ImportError as error:
-        raise SynthkdError(f"arch {arch!r}: timm is not installed: pip install 'synthkd[timm]'") from error
+    except (ImportError, RuntimeError) as error:
+        raise _not_there(arch, error) from error
     name = arch.removeprefix(_TIMM)
     _check_name(arch, name, timm.list_models())
     return _called(arch, args, lambda: timm.create_model(name, pretrained=False, num_classes=count, **args))
@@ -119,13 +137,17 @@ def _torchvision(arch: str, count: int, args: Mapping[str, Any]) -> nn.Module:
     """torchvision.models.get_model, without weights."""
     try:
         from torchvision import models
-    except ImportError as error:
-        raise SynthkdError(
-            f"arch {arch!r}: torchvision is not installed: pip install 'synthkd[torchvision]'"
-        ) from error
+    except (ImportError, RuntimeError) as error:
+        raise _not_there(arch, error) from error
     name = arch.removeprefix(_TORCHVISION)
     _check_name(arch, name, models.list_models(module=models))
     return _called(arch, args, lambda: models.get_model(name, weights=None, num_classes=count, **args))
+
+
+def _not_there(arch: str, error: Exception) -> SynthkdError:
+    """torchvision raises RuntimeError where it was built for another torch."""
+    library = arch.partition(":")[0]
+    return SynthkdError(f"arch {arch!r}: cannot import {library} ({_reason(error)}): pip install 'synthkd[{library}]'")
 
 
 def _from_code(arch: str, count: int, args: Mapping[str, Any], allow_code: bool) -> nn.Module:

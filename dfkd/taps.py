@@ -203,7 +203,5 @@ def _pair(path: Path, name: str, tensors: Mapping[str, Tensor], count: int) -> t
             found = f"{value.dtype} {tuple(value.shape)}"
             raise SynthkdError(f"moments {path}: {key!r} is {found}; expected floats ({count},)")
         if not bool(value.isfinite().all()) or (key.endswith(".var") and bool((value < 0).any())):
-            raise SynthkdError(
-                f"moments {path}: {key!r} holds values that no data has; expected finite, variances >= 0"
-            )
+            raise SynthkdError(f"moments {path}: {key!r} holds impossible values; expected finite, variances >= 0")
     return tensors[f"{name}.mean"].float(), tensors[f"{name}.var"].float()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthkd.dfkd.cards import TeacherCard, card_path, load_weights, read_card
+from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, card_path, load_weights, read_card
 from synthkd.dfkd.model_zoo import build_classifier
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.taps import Moments, Tap, batchnorm_layers, read_moments, tapped
@@ -128,7 +128,7 @@ def load_teacher(
     """
     card = read_card(card_path(reference), moments=moments)
     net = build_classifier(card, allow_code=allow_code)
-    if card.weights is not None:
+    if card.weights is not None and not card.arch.startswith(TRANSFORMERS):
         state = load_weights(card.weights)
         _check_state(card, card.weights, net.state_dict(), state)
         net.load_state_dict(state)
