@@ -134,8 +134,8 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
     if asked.scale is not None:
         fields["guidance"] = {**fields.get("guidance", {}), "scale": asked.scale}
     if not base:
-        drawn = sum(fields.get("class_weights") or [1] * len(fields["classes"]))
-        fields.setdefault("classes_per_group", min(10, drawn))
+        checked = Recipe.from_dict({**fields, "classes_per_group": 1})
+        fields.setdefault("classes_per_group", min(10, len(checked.drawn_classes)))
     return Recipe.from_dict(fields)
 
 

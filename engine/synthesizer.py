@@ -77,6 +77,7 @@ class Synthesizer:
             network.to(model.device)
         self._look = decoder or model.decoder
         self._shape = model.latent_shape(recipe.height, recipe.width)
+        _check_prompts(model, recipe)
         self._tables = _tables(model, recipe)
         self._digest: str | None = None
 
@@ -96,7 +97,6 @@ class Synthesizer:
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        _check_prompts(prior, recipe)
         return cls(prior, recipe, guidance, _looked_through(prior, recipe))
 
     @classmethod
@@ -105,7 +105,6 @@ class Synthesizer:
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was."""
         prior = wrap_pipeline(pipe)
-        _check_prompts(prior, recipe)
         return cls(prior, recipe, guidance, decoder or _looked_through(prior, recipe))
 
     def stream(self, request: Request) -> Stream:
