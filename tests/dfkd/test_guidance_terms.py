@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from synthkd.dfkd.losses import bn_distance, disagreement, head_alignment
 from synthkd.dfkd.losses import entropy as entropy_of
@@ -256,6 +257,16 @@ def test_wrong_settings(make: Callable[[], object], message: str) -> None:
 def test_a_network_without_a_linear_layer_is_steered_by_class_and_entropy() -> None:
     """No features, no head term, no error."""
     assert set(TeacherGuidance(headless())(images(), TARGETS)[1]) == {"ce", "entropy"}
+
+
+def test_no_term_waits_for_a_value() -> None:
+    """Under FakeTensor, where a value cannot be read, all terms and their gradient are still made."""
+    guidance, x, targets = CASES["all"](), images(), TARGETS
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x).requires_grad_()
+        loss, terms = guidance(fake, targets)
+        assert torch.autograd.grad(loss, fake)[0].shape == x.shape
+    assert len(terms) == 5
 
 
 def test_an_adversarial_run(pipeline: Any, recipe: Callable[..., Any], teacher_card: Path, tmp_path: Path) -> None:
