@@ -54,9 +54,9 @@ class TeacherGuidance:
         student of other classes, and for `head` on a teacher without a linear layer over the classes.
         """
         known, aligned = teacher.has_statistics, _rows(teacher) is not None
-        self.alpha, self.beta, self.gamma, self.divergence = alpha, beta, gamma, divergence
-        self.entropy = entropy if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
-        self.head = head if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
+        self.alpha, self.beta, self.gamma, self.divergence = alpha, beta, float(gamma), divergence
+        self.entropy = float(entropy) if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
+        self.head = float(head) if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
         self.teacher, self.student, self.round, self.about = teacher, student, round, dict(about or {})
         self._check(known, aligned)
         if alpha > 0 and not known:
