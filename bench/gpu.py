@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from synthkd.bench import adversarial
 from synthkd.bench.digits import run_seed
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
@@ -31,9 +32,18 @@ def digits_part(seed: int) -> None:
     append_row("digits", row)
 
 
+def adversarial_part(seed: int) -> None:
+    """Digits with and without the adversarial term for one seed on the GPU, its row appended."""
+    folder = STATE.parent / f"adversarial-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    row = adversarial.run_seed(load_preset("digits").on("cuda"), 1.0, 3, seed, folder, Silent())
+    append_row("adversarial", row)
+
+
 def parts() -> dict[str, Callable[[], None]]:
     """All parts by name, in the order in which they run."""
-    return {f"digits seed {seed}": partial(digits_part, seed) for seed in SEEDS}
+    suites = {"digits": digits_part, "adversarial": adversarial_part}
+    return {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
 
 
 def run_parts(todo: dict[str, Callable[[], None]], state: Path, minutes: float) -> list[str]:
