@@ -84,6 +84,8 @@ def _pretrained(
             f"arch {card.arch!r}: its config.json has {config.num_labels} labels (num_labels), the card names "
             f"{len(card.classes)} classes; they must agree"
         )
+    _check_args(card.arch, getattr(config, "model_args", None) or {})  # a config.json that stands for a timm model
+    config._attn_implementation = None  # a config.json may name a kernel on a hub, which would be fetched and run
     options = {"dtype": torch.float32, "output_loading_info": True, "config": config}
     if state is None:
         return auto.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **options)
@@ -172,10 +174,14 @@ def _check_name(arch: str, name: str, known: Iterable[str]) -> None:
         raise SynthkdError(f"arch {arch!r} is unknown to {arch.partition(':')[0]}; {near}")
 
 
-def _called(arch: str, args: Mapping[str, Any], make: Callable[[], object]) -> nn.Module:
+def _check_args(arch: str, args: Iterable[str]) -> None:
     refused = sorted(name for name in args if name in _REFUSED_ARGS or name.startswith("pretrained"))
     if refused:
         raise SynthkdError(f"arch {arch!r}: arch_args may not hold {refused[0]!r}; weights and classes are the card's")
+
+
+def _called(arch: str, args: Mapping[str, Any], make: Callable[[], object]) -> nn.Module:
+    _check_args(arch, args)
     try:
         net = make()
     except _LOADING as error:

@@ -105,6 +105,16 @@ def test_the_cards_own_weights(saved: tuple[str, Any, Path]) -> None:
     torch.testing.assert_close(load_teacher(str(card))(x), net((x - 0.5) / 0.5).logits)
 
 
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.usefixtures("no_hub")
+def test_a_folder_cannot_name_a_kernel_to_fetch(saved: tuple[str, Any, Path], field: str) -> None:
+    """transformers would download it and run its code; the library's own attention is used instead."""
+    _, net, card = saved
+    _edit(**{field: "someone/kernel"})(card.parent)
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(load_teacher(str(card))(x), net((x - 0.5) / 0.5).logits)
+
+
 def _lose_a_tensor(folder: Path) -> None:
     path = folder / "net" / "model.safetensors"
     state = load_file(path)
@@ -141,6 +151,10 @@ def _card(old: str, new: str) -> Callable[[Path], None]:
         (_only_a_pickle, "cannot be loaded"),
         (lambda folder: (folder / "net" / "model.safetensors").write_bytes(b"xx") and None, "cannot be loaded"),
         (lambda folder: (folder / "net" / "config.json").write_text("{") and None, "cannot be loaded"),
+        (
+            _edit(model_type="timm_wrapper", architecture="resnet18", model_args={"checkpoint_path": "x.pth"}),
+            "arch_args may not hold 'checkpoint_path'|cannot be loaded",  # the second where timm is not installed
+        ),
         (_edit(model_type="nothing", architectures=["Nothing"]), "cannot be loaded"),
         (
             _edit(model_type="own", auto_map={"AutoConfig": "code.Own", "AutoModelForImageClassification": "code.Net"}),
