@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
+from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
 from synthkd.dfkd.student import DistillSpec
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
@@ -83,9 +83,8 @@ class SynthJob:
         return replace(self, round=round_, student=str(student) if student else None)
 
     def source(self) -> dict[str, Any]:
-        """What a manifest keeps for `synthkd replay`, beside the recipe."""
+        """What a manifest keeps for `synthkd replay`, beside the recipe and the guidance's weights."""
         out: dict[str, Any] = {"model": _absolute(self.model), "teacher": _absolute(self.teacher)}
-        out |= {name: getattr(self, name) for name in _WEIGHTS}
         if self.loras:
             out["loras"] = [_absolute(lora) for lora in self.loras]
         if self.gamma > 0:
@@ -100,14 +99,16 @@ class SynthJob:
 
         Raises SynthkdError where the manifest does not say.
         """
-        source = {name: manifest["guidance"][name] for name in _WEIGHTS if name in manifest["guidance"]}
-        source |= manifest.get("source") or {}
+        source = dict(manifest.get("source") or {})
         source |= {name: place for name, place in moved.items() if place is not None}
-        if not {"model", "teacher", "alpha", "beta"} <= set(source):
+        declared = manifest["guidance"]
+        if not {"model", "teacher"} <= set(source) or declared.get("kind") != KIND:
             raise SynthkdError(
                 "manifest.json names no model and teacher (written from Python): pass --model and --teacher"
             )
-        values = {name: source[name] for name in ("model", "teacher", *_WEIGHTS) if name in source}
+        # A weight that the manifest does not name was 0, whatever is the default today.
+        values = {"model": source["model"], "teacher": source["teacher"], "entropy": 0.0, "head": 0.0}
+        values |= {name: declared[name] for name in _WEIGHTS if name in declared}
         values["loras"] = tuple(source.get("loras", ()))
         if "round_student" in source:
             values["round_student"] = spec_from(source["round_student"], "manifest.json: source.round_student")

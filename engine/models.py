@@ -94,8 +94,11 @@ def _load_text_encoder(where: str, part: str, index: Mapping[str, Any], dtype: t
     """A text encoder; raises ValueError for a tensor that its file lacks, which transformers would draw at random."""
     import transformers
 
-    encoder, found = getattr(transformers, index[part][1]).from_pretrained(
-        where, subfolder=part, dtype=dtype, use_safetensors=True, output_loading_info=True
+    kind = getattr(transformers, index[part][1])
+    config = kind.config_class.from_pretrained(where, subfolder=part)
+    config._attn_implementation = None  # a config.json may name a kernel on a hub, which would be fetched and run
+    encoder, found = kind.from_pretrained(
+        where, subfolder=part, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
     )
     if found["missing_keys"]:
         raise ValueError(f"{part} lacks the tensor {min(found['missing_keys'])}")

@@ -16,6 +16,7 @@ from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Terms
 from synthkd.engine.models import weights_digest
 
+KIND = "diffdfkd"
 # For teachers without statistics, where nothing was said. Not measured: a starting point, no recommendation.
 DEFAULT_ENTROPY, DEFAULT_HEAD = 0.1, 0.5
 
@@ -124,7 +125,7 @@ class TeacherGuidance:
     def describe(self) -> dict[str, Any]:
         """Kind, weights, the teacher's digest, and what else is active; nothing of a trained student."""
         out: dict[str, Any] = dict(self.about) if self.gamma > 0 else {}
-        out |= {"kind": "diffdfkd", "alpha": self.alpha, "beta": self.beta, "teacher_sha256": self._digest}
+        out |= {"kind": KIND, "alpha": self.alpha, "beta": self.beta, "teacher_sha256": self._digest}
         if self.gamma > 0:
             out |= {"gamma": self.gamma, "divergence": self.divergence}
         out |= {name: value for name in ("entropy", "head") if (value := getattr(self, name)) > 0}
