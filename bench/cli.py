@@ -71,8 +71,8 @@ def adversarial(
             rows.append(adversarial_seed(preset, gamma, rounds, seed, out_dir / f"seed-{seed}", bars))
         if record:
             append_row("adversarial", rows[-1])
-    table = Table("seed", "variant", "student accuracy", "teacher reads", "judge reads", "near-copies")
-    names = ("student_accuracy", "teacher_agreement", "judge", "near_duplicates")
+    table = Table("seed", "variant", "student", "short student", "teacher reads", "judge reads", "near-copies")
+    names = ("student_accuracy", "short_student_accuracy", "teacher_agreement", "judge", "near_duplicates")
     for row in rows:
         for name, scores in row["variants"].items():
             table.add_row(str(row["seed"]), name, *(str(scores.get(n, "–")) for n in names))

@@ -1,6 +1,7 @@
 """The `synthkd` command; further subcommands come from the entry-point group `synthkd.commands`."""
 
 import json
+import logging
 import sys
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -259,8 +260,17 @@ def _add_plugins() -> None:
         app.add_typer(entry.load(), name=entry.name)
 
 
+def _say_what_is_logged() -> None:
+    """What a job does differently than one may think (no statistics, no refiner), on standard error."""
+    log, handler = logging.getLogger("synthkd"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("synthkd: %(message)s"))
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO)
+
+
 def main() -> None:
     """Run the command; a wrong input ends in one line on standard error and its exit code."""
+    _say_what_is_logged()
     _add_plugins()
     try:
         app()

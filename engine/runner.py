@@ -4,6 +4,7 @@ Small networks scale badly over threads (two one-thread processes beat one with 
 has one thread. Which worker draws a group cannot change it.
 """
 
+import logging
 import multiprocessing as mp
 import os
 import signal
@@ -59,6 +60,7 @@ def _end_with(sentinel: int) -> None:
 def _start(factory: Factory, threads: int) -> None:
     global _worker
     follow_parent()
+    logging.getLogger("synthkd").setLevel(logging.ERROR)  # the caller's own synthesizer has said it
     torch.set_num_threads(threads)
     _worker = factory()
 

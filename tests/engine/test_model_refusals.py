@@ -161,6 +161,26 @@ def test_a_missing_tensor(changed: Callable[..., str], part: str) -> None:
     refused(lambda: load_model(str(folder), device="cpu", dtype=torch.float32), f"{part} lacks the tensor ")
 
 
+def test_a_kernel_named_in_a_config_is_not_fetched(
+    changed: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would take it from a hub and run it; here it is as if nothing was named."""
+    from transformers import PreTrainedModel
+
+    folder, asked = Path(changed("sd1")), []
+    inner = PreTrainedModel.from_pretrained.__func__
+
+    def spy(kind: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs["config"]._attn_implementation)
+        return inner(kind, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(spy))
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "attn_implementation": "somebody/kernel"}))
+    load_model(str(folder), device="cpu", dtype=torch.float32)
+    assert asked == [None]
+
+
 def test_a_hub_id_that_is_not_there() -> None:
     """The index alone is asked for first."""
     refused(
