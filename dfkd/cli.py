@@ -42,6 +42,7 @@ def run(
     gamma: options.Gamma = None,
     rounds: options.Rounds = None,
     divergence: options.Divergence = None,
+    allow_code: options.AllowCode = False,
     workers: options.Workers = None,
     device: options.Device = None,
 ) -> None:
@@ -50,7 +51,7 @@ def run(
     from synthkd.dfkd.run import Interrupted, Run
 
     chosen = load_preset(preset)
-    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence)
+    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code)
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
         chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))

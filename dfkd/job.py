@@ -60,6 +60,8 @@ class SynthJob:
                 f"gamma is {self.gamma}, but rounds is {recipe.rounds}: there is a student to disagree with only from "
                 "the second round on; set rounds to 2 or more, or gamma to 0"
             )
+        if self.gamma > 0 and recipe.guidance.scale == 0:
+            raise SynthkdError(f"gamma is {self.gamma}, but guidance.scale is 0, which guides nothing; set one of them")
         if recipe.rounds > 1 and self.gamma == 0:
             raise SynthkdError(f"rounds is {recipe.rounds}, but gamma is 0: nothing would change between rounds")
 

@@ -28,7 +28,7 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.runner import default_workers, open_stream
-from synthkd.engine.shards import WriteSummary, file_digest, write_shards
+from synthkd.engine.shards import WriteSummary, file_digest, folder_lock, write_shards
 
 
 def draw_set(
@@ -103,25 +103,23 @@ def ensure_student(job: SynthJob, folder: Path, round_: int, request: Request, p
     Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
     the manifest names (another processor or library).
     """
-    try:
-        kept = student_card(folder, round_)
-        assert kept is not None
-        return kept
-    except SynthkdError:
-        wanted = _before(job, folder, round_, request)
-    card, known = _train(job, folder, round_, wanted, request.seed, progress), _digest(folder, round_)
-    found = file_digest(round_folder(folder, round_) / CHECKPOINT)
-    if known not in (None, found):
-        raise SynthkdError(
-            f"{folder}: the student of round {round_} was lost, and training it anew gave another one (another "
-            "processor or library?); draw the set again in a new folder"
-        )
-    note_checkpoint(folder, round_, found)
-    return card
-
-
-def _digest(folder: Path, round_: int) -> str | None:
-    return checkpoint_digest(read_manifest(folder), round_)
+    count = _before(job, folder, round_, request)
+    with folder_lock(folder):
+        try:
+            kept = student_card(folder, round_)
+            assert kept is not None
+            return kept
+        except SynthkdError:
+            card = _train(job, folder, round_, count, request.seed, progress)
+        known = checkpoint_digest(read_manifest(folder), round_)
+        found = file_digest(round_folder(folder, round_) / CHECKPOINT)
+        if known not in (None, found):
+            raise SynthkdError(
+                f"{folder}: the student of round {round_} was lost, and training it anew gave another one (another "
+                "processor or library?); draw the set again in a new folder"
+            )
+        note_checkpoint(folder, round_, found)
+        return card
 
 
 def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:

@@ -63,7 +63,7 @@ class Run:
         count = self.num_images or self.preset.num_images
         resumed = (self.out / "shards" / MANIFEST).exists()
         with self._stage("evaluate_teacher"):
-            teacher = load_teacher(job.teacher, job.device)
+            teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
             test = self._test_set(teacher)
             scores = {"teacher": evaluate(teacher, test)} if test else {}
         for name, this in (("synthesize", job), ("synthesize_unguided", unguided(job))):
@@ -117,7 +117,15 @@ class Run:
         spec = replace(self.preset.distill, seed=self.seed)
         job = self.preset.job
         jobs = [
-            StudentJob(set_dir=f / "shards", out_dir=f, teacher=job.teacher, spec=spec, device=job.device, limit=count)
+            StudentJob(
+                set_dir=f / "shards",
+                out_dir=f,
+                teacher=job.teacher,
+                spec=spec,
+                device=job.device,
+                limit=count,
+                allow_code=job.allow_code,
+            )
             for f in folders.values()
         ]
         self.progress.begin("distill", len(jobs), "students")
@@ -173,6 +181,7 @@ class StudentJob:
     spec: DistillSpec
     device: str
     limit: int | None = None
+    allow_code: bool = False
 
     @property
     def stamp(self) -> str:
@@ -193,7 +202,7 @@ def train_student(job: StudentJob) -> Path:
         return card
     if job.device == "cpu":
         torch.set_num_threads(1)
-    teacher = load_teacher(job.teacher, job.device)
+    teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
     data = load_synthetic(job.set_dir, job.limit, teacher.input_size)
     student = distill(data, teacher, job.spec)
     about = {"teacher": job.teacher, "images": len(data)}

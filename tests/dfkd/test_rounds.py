@@ -15,7 +15,7 @@ import pytest
 from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec
-from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine import GuidanceSpec, Plan, Request, SynthkdError
 from synthkd.engine.index import read_index, read_manifest
 from synthkd.engine.verify import verify_set
 
@@ -249,6 +249,7 @@ def test_a_group_of_another_round_is_not_drawn_by_mistake(round_job: Any) -> Non
     [
         ({}, {"rounds": 1}, "gamma is 1.0, but rounds is 1"),
         ({"gamma": 0.0}, {}, "rounds is 3, but gamma is 0"),
+        ({}, {"guidance": GuidanceSpec(scale=0.0)}, "gamma is 1.0, but guidance.scale is 0"),
         ({}, {"height": 2, "width": 2}, "reads images of 16x16, the prior draws 2x2: enlarged 8.0 times"),
     ],
 )
