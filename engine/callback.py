@@ -21,6 +21,10 @@ _SAMPLERS = {
     "DPMSolverMultistepScheduler": "dpmpp_2m",
     "LCMScheduler": "lcm",
 }
+_ONLY: dict[str, dict[str, Any]] = {
+    "DPMSolverMultistepScheduler": {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+}
+_CONSISTENCY = "LatentConsistencyModelPipeline"
 
 
 class GuidanceCallback:
@@ -46,16 +50,25 @@ class GuidanceCallback:
                 f"callback: scheduler {name} is not supported; expected {', '.join(_SAMPLERS)}, for instance "
                 "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
             )
+        config = pipe.scheduler.config
+        for field, only in _ONLY.get(name, {}).items():
+            if config.get(field, only) != only:
+                raise SynthkdError(
+                    f"callback: {name} with {field} {config[field]!r} is not supported; expected {only!r}"
+                )
         if spec.gradient != "x0" or spec.looks != 1 or spec.decoder != "vae":
             raise SynthkdError("callback: expected guidance.gradient 'x0', looks 1 and decoder 'vae'")
         self._model, self._pipe, self._sampler = wrap_pipeline(pipe), pipe, _SAMPLERS[name]
+        solver_tables(config, 2, self._model.device, self._model.dtype, sampler=self._sampler)  # refuses what it cannot
         self._guidance, self._targets, self._spec = guidance, targets, spec
+        self._scheduler: Any = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self.log: list[Terms] = []
 
     def __enter__(self) -> "GuidanceCallback":
         """Observe the scheduler's steps."""
-        inner = self._pipe.scheduler.step
+        self._scheduler = self._pipe.scheduler
+        inner = self._scheduler.step
 
         @wraps(inner)  # pipelines read off its signature whether it takes eta and a generator
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -64,40 +77,57 @@ class GuidanceCallback:
 
         for network in self._guidance.modules():
             network.to(self._model.device)
-        self._pipe.scheduler.step = step
+        self._scheduler.step = step
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         """Stop observing."""
-        del self._pipe.scheduler.step
+        del self._scheduler.step
+        self._seen = None
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Called by the pipeline after each step; returns its `latents` [B,C,h,w] as the guided step has them.
 
-        Raises SynthkdError outside the `with` block, and where the targets are not one per image.
+        Raises SynthkdError outside the `with` block, for targets that are not one per image, and for timesteps that
+        are not the scheduler's own.
         """
-        if self._seen is None:
+        seen, self._seen = self._seen, None
+        if seen is None:
             raise SynthkdError("callback: use it inside its `with` block, which observes the scheduler")
-        calls = len(pipe.scheduler.timesteps)
+        calls, latents = len(pipe.scheduler.timesteps), tensors["latents"]
         if not self._spec.active(index, calls):
             return {}
-        tables = self._tables(calls)
-        c, (out, sample), latents = tables.at(index), self._seen, tensors["latents"]
         if len(self._targets) != len(latents):
             raise SynthkdError(f"callback: {len(self._targets)} targets for {len(latents)} images; expected one each")
+        tables = self._tables(calls)
+        c, (out, sample) = tables.at(index), seen
         levels = self._sampler == "euler"  # whose latents are x0 + level eps, not of unit variance
         z = sample * c.alpha.to(sample.dtype) if levels else sample
         x0 = predict_x0(z, out, None, 1.0, c.alpha, c.sigma, tables.prediction_type)
         shift = self._shift(x0, c, index, calls)
-        moved = latents.to(shift.dtype) - self._share(c, levels) * shift
         if tables.multistep:
             history = pipe.scheduler.model_outputs
             history[-1] = (history[-1].to(shift.dtype) - shift).to(history[-1].dtype)
-        return {"latents": moved.to(latents.dtype)}
+        moved = self._share(c, levels) * shift
+        return {name: (x.to(moved.dtype) - moved).to(x.dtype) for name, x in self._moving(tensors, index, calls)}
+
+    def _moving(self, tensors: dict[str, Any], index: int, calls: int) -> list[tuple[str, Tensor]]:
+        """The latents, and after the last call of LatentConsistencyModelPipeline the `denoised` that it decodes."""
+        if type(self._pipe).__name__ != _CONSISTENCY or index + 1 < calls:
+            return [("latents", tensors["latents"])]
+        if "denoised" not in tensors:
+            raise SynthkdError(
+                f"callback: {_CONSISTENCY} decodes `denoised`; call it with "
+                "callback_on_step_end_tensor_inputs=['latents', 'denoised']"
+            )
+        return [("latents", tensors["latents"]), ("denoised", tensors["denoised"])]
 
     def _tables(self, calls: int) -> Tables:
-        model = self._model
-        return solver_tables(model.scheduler_config, calls, model.device, model.dtype, sampler=self._sampler)
+        model, theirs = self._model, self._pipe.scheduler.timesteps
+        tables = solver_tables(model.scheduler_config, calls, model.device, model.dtype, sampler=self._sampler)
+        if not torch.equal(tables.timesteps.double(), theirs.to(model.device).double()):
+            raise SynthkdError("callback: the pipeline was called with timesteps or sigmas of its own; leave them out")
+        return tables
 
     def _shift(self, x0: Tensor, c: Coefficients, index: int, calls: int) -> Tensor:
         """step g / rms(g), what x0' falls below x0, [B,C,h,w]."""

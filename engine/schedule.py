@@ -119,8 +119,8 @@ def solver_tables(
     Raises SynthkdError for settings the loop does not reproduce and for more steps than the schedule has.
     """
     _refuse_unsupported(config, sampler)
-    config = _spaced(config, spacing)
-    total = int(config["num_train_timesteps"])
+    config = _spaced({name: value for name, value in config.items() if value is not None}, spacing)
+    total = _total(config)
     if steps > total:
         raise SynthkdError(f"recipe: steps is {steps}; the scheduler was trained with {total} at most")
     make = {"ddim": _ddim, "euler": _euler, "euler_ancestral": _ancestral, "dpmpp_2m": _dpmpp_2m, "lcm": _lcm}
@@ -130,8 +130,22 @@ def solver_tables(
     return _put(columns, device, torch.promote_types(dtype, torch.float32), prediction_type(config))
 
 
+def _total(config: Mapping[str, Any]) -> int:
+    """Training timesteps; raises SynthkdError for a config that is no noise schedule."""
+    for name in ("num_train_timesteps", "beta_schedule"):
+        if name not in config:
+            raise SynthkdError(f"scheduler: its config has no {name}; expected that of a diffusers scheduler")
+    total, given = int(config["num_train_timesteps"]), config.get("trained_betas")
+    if given is not None and len(given) != total:
+        raise SynthkdError(f"scheduler: {len(given)} trained_betas for {total} num_train_timesteps; expected one each")
+    return total
+
+
 def _put(c: _Columns, device: torch.device, kind: torch.dtype, prediction: str) -> Tables:
     names = ("alpha", "sigma", "to_x0", "to_eps", "to_noise", "to_history")
+    falls = bool(np.all(np.diff(c.t) < 0)) and c.t[-1] >= 0
+    if not falls or not all(np.isfinite(getattr(c, n)).all() for n in names):
+        raise SynthkdError(f"recipe: steps is {len(c.t)}; the prior's schedule has no so many steps for this sampler")
     whole = bool(np.all(c.t == np.round(c.t)))
     return Tables(
         timesteps=torch.from_numpy(c.t.astype(np.int64 if whole else np.float32)).to(device),
@@ -198,7 +212,8 @@ def _with_eta(c: _Columns, eta: float) -> _Columns:
 def _levels(config: Mapping[str, Any], steps: int, sampler: str) -> tuple[NDArray[Any], Floats]:
     """Timesteps [n] and noise levels sigma / alpha [n + 1] of the solvers written in them; the last is final."""
     bar = alphas_cumprod(config)
-    bar[-1] = max(bar[-1], 2.0**-24)  # as diffusers: a level, even at no signal
+    if config.get("rescale_betas_zero_snr"):
+        bar[-1] = 2.0**-24  # as diffusers: a level, even at no signal
     levels = np.sqrt((1 - bar) / bar)
     t = (_t_dpm if sampler == "dpmpp_2m" else _t_euler)(config, steps)
     own = np.interp(t, np.arange(len(levels)), levels)
@@ -272,6 +287,8 @@ def _dpmpp_2m(config: Mapping[str, Any], steps: int) -> _Columns:
     to_history = np.zeros(steps)
     last_first_order = level[-1] == 0 or (config.get("lower_order_final", True) and steps < 15)
     last_first_order = last_first_order or config.get("euler_at_final", False)
+    if len(np.unique(level)) <= steps:
+        raise SynthkdError(f"recipe: steps is {steps}; the prior's schedule has no so many steps for this sampler")
     for i in range(1, steps - int(bool(last_first_order))):
         h, h_before = np.log(level[i] / level[i + 1]), np.log(level[i - 1] / level[i])
         to_history[i] = 0.5 * to_x0[i] * -np.expm1(-h) * h / h_before
@@ -280,7 +297,8 @@ def _dpmpp_2m(config: Mapping[str, Any], steps: int) -> _Columns:
 
 def _lcm(config: Mapping[str, Any], steps: int) -> _Columns:
     """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): the consistency function, then fresh noise."""
-    total, trained = int(config["num_train_timesteps"]), int(config.get("original_inference_steps") or 50)
+    total = int(config["num_train_timesteps"])
+    trained = min(total, int(config.get("original_inference_steps") or 50))
     if steps > trained:
         raise SynthkdError(f"recipe: steps is {steps}; sampler 'lcm' has {trained} at most for this model")
     grid = (np.arange(1, trained + 1) * (total // trained) - 1)[::-1]
@@ -340,5 +358,9 @@ def _refuse_unsupported(config: Mapping[str, Any], sampler: str) -> None:
     for name in off:
         if config.get(name):
             raise SynthkdError(f"scheduler: {name} is on; latent priors with it are not supported yet: set it to false")
-    if config.get("timestep_type") == "continuous" and sampler != "ddim":
-        raise SynthkdError("scheduler: timestep_type 'continuous' is not supported yet; expected 'discrete'")
+    levels = sampler not in ("ddim", "lcm")
+    for name, only in (("timestep_type", "discrete"), ("interpolation_type", "linear")):
+        if levels and config.get(name, only) != only:
+            raise SynthkdError(f"scheduler: {name} {config[name]!r} is not supported yet; expected {only!r}")
+    if sampler == "dpmpp_2m" and math.isfinite(float(config.get("lambda_min_clipped", -math.inf))):
+        raise SynthkdError("scheduler: lambda_min_clipped is not supported yet; expected -inf")

@@ -132,3 +132,68 @@ def test_wrong_uses_say_so(pipeline: Any, guide: Callable[..., Any], monkeypatch
     monkeypatch.setattr(pipeline, "scheduler", PNDMScheduler())
     with pytest.raises(SynthkdError, match="PNDMScheduler is not supported; expected DDIMScheduler"):
         GuidanceCallback(pipeline, guide(), torch.eye(3), GuidanceSpec())
+
+
+def test_after_its_block_it_refuses(pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that was observed earlier must not stand in for this run's."""
+    use(pipeline, "ddim", monkeypatch)
+    callback = GuidanceCallback(pipeline, guide(), torch.eye(3)[:1], GuidanceSpec(scale=0.3))
+    words: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+    with callback:
+        pipeline("a cat", callback_on_step_end=callback, **words)
+    with pytest.raises(SynthkdError, match="inside its `with` block"):
+        pipeline("a cat", callback_on_step_end=callback, **words)
+
+
+def test_another_scheduler_within_the_block_is_given_back(
+    pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(pipeline, "ddim", monkeypatch)
+    observed = pipeline.scheduler
+    with GuidanceCallback(pipeline, guide(), torch.eye(3)[:1], GuidanceSpec(scale=0.3)):
+        use(pipeline, "euler", monkeypatch)
+    assert "step" not in vars(observed)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"algorithm_type": "sde-dpmsolver++"}, {"solver_order": 3}, {"solver_type": "heun"}]
+)
+def test_other_solvers_of_the_same_class_are_refused(
+    pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    made = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config, **changes)
+    monkeypatch.setattr(pipeline, "scheduler", made)
+    with pytest.raises(SynthkdError, match=f"{next(iter(changes))} .* is not supported"):
+        GuidanceCallback(pipeline, guide(), torch.eye(3), GuidanceSpec())
+
+
+def test_timesteps_of_ones_own_are_refused(
+    pipeline: Any, guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(pipeline, "euler", monkeypatch)
+    callback = GuidanceCallback(pipeline, guide(), torch.eye(3)[:1], GuidanceSpec(scale=0.3))
+    with pytest.raises(SynthkdError, match="timesteps or sigmas of its own"), callback:
+        pipeline("a cat", timesteps=[900, 500, 20], height=16, width=16, callback_on_step_end=callback)
+
+
+def test_the_consistency_pipeline_decodes_the_guided_image(
+    build: Any, guide: Callable[..., Any], tmp_path: Any
+) -> None:
+    """It decodes `denoised`, not the latents: the last call must not be lost."""
+    pipe, last = build.lcm(tmp_path), GuidanceSpec(scale=0.5, start=0.75)
+
+    def latents(**words: Any) -> Tensor:
+        g = torch.Generator().manual_seed(1)
+        out: Tensor = pipe(
+            "a cat", generator=g, num_inference_steps=4, height=16, width=16, output_type="latent", **words
+        ).images
+        return out
+
+    with GuidanceCallback(pipe, guide(), torch.eye(3)[:1], last) as callback:
+        with pytest.raises(SynthkdError, match="decodes `denoised`; call it with"):
+            latents(callback_on_step_end=callback)
+        moved = latents(callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents", "denoised"])
+    shift = (moved - latents()).square().mean().sqrt()
+    assert 0.1 < shift < 0.6
