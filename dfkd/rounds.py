@@ -4,6 +4,7 @@ The rounds of a set are fixed by its recipe, so a set can grow; each round's stu
 is kept in the set's folder, and its digest is in the manifest.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,17 +19,19 @@ from synthkd.dfkd.student import distill, save_student
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.index import (
-    CHECKPOINT,
     MANIFEST,
     checkpoint_digest,
     claim_folder,
+    found_checkpoint,
     note_checkpoint,
     read_index,
     read_manifest,
     round_folder,
 )
 from synthkd.engine.runner import default_workers, open_stream
-from synthkd.engine.shards import WriteSummary, file_digest, folder_lock, write_shards
+from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
+
+_log = logging.getLogger("synthkd")
 
 
 def draw_set(
@@ -50,6 +53,12 @@ def draw_set(
     told, drawn, stopped, present = progress or Silent(), 0, False, 0
     plan = Plan(job.recipe, request)
     order = list(range(plan.num_shards)) if shards is None else shards
+    if job.gamma > 0 and plan.num_rounds == 1:
+        _log.warning(
+            "gamma is %s, but %s images end within the first round, which no student has part in; draw more, or lower "
+            "groups_per_round and groups_per_shard",
+            job.gamma, request.num_samples,
+        )  # fmt: skip
     told.begin(stage, _wanted(plan, order), "images")
     try:
         for round_ in range(plan.num_rounds):
@@ -58,8 +67,13 @@ def draw_set(
                 continue
             if not any(s in plan.round_shards(0) for s in order) and (folder / MANIFEST).exists():
                 # no round before has compared the folder with the job yet
-                claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
-            now = job.at_round(round_, ensure_student(job, folder, round_, request, told) if round_ else None)
+                with folder_lock(folder):
+                    claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
+            student = ensure_student(job, folder, round_, request, told, should_stop) if round_ else None
+            if round_ and student is None:
+                stopped = True
+                break
+            now = job.at_round(round_, student)
             summary = write_shards(
                 open_stream(now.build, plan, workers or default_workers(job.device)),
                 folder,
@@ -84,21 +98,28 @@ def _wanted(plan: Plan, order: list[int]) -> int:
 def student_card(folder: Path, round_: int) -> Path | None:
     """Card of the student that a round was drawn with; None for the first round.
 
-    Raises SynthkdError where it is missing or not the one that the manifest names.
+    Raises SynthkdError where card or weights are missing, or are not those that the manifest names.
     """
     if round_ == 0:
         return None
     where, wanted = round_folder(folder, round_), checkpoint_digest(read_manifest(folder), round_)
-    if wanted is None or not (where / CHECKPOINT).is_file() or file_digest(where / CHECKPOINT) != wanted:
+    if wanted is None or found_checkpoint(folder, round_) != wanted:
         raise SynthkdError(
-            f"{where / CHECKPOINT}: is missing or not the student that round {round_} was drawn with; run the command "
-            "that drew the set again, which trains it anew"
+            f"{where}: the student that round {round_} was drawn with is missing or damaged; run the command that drew "
+            "the set again, which trains it anew"
         )
     return where / "student.toml"
 
 
-def ensure_student(job: SynthJob, folder: Path, round_: int, request: Request, progress: Progress) -> Path:
-    """The card of a round's student: the kept one, or trained now on all images of the rounds before.
+def ensure_student(
+    job: SynthJob,
+    folder: Path,
+    round_: int,
+    request: Request,
+    progress: Progress,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """The card of a round's student: the kept one, or trained now on all images of the rounds before; None if stopped.
 
     Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
     the manifest names (another processor or library).
@@ -106,20 +127,25 @@ def ensure_student(job: SynthJob, folder: Path, round_: int, request: Request, p
     count = _before(job, folder, round_, request)
     with folder_lock(folder):
         try:
-            kept = student_card(folder, round_)
-            assert kept is not None
-            return kept
+            return student_card(folder, round_)
         except SynthkdError:
-            card = _train(job, folder, round_, count, request.seed, progress)
-        known = checkpoint_digest(read_manifest(folder), round_)
-        found = file_digest(round_folder(folder, round_) / CHECKPOINT)
-        if known not in (None, found):
+            known = checkpoint_digest(read_manifest(folder), round_)
+        try:
+            card = _train(job, folder, round_, count, request.seed, progress, should_stop)
+        except _StopAsked:
+            return None
+        found = found_checkpoint(folder, round_)
+        if found is None or known not in (None, found):
             raise SynthkdError(
                 f"{folder}: the student of round {round_} was lost, and training it anew gave another one (another "
                 "processor or library?); draw the set again in a new folder"
             )
         note_checkpoint(folder, round_, found)
         return card
+
+
+class _StopAsked(Exception):  # noqa: N818 - not an error
+    """The caller wants to stop; nothing of the training is kept."""
 
 
 def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
@@ -136,16 +162,31 @@ def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
     return sum(u.kept for s in range(last) for u in plan.shard_units(s))
 
 
-def _train(job: SynthJob, folder: Path, round_: int, count: int, seed: int, progress: Progress) -> Path:
+def _train(
+    job: SynthJob,
+    folder: Path,
+    round_: int,
+    count: int,
+    seed: int,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> Path:
     """Train and save a round's student, on a CPU with one thread; a function of (set so far, spec, seed, round)."""
     spec = replace(job.round_student, seed=(seed + round_) % 2**63)
     teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
-    data = load_synthetic(folder, count, teacher.input_size)
-    stage = f"student of round {round_}"
+    data, stage = load_synthetic(folder, count, teacher.input_size), f"student of round {round_}"
+
+    def on_step(_: int) -> None:
+        progress.advance(stage, 1)
+        if should_stop():
+            raise _StopAsked
+
     progress.begin(stage, spec.steps, "steps")
-    with _one_thread(job.device):
-        student = distill(data, teacher, spec, lambda _: progress.advance(stage, 1))
-    progress.end(stage)
+    try:
+        with _one_thread(job.device):
+            student = distill(data, teacher, spec, on_step)
+    finally:
+        progress.end(stage)
     return save_student(student, spec, round_folder(folder, round_), {"round": round_, "images": count})
 
 
@@ -154,5 +195,7 @@ def _one_thread(device: str) -> Iterator[None]:
     """On a CPU the thread count would decide the last bits of the student, and so of the rounds after."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if device == "cpu" else before)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,6 +1,7 @@
 """What a set's folder says of itself: manifest, index rows, journals. Plain JSON, written atomically."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import SynthkdError
 
 MANIFEST, INDEX, ENVIRONMENTS, LOCK = "manifest.json", "index.jsonl", "environments.json", ".lock"
-CHECKPOINTS, CHECKPOINT = "checkpoints", "student.safetensors"
+CHECKPOINTS, CHECKPOINT_FILES = "checkpoints", ("student.toml", "student.safetensors")
 FORMAT = 1
 
 
@@ -201,6 +202,17 @@ def claim_folder(folder: Path, identity: Mapping[str, Any], num_samples: int, so
 def round_folder(folder: Path, round_: int) -> Path:
     """Where a set keeps what its guidance had learned when a round began."""
     return folder / "rounds" / f"round-{round_}"
+
+
+def found_checkpoint(folder: Path, round_: int) -> str | None:
+    """SHA-256 over the files of a round's checkpoint, its card among them; None where one is missing."""
+    digest = hashlib.sha256()
+    for name in CHECKPOINT_FILES:
+        path = round_folder(folder, round_) / name
+        if not path.is_file():
+            return None
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def checkpoint_digest(manifest: Mapping[str, Any], round_: int) -> str | None:

@@ -7,7 +7,14 @@ from typing import Any
 
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import CHECKPOINT, ShardRow, checkpoint_digest, read_index, read_manifest, round_folder
+from synthkd.engine.index import (
+    ShardRow,
+    checkpoint_digest,
+    found_checkpoint,
+    read_index,
+    read_manifest,
+    round_folder,
+)
 from synthkd.engine.plan import Plan
 from synthkd.engine.reading import members
 from synthkd.engine.shards import file_digest, short_digest
@@ -44,13 +51,13 @@ def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -
 
 def _checkpoint(folder: Path, manifest: Mapping[str, Any], round_: int) -> list[str]:
     """Problems of the checkpoint that a round was drawn with."""
-    path, wanted = round_folder(folder, round_) / CHECKPOINT, checkpoint_digest(manifest, round_)
-    name = path.relative_to(folder)
+    wanted, found = checkpoint_digest(manifest, round_), found_checkpoint(folder, round_)
     if wanted is None:
         return [f"round {round_}: not begun; run the command that began the set again"]
-    if not path.is_file():
-        return [f"{name} is missing; run the command that drew the set again"]
-    return [] if file_digest(path) == wanted else [f"{name} does not match its digest in the manifest"]
+    if found is None:
+        name = round_folder(folder, round_).relative_to(folder)
+        return [f"{name}: a file of its student is missing; run the command that drew the set again"]
+    return [] if found == wanted else [f"rounds/round-{round_}: its student does not match the digest in the manifest"]
 
 
 def _coverage(plan: Plan, row: ShardRow) -> list[str]:

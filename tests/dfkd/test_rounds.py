@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.rounds import draw_set
@@ -34,7 +35,7 @@ def round_job(tiny_job: Any) -> Any:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Shards and checkpoints."""
-    found = [*folder.glob("shard-*"), *folder.glob("rounds/*/*.safetensors")]
+    found = [*folder.glob("shard-*"), *folder.glob("rounds/*/student*")]
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(found)}
 
 
@@ -106,12 +107,41 @@ def _images(folder: Path) -> dict[int, bytes]:
 
 
 def test_a_stop_after_any_group_changes_nothing(round_job: Any, whole: Path, tmp_path: Path) -> None:
-    folder, calls = tmp_path / "set", 0
-    while (summary := draw(round_job, folder, should_stop=lambda: True)).present != COUNT:
+    """Stopped as soon as one more group is there, again and again."""
+    folder = tmp_path / "set"
+    for present in (6, 12, 18, COUNT):
+        summary = draw(round_job, folder, should_stop=lambda present=present: _samples(folder) >= present)
+        assert summary.present == present
         assert summary.stopped
-        calls += 1
-    assert calls == 3
     assert files(folder) == files(whole)
+
+
+def _samples(folder: Path) -> int:
+    return sum(row.samples for row in read_index(folder).values()) if folder.exists() else 0
+
+
+def test_a_stop_is_heard_while_a_student_learns(round_job: Any, whole: Path, tmp_path: Path) -> None:
+    """Asked for at its third step, the training ends there, nothing of it is kept, and the same call goes on."""
+    folder, asked = tmp_path / "set", iter([False] * 3 + [True] * 100)
+    draw(round_job, folder, 6)
+    threads = torch.get_num_threads()
+    summary = draw(round_job, folder, should_stop=lambda: next(asked))
+    assert summary.stopped
+    assert next(asked)  # the first was asked by round 0, two by the training
+    assert not (folder / "rounds").exists()
+    assert torch.get_num_threads() == threads
+    draw(round_job, folder)
+    assert files(folder) == files(whole)
+
+
+def test_a_set_within_the_first_round_says_that_gamma_does_nothing(
+    round_job: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    draw(round_job, tmp_path / "set", 6)
+    assert "6 images end within the first round" in caplog.text
+    caplog.clear()
+    draw(round_job, tmp_path / "set", 7)
+    assert "first round" not in caplog.text
 
 
 def test_a_set_grows_over_the_edge_of_a_round(round_job: Any, whole: Path, tmp_path: Path) -> None:
@@ -167,27 +197,32 @@ def test_any_round_is_drawn_again_from_the_manifest(whole: Path, tmp_path: Path,
     assert path.read_bytes() == _images(whole)[sample]
 
 
-def damaged(whole: Path, tmp_path: Path, act: Callable[[Path], object]) -> Path:
-    """A copy of the set with something done to the checkpoint of round 1."""
+def damaged(whole: Path, tmp_path: Path, act: Callable[[Path], object], file: str = "student.safetensors") -> Path:
+    """A copy of the set with something done to a file of round 1's student."""
     folder = tmp_path / "damaged"
     shutil.copytree(whole, folder)
-    act(folder / "rounds" / "round-1" / "student.safetensors")
+    act(folder / "rounds" / "round-1" / file)
     return folder
 
 
-DAMAGE: dict[str, Callable[[Path], object]] = {
-    "missing": lambda p: p.unlink(),
-    "flipped": lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])),
-}
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "weights missing": ("student.safetensors", lambda p: p.unlink()),
+    "weights flipped": (
+        "student.safetensors", lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])),
+    ),
+    "card missing": ("student.toml", lambda p: p.unlink()),
+    "card changed": ("student.toml", lambda p: p.write_text(p.read_text().replace("[16, 16]", "[8, 8]"))),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_trained_anew(round_job: Any, whole: Path, tmp_path: Path, kind: str) -> None:
-    folder = damaged(whole, tmp_path, DAMAGE[kind])
+    file, act = DAMAGE[kind]
+    folder = damaged(whole, tmp_path, act, file)
     problems = verify_set(folder).problems
     assert len(problems) == 1
-    assert problems[0].startswith("rounds/round-1/student.safetensors ")
-    with pytest.raises(SynthkdError, match=r"round-1.student\.safetensors: is missing or not the student"):
+    assert problems[0].startswith("rounds/round-1: ")
+    with pytest.raises(SynthkdError, match="round-1: the student that round 1 was drawn with is missing or damaged"):
         replay_sample(folder, 7, tmp_path / "x.png", "cpu")
     draw(round_job, folder)
     assert files(folder) == files(whole)
