@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from synthkd.engine.settings import settings_of
+
 
 class Decoder(Protocol):
     """latents [B,C,h,w] -> images [B,3,H,W], 0..1 where the decoder keeps its range."""
@@ -18,6 +20,11 @@ class Decoder(Protocol):
     @property
     def module(self) -> nn.Module:
         """The network inside."""
+        ...
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What beside the network's tensors decides its images, as plain values."""
         ...
 
 
@@ -59,6 +66,12 @@ class VaeDecoder:
     def module(self) -> nn.Module:
         """The autoencoder."""
         return self._vae
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its config, and how latents are scaled before it."""
+        moments = [m.flatten().tolist() for m in self._moments] if self._moments is not None else None
+        return {**settings_of(self._vae), "scale": self._scale, "shift": self._shift, "moments": moments}
 
 
 def latent_layout(vae: Any) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
+from synthkd.engine.settings import settings_of
 
 _PROMPT_CACHE = 4096
 _HALF = (torch.float16, torch.bfloat16)
@@ -70,6 +71,10 @@ class LatentModel(Protocol):
 
     def modules(self) -> Iterable[nn.Module]:
         """All networks."""
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What beside weights and noise schedule decides an image, as plain values."""
         ...
 
 
@@ -140,6 +145,11 @@ class _PipelinePrior:
         """The denoiser, the autoencoder that decodes, and the text encoders."""
         encoders = [getattr(self._pipe, p) for p in PARTS[type(self._pipe).__name__] if p.startswith("text_encoder")]
         return (self._denoiser, self._decoder.module, *encoders)
+
+    def settings(self) -> dict[str, Any]:
+        """Configs and vocabularies of the parts, and the decoder's scaling."""
+        parts = [part for part in PARTS[type(self._pipe).__name__] if part not in ("scheduler", "vae")]
+        return {**{p: settings_of(getattr(self._pipe, p)) for p in parts}, "decoder": self._decoder.settings}
 
 
 class StableDiffusion(_PipelinePrior):
@@ -235,6 +245,10 @@ class StableDiffusionXL(StableDiffusion):
         ids = torch.tensor([[*size, 0, 0, *size]], device=self.device, dtype=self.dtype)
         return super()._shared(count, guidance_scale, size) | {"time_ids": ids.repeat(count, 1)}
 
+    def settings(self) -> dict[str, Any]:
+        """See the base class; and what an empty negative prompt is."""
+        return super().settings() | {"zeros": bool(self._pipe.config.force_zeros_for_empty_prompt)}
+
     def _negative(self, prompt: str) -> Conditioning:
         told = self._encoded(prompt)
         if prompt == "" and self._pipe.config.force_zeros_for_empty_prompt:
@@ -299,6 +313,10 @@ class ClassConditional(_PipelinePrior):
         if guidance_scale <= 1.0:
             return {"class_labels": numbers}, None
         return {"class_labels": numbers}, {"class_labels": torch.full_like(numbers, self._classes)}
+
+    def settings(self) -> dict[str, Any]:
+        """See the base class; and which label is which class."""
+        return super().settings() | {"labels": {label: sorted(found) for label, found in self._numbers.items()}}
 
     def _number(self, prompt: str) -> int:
         found = self._numbers.get(prompt) or self._numbers.get(prompt.strip().lower(), frozenset())

@@ -127,9 +127,11 @@ class Synthesizer:
         }
 
     def _model_digest(self) -> str:
-        """Over the weights, the decoder that guidance looks through if it is another one, and the noise schedule."""
-        look = () if self._look is self.model.decoder else (self._look.module,)
+        """Over weights, configs and noise schedule, and those of the decoder that guidance looks through."""
+        own = self._look is self.model.decoder
+        look, settings = () if own else (self._look.module,), {} if own else self._look.settings
         parts = weights_digest([*self.model.modules(), *look]) + schedule_identity(self.model.scheduler_config)
+        parts += json.dumps([self.model.settings(), settings], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def run(self, unit: WorkUnit, seed: int) -> Batch:

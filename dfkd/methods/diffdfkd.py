@@ -65,7 +65,9 @@ class TeacherGuidance:
                 "teacher has no BatchNorm and no stored moments: the statistics term (alpha) is off; class, entropy "
                 "and head terms steer alone"
             )
-        settings = f"{teacher.input_size} {teacher.get_buffer('mean').tolist()} {teacher.get_buffer('std').tolist()}"
+        # repr names strides and the like, which the weights do not.
+        mean, std = (teacher.get_buffer(name).tolist() for name in ("mean", "std"))
+        settings = f"{teacher.net!r} {teacher.input_size} {mean} {std}"
         self._digest = hashlib.sha256((weights_digest([teacher]) + settings).encode()).hexdigest()
 
     def _check(self, has_statistics: bool, has_rows: bool) -> None:
