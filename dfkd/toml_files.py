@@ -13,5 +13,5 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except OSError as error:
         raise SynthkdError(f"{what}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SynthkdError(f"{what}: not valid TOML ({error})") from error
