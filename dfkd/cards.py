@@ -2,7 +2,6 @@
 
 import pickle
 import struct
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from synthkd.dfkd.fields import TABLE, Kind, are_texts, check_fields, check_value, is_number, is_whole, kind_of
+from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.models import EMBEDDED
@@ -85,7 +85,7 @@ def read_card(path: Path, *, moments: bool = True) -> TeacherCard:
     moments: False passes over the field of that name, for the command that is about to make the file.
     Raises SynthkdError naming the field that is missing, unknown or of the wrong kind, or the file not there.
     """
-    data = _parsed(path)
+    data = read_toml(path, f"teacher card {path}")
     for name in data:
         if name not in _FIELDS:
             raise SynthkdError(f"teacher card {path}: unknown field {name!r}; {suggest(name, _FIELDS)}")
@@ -98,15 +98,6 @@ def read_card(path: Path, *, moments: bool = True) -> TeacherCard:
     sequences = {name: tuple(data[name]) for name in ("input_size", "mean", "std", "classes")}
     files = {"weights": _file(path, data, "weights"), "moments": _file(path, data, "moments") if moments else None}
     return TeacherCard(**{**data, **sequences, **files, "folder": path.parent})
-
-
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SynthkdError(f"teacher card {path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise SynthkdError(f"teacher card {path}: not valid TOML ({error})") from error
 
 
 def _file(path: Path, data: Mapping[str, Any], name: str) -> Path | None:

@@ -40,7 +40,7 @@ _KINDS: Mapping[str, Kind] = {
     "batch_size": whole(2),
     "learning_rate": ABOVE_ZERO,
     "weight_decay": AMOUNT,
-    "warmup_steps": whole(0),
+    "warmup_steps": Kind(lambda v: is_whole(v, 0, 2**31), "a whole number >= 0, below 2**31"),
     "temperature": ABOVE_ZERO,
     "held_out": Kind(lambda v: is_number(v) and 0 < v < 1, "0 < share < 1"),
     "shift": AMOUNT,
@@ -168,7 +168,7 @@ def _try_out(student: Teacher, spec: DistillSpec) -> None:
     try:
         with torch.no_grad():
             student(torch.zeros(1, 3, *student.input_size, device=student.get_buffer("mean").device))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         size, reason = "x".join(map(str, (3, *student.input_size))), " ".join(str(error).split())[:160]
         raise SynthkdError(f"distill: arch {spec.arch!r} does not take {size} images ({reason})") from error
 
