@@ -76,7 +76,6 @@ def test_weights_without_batch_counters(write: Write, tmp_path: Path) -> None:
         ({"moments": [1]}, r"moments is \[1\]; expected a file name"),
         ({"allow_code": True}, "unknown field 'allow_code'"),
         ({"weights": ""}, "weights '.*' not found"),
-        ({"arch_args": 3}, "arch_args is 3; expected a table"),
         ({"classes": [1, 2]}, r"classes is \[1, 2\]; expected at least two distinct class names \(texts\)"),
         ({"classes": [["a"], ["b"]]}, r"classes is .*; expected at least two distinct class names \(texts\)"),
         ({"classes": ["a", "b", "a"]}, r"classes is .*; expected at least two distinct class names \(texts\)"),
