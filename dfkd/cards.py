@@ -2,7 +2,6 @@
 
 import pickle
 import struct
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from synthkd.dfkd.fields import TABLE, Kind, are_texts, check_fields, check_value, is_number, is_whole, kind_of
+from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.models import EMBEDDED
@@ -22,6 +23,31 @@ _REQUIRED = ("arch", "weights", "input_size", "mean", "std", "classes")
 _FIELDS = (*_REQUIRED, "arch_args", "moments", "about")
 # ImageNet's mean and deviation are near 0.45 and 0.22 for images in [0,1], near 115 and 57 for 0..255.
 _LARGEST = 1.5
+_UNIT_SCALE = Kind(
+    lambda v: max(map(abs, v)) <= _LARGEST,
+    "values for images in [0,1] (for a network trained on 0..255, divide mean and std by 255)",
+)
+
+
+def _numbers(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
+
+
+def _size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(is_whole(v, 1, 2**31) for v in value)
+
+
+_KINDS: Mapping[str, Kind] = {
+    "arch": kind_of(str, "a name"),
+    "weights": kind_of(str, "a file name"),
+    "input_size": Kind(_size, "[height, width] in pixels, whole numbers >= 1"),
+    "mean": Kind(_numbers, "three numbers"),
+    "std": Kind(lambda v: _numbers(v) and min(v) > 0, "three numbers above 0"),
+    "classes": Kind(lambda v: are_texts(v) and len(set(v)) == len(v) >= 2, "at least two distinct class names (texts)"),
+    "arch_args": TABLE,
+    "moments": kind_of(str, "a file name"),
+    "about": TABLE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +85,7 @@ def read_card(path: Path, *, moments: bool = True) -> TeacherCard:
     moments: False passes over the field of that name, for the command that is about to make the file.
     Raises SynthkdError naming the field that is missing, unknown or of the wrong kind, or the file not there.
     """
-    data = _parsed(path)
+    data = read_toml(path, f"teacher card {path}")
     for name in data:
         if name not in _FIELDS:
             raise SynthkdError(f"teacher card {path}: unknown field {name!r}; {suggest(name, _FIELDS)}")
@@ -74,15 +100,6 @@ def read_card(path: Path, *, moments: bool = True) -> TeacherCard:
     return TeacherCard(**{**data, **sequences, **files, "folder": path.parent})
 
 
-def _parsed(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise SynthkdError(f"teacher card {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SynthkdError(f"teacher card {path}: not valid TOML ({error})") from error
-
-
 def _file(path: Path, data: Mapping[str, Any], name: str) -> Path | None:
     """A file that the card names, relative to the card."""
     if name not in data:
@@ -94,30 +111,9 @@ def _file(path: Path, data: Mapping[str, Any], name: str) -> Path | None:
 
 
 def _check_card(path: Path, data: Mapping[str, Any]) -> None:
-    def numbers(name: str, count: int) -> bool:
-        value = data[name]
-        return isinstance(value, list) and len(value) == count and all(isinstance(v, (int, float)) for v in value)
-
-    kinds = {
-        "arch": (isinstance(data["arch"], str), "a name"),
-        "weights": (isinstance(data.get("weights", ""), str), "a file name"),
-        "input_size": (numbers("input_size", 2) and min(data["input_size"]) >= 1, "[height, width] in pixels"),
-        "mean": (numbers("mean", 3), "three numbers"),
-        "std": (numbers("std", 3) and min(data["std"]) > 0, "three numbers above 0"),
-        "classes": (
-            isinstance(data["classes"], list) and bool(data["classes"]) and len(set(data["classes"])) > 1,
-            "at least two class names",
-        ),
-        "arch_args": (isinstance(data.get("arch_args", {}), dict), "a table"),
-        "moments": (isinstance(data.get("moments", ""), str), "a file name"),
-    }
-    for name, (ok, expected) in kinds.items():
-        if not ok:
-            raise SynthkdError(f"teacher card {path}: {name} is {data[name]!r}; expected {expected}")
+    check_fields(f"teacher card {path}", {name: data[name] for name in _FIELDS if name in data}, _KINDS)
     for name in ("mean", "std"):
-        if max(map(abs, data[name])) > _LARGEST:
-            expected = "values for images in [0,1] (for a network trained on 0..255, divide mean and std by 255)"
-            raise SynthkdError(f"teacher card {path}: {name} is {data[name]!r}; expected {expected}")
+        check_value(f"teacher card {path}: {name}", data[name], _UNIT_SCALE)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -111,21 +111,10 @@ def synth(
     from synthkd.dfkd.rounds import draw_set
 
     asked = options.Asked(
-        model=model,
-        teacher=teacher,
-        recipe=recipe,
-        classes=classes,
-        prompts=prompts,
-        targets=targets,
-        loras=lora or (),
-        scale=scale,
-        rounds=rounds,
-        alpha=alpha,
-        beta=beta,
-        gamma=gamma,
-        divergence=divergence,
+        model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
+        loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
         allow_code=allow_code,
-    )
+    )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)
     order = options.parse_shards(shards, Plan(job.recipe, request).num_shards)

@@ -1,6 +1,6 @@
 """Options that several subcommands share, and the checks that turn them into jobs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from synthkd.dfkd.job import SynthJob
+from synthkd.dfkd.job import SynthJob, read_source
 from synthkd.dfkd.presets import load_preset
-from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.targets import read_targets
 from synthkd.dfkd.teachers import card_path, read_card
 from synthkd.dfkd.toml_files import read_toml
@@ -105,7 +105,7 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "model": model,
         "teacher": teacher,
         "recipe": _recipe(base, asked, teacher),
-        "allow_code": asked.allow_code,
+        "allow_code": asked.allow_code or (base.allow_code if base else False),
         "device": pick_device(device),
     }
     changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
@@ -128,15 +128,20 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
     if asked.prompts is not None:
         fields["prompts"] = list(read_lines(asked.prompts, "prompts"))
     if asked.targets is not None:
-        fields |= read_targets(asked.targets, fields["classes"])
+        fields |= read_targets(asked.targets, _class_names(fields))
     if asked.rounds is not None:
         fields["rounds"] = asked.rounds
-    if asked.scale is not None:
-        fields["guidance"] = {**fields.get("guidance", {}), "scale": asked.scale}
+    if asked.scale is not None and isinstance(guidance := fields.get("guidance", {}), Mapping):
+        fields["guidance"] = {**guidance, "scale": asked.scale}
     if not base:
         checked = Recipe.from_dict({**fields, "classes_per_group": 1})
         fields.setdefault("classes_per_group", min(10, len(checked.drawn_classes)))
     return Recipe.from_dict(fields)
+
+
+def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes of a recipe that is not whole yet, checked like a whole one's."""
+    return Recipe.from_dict({"classes": fields["classes"], "classes_per_group": 1}).classes
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -155,21 +160,19 @@ def distill_spec(
     temperature: float | None,
     seed: int,
 ) -> DistillSpec:
-    """Training settings: a preset's or the defaults, a file's on top, and single options on top of both."""
+    """Training settings: a preset's or the defaults, a file's on top, and single options on top of both.
+
+    Raises SynthkdError for a file with an unknown field, one of the wrong type, or a seed, and for a wrong option.
+    """
     spec = load_preset(preset).distill if preset else DistillSpec()
     given: dict[str, Any] = read_toml(spec_file, f"--spec {spec_file}") if spec_file else {}
-    for name in given:
-        if name not in DistillSpec.__dataclass_fields__:
-            raise SynthkdError(f"--spec: unknown field {name!r}; {suggest(name, DistillSpec.__dataclass_fields__)}")
+    if "seed" in given:
+        raise SynthkdError(f"--spec {spec_file}: seed is {given['seed']!r}; expected none there, it is given by --seed")
     if given.get("arch", spec.arch) != spec.arch:  # another network does not take the preset's arguments
         given.setdefault("arch_args", {})
-    given |= {
-        k: v for k, v in {"steps": steps, "batch_size": batch_size, "temperature": temperature}.items() if v is not None
-    }
-    try:
-        return replace(spec, seed=seed, **given)
-    except TypeError as error:
-        raise SynthkdError(f"--spec: a field is of the wrong type ({error})") from error
+    options: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "temperature": temperature}
+    chosen = {name: value for name, value in options.items() if value is not None}
+    return replace(spec_from(given, f"--spec {spec_file}", spec), seed=seed, **chosen)
 
 
 def set_size(set_dir: Path) -> int:
@@ -178,8 +181,8 @@ def set_size(set_dir: Path) -> int:
 
 
 def set_teacher(set_dir: Path) -> str:
-    """The teacher card that a set's manifest names."""
-    source = read_manifest(set_dir).get("source") or {}
+    """The teacher card that a set's manifest names; raises SynthkdError where it names none."""
+    source = read_source(read_manifest(set_dir))
     if "teacher" not in source:
         raise SynthkdError(f"{set_dir}: its manifest names no teacher card; pass --teacher")
     return str(source["teacher"])

@@ -1,16 +1,19 @@
 """A synthesis job as plain values: enough to build its Synthesizer here, in a worker, or for a replay."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
-from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head")
+_WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
+_SOURCE_KINDS: Mapping[str, Kind] = {"model": TEXT, "teacher": TEXT, "loras": TEXTS, "round_student": TABLE}
 _LARGEST_ZOOM = 4
 
 
@@ -88,7 +91,7 @@ class SynthJob:
         """What a manifest keeps for `synthkd replay`, beside the recipe and the guidance's weights."""
         out: dict[str, Any] = {"model": _absolute(self.model), "teacher": _absolute(self.teacher)}
         if self.loras:
-            out["loras"] = [_absolute(lora) for lora in self.loras]
+            out["loras"] = [_absolute_lora(lora) for lora in self.loras]
         if self.gamma > 0:
             out["round_student"] = asdict(self.round_student)
         return out
@@ -99,36 +102,45 @@ class SynthJob:
     ) -> "SynthJob":
         """The job that made a set; `moved` overrides model or teacher where they lie elsewhere now.
 
-        Raises SynthkdError where the manifest does not say.
+        Raises SynthkdError where the manifest does not say, or says it with a value of the wrong type.
         """
-        source = dict(manifest.get("source") or {})
-        source |= {name: place for name, place in moved.items() if place is not None}
+        source = read_source(manifest, **moved)
         declared = manifest["guidance"]
+        check_value("manifest.json: guidance", declared, TABLE)
         if not {"model", "teacher"} <= set(source) or declared.get("kind") != KIND:
             raise SynthkdError(
                 "manifest.json names no model and teacher (written from Python): pass --model and --teacher"
             )
+        weights = {name: declared[name] for name in _WEIGHTS if name in declared}
+        check_fields("manifest.json: guidance", weights, _WEIGHT_KINDS, joint=".")
         # A weight that the manifest does not name was 0, whatever is the default today.
         values = {"model": source["model"], "teacher": source["teacher"], "entropy": 0.0, "head": 0.0}
-        values |= {name: declared[name] for name in _WEIGHTS if name in declared}
+        values |= weights
         values["loras"] = tuple(source.get("loras", ()))
         if "round_student" in source:
             values["round_student"] = spec_from(source["round_student"], "manifest.json: source.round_student")
         return cls(**values, recipe=Recipe.from_dict(manifest["recipe"]), device=device, allow_code=allow_code)
 
 
-def spec_from(data: Any, where: str) -> DistillSpec:
-    """A DistillSpec from plain values; raises SynthkdError naming `where` for a field it does not have."""
-    known = {f.name for f in fields(DistillSpec)}
-    if not isinstance(data, Mapping) or not set(data) <= known:
-        raise SynthkdError(f"{where}: expected fields of DistillSpec, found {str(data)[:80]!r}")
-    try:
-        return DistillSpec(**data)
-    except TypeError as error:
-        raise SynthkdError(f"{where}: a field is of the wrong type ({error})") from error
+def read_source(manifest: Mapping[str, Any], **moved: str | None) -> dict[str, Any]:
+    """What a manifest says of model, teacher, loras and round_student, with those of `moved` in their place.
+
+    Raises SynthkdError for a value of the wrong type.
+    """
+    found = manifest.get("source")
+    check_value("manifest.json: source", {} if found is None else found, TABLE)
+    source = dict(found or {}) | {name: place for name, place in moved.items() if place is not None}
+    known = {name: source[name] for name in _SOURCE_KINDS if name in source}
+    check_fields("manifest.json: source", known, _SOURCE_KINDS, joint=".")
+    return known
 
 
 def _absolute(reference: str) -> str:
     """A local path in full, so that a replay works from anywhere; a hub id or `embedded:NAME` as it is."""
-    path, at, weight = reference.partition("@")
-    return str(Path(path).resolve()) + at + weight if Path(path).exists() else reference
+    return str(Path(reference).resolve()) if Path(reference).exists() else reference
+
+
+def _absolute_lora(entry: str) -> str:
+    """The same for `PATH[@WEIGHT]`, read as `load_model` reads it: a path that is there has no weight."""
+    path, at, weight = entry.rpartition("@")
+    return _absolute(entry) if not path or Path(entry).exists() else _absolute(path) + at + weight

@@ -253,8 +253,9 @@ def build_net(arch: str, num_classes: int, arch_args: Mapping[str, Any]) -> nn.M
         raise SynthkdError(f"arch {arch!r} is unknown; {suggest(arch, ARCHITECTURES)}")
     try:
         return ARCHITECTURES[arch](num_classes, **arch_args)
-    except (TypeError, ValueError) as error:
-        raise SynthkdError(f"arch {arch!r}: arch_args do not fit: {error}") from error
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise SynthkdError(f"arch {arch!r}: arch_args do not fit: {reason}") from error
 
 
 def count_parameters(net: nn.Module) -> int:

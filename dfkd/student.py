@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,42 @@ from torch import Tensor
 
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.evaluate import predict
+from synthkd.dfkd.fields import (
+    ABOVE_ZERO,
+    AMOUNT,
+    TABLE,
+    TEXT,
+    YES_NO,
+    Kind,
+    check_fields,
+    check_value,
+    is_number,
+    is_whole,
+    whole,
+)
 from synthkd.dfkd.losses import kd_loss
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.teachers import Teacher
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
+
+_KINDS: Mapping[str, Kind] = {
+    "arch": TEXT,
+    "arch_args": TABLE,
+    "steps": whole(1),
+    "batch_size": whole(2),
+    "learning_rate": ABOVE_ZERO,
+    "weight_decay": AMOUNT,
+    "warmup_steps": Kind(lambda v: is_whole(v, 0, 2**31), "a whole number >= 0, below 2**31"),
+    "temperature": ABOVE_ZERO,
+    "held_out": Kind(lambda v: is_number(v) and 0 < v < 1, "0 < share < 1"),
+    "shift": AMOUNT,
+    "rotate": AMOUNT,
+    "zoom": AMOUNT,
+    "flip": YES_NO,
+    "mix": Kind(lambda v: is_number(v) and 0 <= v <= 1, "0 to 1"),
+    "seed": Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,18 +79,21 @@ class DistillSpec:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise SynthkdError for a count below 1 or a value outside its range."""
-        checks = {
-            "steps": self.steps >= 1,
-            "batch_size": self.batch_size >= 2,
-            "learning_rate": self.learning_rate > 0,
-            "temperature": self.temperature > 0,
-            "held_out": 0 < self.held_out < 1,
-            "mix": 0 <= self.mix <= 1,
-        }
-        for name, ok in checks.items():
-            if not ok:
-                raise SynthkdError(f"distill: {name} is {getattr(self, name)}; out of its range")
+        """Raise SynthkdError for a value of the wrong type or outside its range; 4 and 4.0 are one temperature."""
+        check_fields("distill", {f.name: getattr(self, f.name) for f in fields(self)}, _KINDS)
+        for f in fields(self):
+            if f.type is float:
+                object.__setattr__(self, f.name, float(getattr(self, f.name)))
+
+
+def spec_from(data: Any, where: str, base: DistillSpec | None = None) -> DistillSpec:
+    """A DistillSpec from plain values on top of `base` (the defaults).
+
+    Raises SynthkdError that begins with `where` for a field it does not have, of the wrong type or out of range.
+    """
+    check_value(where, data, TABLE)
+    check_fields(where, data, _KINDS)
+    return replace(base or DistillSpec(), **data)
 
 
 @dataclass(frozen=True)
@@ -106,8 +140,8 @@ def distill(
 ) -> Student:
     """Train a fresh student on synthetic images [0,1] under the teacher's outputs; the log has a row every 25 steps.
 
-    on_step is called with the number of finished steps. Raises SynthkdError for a set too small to split, and
-    for a loss that is not finite.
+    on_step is called with the number of finished steps. Raises SynthkdError for a set too small to split, for an arch
+    that does not take the teacher's images, and for a loss that is not finite.
     """
     keep = len(data) - max(1, round(len(data) * spec.held_out))
     if keep < 2:
@@ -123,9 +157,20 @@ def distill(
         input_size=teacher.input_size,
         classes=teacher.classes,
     ).to(device)
+    _try_out(student, spec)
     log: list[dict[str, float | None]] = []
     _fit(student, teacher, data.images[:keep].to(device), data.images[keep:], spec, generator, log, on_step)
     return Student(student, log, float(log[-1]["agreement"] or 0.0))
+
+
+def _try_out(student: Teacher, spec: DistillSpec) -> None:
+    """One forward pass on a black image: raises SynthkdError where the network does not take it."""
+    try:
+        with torch.no_grad():
+            student(torch.zeros(1, 3, *student.input_size, device=student.get_buffer("mean").device))
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        size, reason = "x".join(map(str, (3, *student.input_size))), " ".join(str(error).split())[:160]
+        raise SynthkdError(f"distill: arch {spec.arch!r} does not take {size} images ({reason})") from error
 
 
 def _fit(

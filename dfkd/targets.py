@@ -4,18 +4,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from synthkd.dfkd.fields import TEXT, YES_NO, Kind, check_value, kind_of, whole
 from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine.errors import SynthkdError, suggest
 
-_FIELDS = ("weight", "exclude", "words")
+_KINDS: Mapping[str, Kind] = {"weight": whole(0), "exclude": YES_NO, "words": TEXT}
 
 
 def read_targets(path: Path, classes: Sequence[str]) -> dict[str, Any]:
     """Recipe fields class_weights and class_words from tables named after classes.
 
     A table has `weight` (a whole number, 1 by default), `exclude = true`, or `words`, the text that stands for the
-    class
-    in prompts (for a class-conditional prior: its label). Raises SynthkdError for an unknown class or field.
+    class in prompts (for a class-conditional prior: its label). Raises SynthkdError for an unknown class or field,
+    and for a value of the wrong type.
     """
     data = read_toml(path, f"--targets {path}")
     for name in data:
@@ -37,13 +38,10 @@ def _nearest(name: str, classes: Sequence[str]) -> str:
 
 
 def _table(path: Path, name: str, table: Any) -> Mapping[str, Any]:
-    if not isinstance(table, Mapping):
-        raise SynthkdError(f"--targets {path}: {name} is {table!r}; expected a table [{name}]")
+    check_value(f"--targets {path}: {name}", table, kind_of(Mapping, f"a table [{name}]"))
     for key, value in table.items():
-        if key not in _FIELDS:
-            raise SynthkdError(f"--targets {path}: [{name}] has unknown field {key!r}; {suggest(key, _FIELDS)}")
-        kinds = {"weight": (int, "a whole number"), "exclude": (bool, "true or false"), "words": (str, "a text")}
-        kind, expected = kinds[key]
-        if type(value) is not kind:
-            raise SynthkdError(f"--targets {path}: [{name}] {key} is {value!r}; expected {expected}")
-    return table
+        if key not in _KINDS:
+            raise SynthkdError(f"--targets {path}: [{name}] has unknown field {key!r}; {suggest(key, _KINDS)}")
+        check_value(f"--targets {path}: [{name}] {key}", value, _KINDS[key])
+    found: Mapping[str, Any] = table
+    return found

@@ -320,7 +320,7 @@ def test_training_settings_from_a_file(call: Any, tiny_set: Path, tmp_path: Path
     spec.write_text("stepz = 3")
     assert_refused(call(*words), "unknown field 'stepz'", "did you mean 'steps'")
     spec.write_text("steps = 'x'")
-    assert_refused(call(*words), "wrong type")
+    assert_refused(call(*words), f"--spec {spec}: steps is 'x'; expected a whole number >= 1")
     spec.write_text("steps = 2\nbatch_size = 4\n[arch_args]\nwidths = [4]\nblocks = [1]")
     assert call(*words).returncode == 0
     assert '"widths" = [4]' in (tmp_path / "s/student.toml").read_text()

@@ -34,6 +34,8 @@ def test_a_file_that_says_nothing_changes_nothing(tmp_path: Path) -> None:
         ("[cat]\nweight = 2.5\n", "weight is 2.5; expected a whole number"),
         ("[cat]\nexclude = 1\n", "exclude is 1; expected true or false"),
         ("[cat]\nwords = 3\n", "words is 3; expected a text"),
+        ("[cat]\nweight = true\n", "weight is True; expected a whole number"),
+        ("[cat]\nweight = -1\n", "weight is -1; expected a whole number >= 0"),
         ("cat = 2\n", r"cat is 2; expected a table \[cat\]"),
         ("".join(f"[{c}]\nexclude = true\n" for c in CLASSES), "every class is left out"),
         ("[cat\n", "not valid TOML"),

@@ -75,11 +75,51 @@ def test_weights_without_batch_counters(write: Write, tmp_path: Path) -> None:
         ({"moments": "nowhere.safetensors"}, "moments '.*nowhere.safetensors' not found"),
         ({"moments": [1]}, r"moments is \[1\]; expected a file name"),
         ({"allow_code": True}, "unknown field 'allow_code'"),
+        ({"weights": ""}, "weights '.*' not found"),
+        ({"classes": [1, 2]}, r"classes is \[1, 2\]; expected at least two distinct class names \(texts\)"),
+        ({"classes": [["a"], ["b"]]}, r"classes is .*; expected at least two distinct class names \(texts\)"),
+        ({"classes": ["a", "b", "a"]}, r"classes is .*; expected at least two distinct class names \(texts\)"),
+        ({"classes": "abc"}, "classes is 'abc'; expected at least two distinct class names"),
+        ({"input_size": [32.0, 32.0]}, r"input_size is \[32.0, 32.0\]; expected .*, whole numbers >= 1"),
+        ({"input_size": [True, 32]}, r"input_size is \[True, 32\]; expected .*, whole numbers >= 1"),
+        ({"input_size": [10**30, 32]}, r"input_size is \[1000.*; expected .*, whole numbers >= 1"),
+        ({"input_size": [2**30, 2**30]}, "does not take 3x1073741824x1073741824 images"),
+        ({"std": [True, 0.2, 0.2]}, r"std is \[True, 0.2, 0.2\]; expected three numbers above 0"),
+        ({"about": 3}, "about is 3; expected a table"),
     ],
 )
 def test_wrong_fields(write: Write, fields: dict[str, Any], message: str) -> None:
     """Each is named, with what was expected."""
     refused(write("resnet8", build_net("resnet8", 3, {}), **fields), message)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("mean", "three numbers"), ("std", "three numbers above 0")])
+def test_numbers_that_are_none(write: Write, name: str, expected: str) -> None:
+    """TOML knows nan and inf, which json.dumps writes as NaN."""
+    card = Path(write("resnet8", build_net("resnet8", 3, {})))
+    for value in ("nan", "inf"):
+        old = {"mean": "mean = [0.5", "std": "std = [0.25"}[name]
+        text = card.read_text()
+        card.write_text(text.replace(old, f"{name} = [{value}"))
+        refused(str(card), rf"{name} is \[{value}, .*\]; expected {expected}")
+        card.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("arch", "args"),
+    [
+        ("resnet", {"in_channels": -1}),
+        ("resnet", {"widths": [10**30], "blocks": [1]}),
+        ("plain_cnn", {"widths": [-8]}),
+        ("plain_cnn", {"widths": []}),
+        ("plain_cnn", {"widths": [8, 4]}),
+        ("wrn", {"depth": 10, "width": 10**14}),
+        ("vgg8", {"in_channels": 0.5}),
+    ],
+)
+def test_arch_args_that_do_not_fit(write: Write, arch: str, args: dict[str, Any]) -> None:
+    """Whatever torch raises while it builds."""
+    refused(write(arch, nn.Linear(1, 1), args), f"arch '{arch}': arch_args do not fit: ")
 
 
 def test_moments_may_be_left_unread(write: Write, tmp_path: Path) -> None:
