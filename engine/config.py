@@ -193,6 +193,7 @@ class Recipe:
         _one_of("sampler", self.sampler, SAMPLERS)
         _one_of("spacing", self.spacing, SPACINGS)
         _one_of("prediction_type", self.prediction_type, PREDICTIONS)
+        _check(self.steps <= 10_000, "steps", self.steps, "at most 10,000")
         _check(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
         _check(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, f"0 with sampler {self.sampler!r}")
         _check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "0 to 1")
@@ -254,6 +255,7 @@ class Recipe:
             if name in values:
                 _check(isinstance(values[name], Mapping), name, values[name], "a table of fields")
                 values[name] = nested(**_typed(nested, values[name], name + "."))
+        _check("classes" in values, "classes", None, "a list of class names")
         return cls(**values)
 
 
@@ -274,8 +276,13 @@ def _coerce(where: str, value: Any, hint: Any) -> Any:
         ok = isinstance(value, (list, tuple)) and all(type(v) is kind for v in value)
         _check(ok, where, value, "a list of strings" if kind is str else "a list of whole numbers")
         return tuple(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        _check(abs(value) < 2**63, where, "a number of many digits", "one within 64 bits")
+        return float(value) if hint is float else _kept(where, value, hint)
+    return _kept(where, value, hint)
+
+
+def _kept(where: str, value: Any, hint: Any) -> Any:
     if hint in (int, float, str, bool):
         _check(type(value) is hint, where, value, f"a value of type {hint.__name__}")
     return value

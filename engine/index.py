@@ -163,7 +163,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         _ = data["fingerprint"], data["recipe"]["image_format"], data["guidance"], data["model_sha256"]
         if type(data["seed"]) is not int or type(data["num_samples"]) is not int:
             raise TypeError("seed or num_samples is not a whole number")
-    except (ValueError, KeyError, TypeError) as error:
+        if not (0 <= data["seed"] < 2**63 and 1 <= data["num_samples"] < 2**63):
+            raise ValueError("seed or num_samples is out of its range")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SynthkdError(f"{path}: not a synthkd manifest ({error!r})") from error
     return data
 
