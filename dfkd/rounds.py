@@ -50,32 +50,24 @@ def draw_set(
     before the rounds that teach its student are there.
     """
     job.check()
-    told, drawn, stopped, present = progress or Silent(), 0, False, 0
-    plan = Plan(job.recipe, request)
+    plan, told = Plan(job.recipe, request), progress or Silent()
     order = list(range(plan.num_shards)) if shards is None else shards
-    if job.gamma > 0 and plan.num_rounds == 1:
-        _log.warning(
-            "gamma is %s, but %s images end within the first round, which no student has part in; draw more, or lower "
-            "groups_per_round and groups_per_shard",
-            job.gamma, request.num_samples,
-        )  # fmt: skip
-    told.begin(stage, _wanted(plan, order), "images")
+    _say_what_gamma_does(job, plan)
+    if job.recipe.rounds > 1 and not set(order) & set(plan.round_shards(0)) and (folder / MANIFEST).exists():
+        with folder_lock(folder):  # no round before will compare the folder with the job
+            claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
+    told.begin(stage, sum(u.kept for u in plan.units(order)), "images")
+    summary = WriteSummary(0, 0, False)
     try:
         for round_ in range(plan.num_rounds):
             mine = [s for s in order if s in plan.round_shards(round_)]
             if not mine:
                 continue
-            if not any(s in plan.round_shards(0) for s in order) and (folder / MANIFEST).exists():
-                # no round before has compared the folder with the job yet
-                with folder_lock(folder):
-                    claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
             student = ensure_student(job, folder, round_, request, told, should_stop) if round_ else None
             if round_ and student is None:
-                stopped = True
-                break
-            now = job.at_round(round_, student)
-            summary = write_shards(
-                open_stream(now.build, plan, workers or default_workers(job.device)),
+                return replace(summary, stopped=True)
+            drawn = write_shards(
+                open_stream(job.at_round(round_, student).build, plan, workers or default_workers(job.device)),
                 folder,
                 shards=mine,
                 source=job.source(),
@@ -83,16 +75,22 @@ def draw_set(
                 on_present=lambda n: told.advance(stage, n),
                 should_stop=should_stop,
             )
-            drawn, present, stopped = drawn + summary.drawn, present + summary.present, summary.stopped
-            if stopped:
+            summary = WriteSummary(summary.drawn + drawn.drawn, summary.present + drawn.present, drawn.stopped)
+            if summary.stopped:
                 break
     finally:
         told.end(stage)
-    return WriteSummary(drawn, present, stopped)
+    return summary
 
 
-def _wanted(plan: Plan, order: list[int]) -> int:
-    return sum(u.kept for u in plan.units(order))
+def _say_what_gamma_does(job: SynthJob, plan: Plan) -> None:
+    if job.gamma > 0 and plan.num_rounds == 1:
+        _log.warning(
+            "gamma is %s, but %s images end within the first round, which no student has part in; draw more, or lower "
+            "groups_per_round and groups_per_shard",
+            job.gamma,
+            plan.request.num_samples,
+        )
 
 
 def student_card(folder: Path, round_: int) -> Path | None:

@@ -54,17 +54,19 @@ def guided_step(
     gathered through src_map.
     """
     work = torch.promote_types(z.dtype, torch.float32)
-    zw, clean = z.to(work), x0.to(work)
+    clean = x0.to(work)
     shifted = clean
     if grad is not None and sumsq is not None and step is not None:
         shifted = clean - step.to(work).view(-1, 1, 1, 1) * normalised_direction(grad, sumsq).to(work)
-    eps = (zw - alpha.to(work) * (shifted if rederive_eps else clean)) / sigma.to(work)
+    eps = (z.to(work) - alpha.to(work) * (shifted if rederive_eps else clean)) / sigma.to(work)
     out = to_x0.to(work) * shifted + to_eps.to(work) * eps
     if before is not None and to_history is not None:
         out = out + to_history.to(work) * (shifted - before.to(work))
     if noise is not None and to_noise is not None:
         out = out + to_noise.to(work) * noise.to(work)
-    after, kept = out.to(z.dtype), shifted.to(z.dtype) if keep else None
-    if src_map is not None:
-        after, kept = gather_source(after, src_map), gather_source(kept, src_map) if kept is not None else None
-    return after, kept
+    kept = shifted.to(z.dtype) if keep else None
+    return _gathered(out.to(z.dtype), src_map), None if kept is None else _gathered(kept, src_map)
+
+
+def _gathered(x: Tensor, src_map: Tensor | None) -> Tensor:
+    return x if src_map is None else gather_source(x, src_map)
