@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 # What a library notes of itself when it saves; none of it changes an output.
 _NOTES = ("transformers_version", "dtype", "torch_dtype", "architectures", "use_cache", "return_dict")
 
@@ -29,6 +31,24 @@ def settings_of(part: Any) -> dict[str, Any]:
     else:
         return {}
     return {n: _plain(v) for n, v in values.items() if not n.startswith("_") and n not in _NOTES}
+
+
+def architecture_of(net: nn.Module) -> list[Any]:
+    """Class and plain settings (strides, eps, flags) of every module by name: what the weights leave open.
+
+    Not `repr`, whose words change between releases of torch.
+    """
+    out = []
+    for name, module in net.named_modules():
+        plain = {n: _plain(v) for n, v in vars(module).items() if n[0] != "_" and n != "training" and _is_plain(v)}
+        out.append([name, type(module).__name__, plain])
+    return out
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """DiffDFKD's inversion loss (arXiv 2504.00870) as a guidance of the engine; terms for teachers without BatchNorm."""
 
 import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from synthkd.dfkd.teachers import Look, Teacher
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Terms
 from synthkd.engine.models import weights_digest
+from synthkd.engine.settings import architecture_of
 
 KIND = "diffdfkd"
 # For teachers without statistics, where nothing was said. Not measured: a starting point, no recommendation.
@@ -65,9 +67,8 @@ class TeacherGuidance:
                 "teacher has no BatchNorm and no stored moments: the statistics term (alpha) is off; class, entropy "
                 "and head terms steer alone"
             )
-        # repr names strides and the like, which the weights do not.
         mean, std = (teacher.get_buffer(name).tolist() for name in ("mean", "std"))
-        settings = f"{teacher.net!r} {teacher.input_size} {mean} {std}"
+        settings = f"{json.dumps(architecture_of(teacher.net), sort_keys=True)} {teacher.input_size} {mean} {std}"
         self._digest = hashlib.sha256((weights_digest([teacher]) + settings).encode()).hexdigest()
 
     def _check(self, has_statistics: bool, has_rows: bool) -> None:
