@@ -41,8 +41,8 @@ class GuidanceSpec:
 
     scale: root-mean-square size of one update of x0, in latent units; 0 turns guidance off.
     schedule: of the step: `sigma` multiplies scale by sigma_t = sqrt(1 - alphas_cumprod), `constant` by 1, `cosine`
-    by half a cosine from 1 to 0 over the run; `polyak` lets loss and gradient decide, with scale sigma_t at most (and no
-    step where the loss is below 0, as an adversarial term can make it).
+    by half a cosine from 1 to 0 over the run; `polyak` lets loss and gradient decide, with scale sigma_t at most
+    (and no step where the loss is below 0, as an adversarial term can make it).
     start, stop: guided share of the steps, as fractions of the run; every: guide each n-th step of it.
     gradient: `x0` differentiates the decoder and the loss only; `unet` goes through the denoiser to z_t.
     decoder: what the loss looks through: `vae`, or `tiny:PATH` for an AutoencoderTiny folder.
