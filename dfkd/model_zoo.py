@@ -60,7 +60,9 @@ def _transformers(card: TeacherCard) -> nn.Module:
     state = load_weights(card.weights) if card.weights is not None else None
     try:
         net, info = _pretrained(_import_transformers(), card, where, state)
-    except _LOADING as error:
+    except SynthkdError:
+        raise
+    except Exception as error:  # a hub that is not reached has errors of its own
         raise SynthkdError(f"arch {card.arch!r}: cannot be loaded: {_reason(error)}") from error
     wrong = {"lack": [*info["missing_keys"], *info["mismatched_keys"]]}
     if state is not None:

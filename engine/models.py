@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
@@ -22,7 +21,6 @@ __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_di
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
-_LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError)
 _NETWORKS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2")
 _log = logging.getLogger("synthkd")
 
@@ -79,7 +77,9 @@ def _load_pipeline(
         pipe = getattr(diffusers, name).from_pretrained(where, dtype=dtypes, use_safetensors=True, **extra)
         for part in PARTS[name]:
             _check_whole(part, getattr(pipe, part))
-    except _LOAD_ERRORS as error:
+    except SynthkdError:
+        raise
+    except Exception as error:  # a hub that is not reached has errors of its own
         raise SynthkdError(f"model {reference!r}: cannot be loaded: {_one_line(error)}") from error
     if index.get("id2label"):
         pipe.register_to_config(id2label=index["id2label"])
@@ -169,7 +169,9 @@ def _fuse_lora(pipe: Any, path: str, weight: float) -> None:
             raise ValueError("it names no layer of this model")
         pipe.fuse_lora(components=parts, lora_scale=weight, safe_fusing=True, adapter_names=["synthkd"])
         pipe.unload_lora_weights()
-    except _LOAD_ERRORS as error:
+    except SynthkdError:
+        raise
+    except Exception as error:  # a hub that is not reached has errors of its own
         raise SynthkdError(f"lora {path!r}: cannot be fused: {_one_line(error)}") from error
 
 
@@ -183,7 +185,9 @@ def load_tiny_decoder(
     diffusers = _import_diffusers()
     try:
         vae = diffusers.AutoencoderTiny.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except _LOAD_ERRORS as error:
+    except SynthkdError:
+        raise
+    except Exception as error:  # a hub that is not reached has errors of its own
         raise SynthkdError(f"guidance.decoder 'tiny:{path}': cannot be loaded: {_one_line(error)}") from error
     if like is not None:
         pairs = zip(

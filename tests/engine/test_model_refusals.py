@@ -229,3 +229,29 @@ def test_a_tiny_decoder_of_other_latents(
     wanted = recipe(guidance=GuidanceSpec(scale=0.0, decoder=f"tiny:{tmp_path / 'tiny'}"))
     refused(lambda: Synthesizer.from_pipeline(pipelines["sd1"], wanted), rf"guidance\.decoder 'tiny:.*': {message}")
     load_tiny_decoder(str(tmp_path / "tiny"), device="cpu", dtype=torch.float32)
+
+
+class HubError(Exception):
+    """What a hub's client raises where there is no network: no OSError, no ValueError."""
+
+
+@pytest.mark.parametrize("what", ["model", "lora"])
+def test_an_unreachable_hub_is_one_line(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    import diffusers
+
+    def raises(*_: Any, **__: Any) -> None:
+        raise HubError("name or service\nnot known")
+
+    if what == "lora":
+        pytest.importorskip("peft")
+        monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_lora_weights", raises)
+        refused(
+            lambda: load_model(str(pipeline_folder), device="cpu", dtype=torch.float32, loras=["some/lora"]),
+            "lora 'some/lora': cannot be fused: name or service not known",
+        )
+        return
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", raises)
+    refused(
+        lambda: load_model("some/model", device="cpu", dtype=torch.float32),
+        "model 'some/model': cannot be loaded: name or service not known",
+    )
