@@ -17,15 +17,15 @@ from synthkd.engine.errors import SynthkdError, suggest
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with BatchNorm and a shortcut (arXiv 1512.03385, fig. 5 left)."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        """A 1x1 convolution is the shortcut where shape or stride change."""
+    def __init__(self, c_in: int, c_out: int, stride: int, shortcut: nn.Module | None = None) -> None:
+        """shortcut: by default a 1x1 convolution where shape or stride change."""
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or c_in != c_out:
+        self.shortcut: nn.Module = shortcut or nn.Identity()
+        if shortcut is None and (stride != 1 or c_in != c_out):
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,29 +87,28 @@ class PlainCNN(nn.Module):
         return logits
 
 
-class ShortcutBlock(nn.Module):
-    """BasicBlock whose shortcut has no weights: every second pixel, new channels zero (arXiv 1512.03385, option A)."""
+class PaddedShortcut(nn.Module):
+    """A shortcut without weights: every second pixel, new channels zero (arXiv 1512.03385, option A)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         """The new channels are split: half before the old ones, half behind."""
         super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
         self.stride, self.pad = stride, (c_out - c_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,c_in,H,W] -> [B,c_out,H/stride,W/stride]."""
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        kept = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(y + F.pad(kept, (0, 0, 0, 0, self.pad, self.pad)))
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
+
+
+def padded_block(c_in: int, c_out: int, stride: int) -> BasicBlock:
+    """A BasicBlock whose shortcut has no weights."""
+    return BasicBlock(c_in, c_out, stride, PaddedShortcut(c_in, c_out, stride))
 
 
 class StagedResNet(nn.Module):
     """Residual classifier for 32x32 images: 3x3 stem without pooling, `layer1`, `layer2`, … and `linear`.
 
-    The CIFAR ResNet of arXiv 1512.03385, sec. 4.2, has three stages of 16, 32 and 64 channels of ShortcutBlock; the
+    The CIFAR ResNet of arXiv 1512.03385, sec. 4.2, has three stages of 16, 32 and 64 channels of padded blocks; the
     32-pixel form of ResNet-18 and -34 has four of BasicBlock (its shortcut's tensors: `shortcut.0`, `shortcut.1`).
     """
 
@@ -225,7 +224,7 @@ class VGG(nn.Module):
 
 def _cifar_resnet(depth: int) -> Callable[..., nn.Module]:
     """ResNet-(6n+2) of arXiv 1512.03385, sec. 4.2."""
-    return partial(StagedResNet, block=ShortcutBlock, widths=(16, 32, 64), blocks=((depth - 2) // 6,) * 3)
+    return partial(StagedResNet, block=padded_block, widths=(16, 32, 64), blocks=((depth - 2) // 6,) * 3)
 
 
 def _resnet32px(*blocks: int) -> Callable[..., nn.Module]:

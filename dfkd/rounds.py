@@ -53,9 +53,8 @@ def draw_set(
     plan, told = Plan(job.recipe, request), progress or Silent()
     order = list(range(plan.num_shards)) if shards is None else shards
     _say_what_gamma_does(job, plan)
-    if job.recipe.rounds > 1 and not set(order) & set(plan.round_shards(0)) and (folder / MANIFEST).exists():
-        with folder_lock(folder):  # no round before will compare the folder with the job
-            claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
+    if not set(order) & set(plan.round_shards(0)):
+        _claim(job, request, folder)
     told.begin(stage, sum(u.kept for u in plan.units(order)), "images")
     summary = WriteSummary(0, 0, False)
     try:
@@ -81,6 +80,13 @@ def draw_set(
     finally:
         told.end(stage)
     return summary
+
+
+def _claim(job: SynthJob, request: Request, folder: Path) -> None:
+    """Compare a folder with the job where no first round will do so before a student is trained on what it holds."""
+    if (folder / MANIFEST).exists():
+        with folder_lock(folder):
+            claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
 
 
 def _say_what_gamma_does(job: SynthJob, plan: Plan) -> None:

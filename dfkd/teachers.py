@@ -1,6 +1,7 @@
-"""Classifiers from a TOML card: frozen, with their preprocessing, statistics taps and features. No card runs code."""
+"""Classifiers from a TOML card: frozen, with preprocessing, taps and features. No code runs unless allowed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -81,31 +82,32 @@ class Teacher(nn.Module):
         """images [B,3,H,W] in [0,1] -> logits, statistics and features of one forward pass."""
         bn: list[Tap] = []
         stored: list[Tap] = []
-        read: list[Tensor] = []
-        last = self.classifier
-        handle = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) if last else None
-        try:
-            with tapped(self.net, self.moments, bn, stored):
-                logits = self(images)
-        finally:
-            if handle:
-                handle.remove()
+        with self._reading() as read, tapped(self.net, self.moments, bn, stored):
+            logits = self(images)
         return Look(logits, bn, stored, _pooled(read[-1]) if read else None)
-
-    def with_taps(self, images: Tensor) -> tuple[Tensor, list[Tap]]:
-        """Logits [B,K] and the statistics of every BatchNorm layer's input, in forward order."""
-        seen = self.look(images)
-        return seen.logits, seen.taps
 
     def features(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> what the last linear layer reads, [B,D].
 
         Raises SynthkdError for a network without a linear layer.
         """
-        features = self.look(images).features
-        if features is None:
+        with self._reading() as read:
+            self(images)
+        if not read:
             raise SynthkdError("teacher: its network has no linear layer, so it has no features to compare")
-        return features
+        return _pooled(read[-1])
+
+    @contextmanager
+    def _reading(self) -> Iterator[list[Tensor]]:
+        """Within it every forward pass adds what the last linear layer read."""
+        read: list[Tensor] = []
+        last = self.classifier
+        handle = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) if last else None
+        try:
+            yield read
+        finally:
+            if handle:
+                handle.remove()
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""

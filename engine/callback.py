@@ -63,6 +63,7 @@ class GuidanceCallback:
         self._guidance, self._targets, self._spec = guidance, targets, spec
         self._scheduler: Any = None
         self._seen: tuple[Tensor, Tensor] | None = None
+        self._made: tuple[Tensor, Tables] | None = None
         self.log: list[Terms] = []
 
     def __enter__(self) -> "GuidanceCallback":
@@ -123,11 +124,16 @@ class GuidanceCallback:
         return [("latents", tensors["latents"]), ("denoised", tensors["denoised"])]
 
     def _tables(self, calls: int) -> Tables:
+        """Made and compared once a run: a run sets the scheduler's timesteps anew."""
         model, theirs = self._model, self._pipe.scheduler.timesteps
-        tables = solver_tables(model.scheduler_config, calls, model.device, model.dtype, sampler=self._sampler)
-        if not torch.equal(tables.timesteps.double(), theirs.to(model.device).double()):
-            raise SynthkdError("callback: the pipeline was called with timesteps or sigmas of its own; leave them out")
-        return tables
+        if self._made is None or self._made[0] is not theirs:
+            tables = solver_tables(model.scheduler_config, calls, model.device, model.dtype, sampler=self._sampler)
+            if not torch.equal(tables.timesteps.double(), theirs.to(model.device).double()):
+                raise SynthkdError(
+                    "callback: the pipeline was called with timesteps or sigmas of its own; leave them out"
+                )
+            self._made = theirs, tables
+        return self._made[1]
 
     def _shift(self, x0: Tensor, c: Coefficients, index: int, calls: int) -> Tensor:
         """step g / rms(g), what x0' falls below x0, [B,C,h,w]."""

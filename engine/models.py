@@ -15,7 +15,8 @@ from torch import nn
 from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_index
-from synthkd.engine.priors import LatentModel, decode_dtype, wrap_pipeline
+from synthkd.engine.latent_model import LatentModel
+from synthkd.engine.priors import decode_dtype, wrap_pipeline
 
 __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_digest", "wrap_pipeline"]
 

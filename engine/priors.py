@@ -1,11 +1,11 @@
-"""Priors: the Protocol the engine needs of one, and its forms over live diffusers pipelines (SD, SDXL, DiT)."""
+"""Priors over live diffusers pipelines: Stable Diffusion, SDXL, class-conditional DiT."""
 
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,69 +13,12 @@ from torch import Tensor, nn
 from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
+from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.settings import settings_of
 
 _PROMPT_CACHE = 4096
 _HALF = (torch.float16, torch.bfloat16)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-
-Conditioning = dict[str, Tensor]
-
-
-class LatentModel(Protocol):
-    """A frozen latent denoiser with its conditioning and its decoder."""
-
-    @property
-    def decoder(self) -> Decoder:
-        """Latents to images."""
-        ...
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The noise schedule, in diffusers' vocabulary."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        ...
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """Channels, height and width of the latent of an image in pixels."""
-        ...
-
-    def check_prompts(self, prompts: Iterable[str], negative_prompt: str) -> None:
-        """Raise SynthkdError for a prompt that `conditions` would refuse; cheap, no network runs."""
-        ...
-
-    def conditions(
-        self, prompts: Sequence[str], negative_prompt: str, guidance_scale: float, size: tuple[int, int]
-    ) -> tuple[Conditioning, Conditioning | None]:
-        """What the denoiser is told of B prompts, tensors [B,...] by name, and the same for the negative prompt.
-
-        The second is None where classifier-free guidance is off (guidance_scale <= 1) or embedded in the denoiser.
-        size: height and width of the image in pixels.
-        """
-        ...
-
-    def denoise(
-        self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The denoiser's conditional and unconditional outputs [B,C,h,w] at z [B,C,h,w] and timestep t (0-d)."""
-        ...
-
-    def modules(self) -> Iterable[nn.Module]:
-        """All networks."""
-        ...
-
-    def settings(self) -> dict[str, Any]:
-        """What beside weights and noise schedule decides an image, as plain values."""
-        ...
 
 
 class _PipelinePrior:

@@ -20,9 +20,9 @@ from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.guidance import Guidance, Look, frozen
+from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.priors import Conditioning, LatentModel
 from synthkd.engine.sampler import Steering, sample
 from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
 

@@ -68,7 +68,7 @@ def test_bn_distance_against_hooks_by_hand() -> None:
         + (x.var((0, 2, 3), correction=0) - layers[n].running_var).norm()
         for n, x in seen.items()
     )
-    _, taps = teacher.with_taps(images)
+    taps = teacher.look(images).taps
     assert len(taps) == len(layers) == 6
     assert torch.allclose(bn_distance(taps), direct, rtol=1e-12)
     assert not any(m._forward_pre_hooks for m in teacher.modules())
@@ -77,14 +77,14 @@ def test_bn_distance_against_hooks_by_hand() -> None:
 def test_bn_distance_is_zero_on_its_own_statistics() -> None:
     """Where the running statistics are the batch's, value and gradient vanish."""
     teacher, images = teacher64(), torch.rand(5, 3, 9, 7, dtype=torch.float64)
-    _, taps = teacher.with_taps(images)
+    taps = teacher.look(images).taps
     layers = [m for m in teacher.net.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     first = teacher.net.bn1
     assert first is layers[0]
     first.running_mean.copy_(taps[0].stats.mean)
     first.running_var.copy_(taps[0].stats.var)
     images.requires_grad_()
-    _, again = teacher.with_taps(images)
+    again = teacher.look(images).taps
     value = bn_distance(again[:1])
     (grad,) = torch.autograd.grad(value, images)
     assert value < 1e-12

@@ -42,6 +42,12 @@ def damaged(tiny_set: Path, tmp_path: Path) -> Damage:
     return make
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that wrongly succeeds must not write into the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
 SOURCES = [
     ("source", 3, "source is 3; expected a table"),
     ("source", [1], "source is [1]; expected a table"),

@@ -227,7 +227,7 @@ def test_timm(write: Write) -> None:
     net = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
     teacher, x = load_teacher(write("timm:mobilenetv3_small_050", net)), torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(teacher(x), net((x - 0.5) / 0.25))
-    assert len(teacher.with_taps(x)[1]) == 34
+    assert len(teacher.look(x).taps) == 34
     refused(write("timm:resnet19"), "arch 'timm:resnet19' is unknown to timm; did you mean 'resnet")
     refused(write("timm:hf-hub:some/model"), "unknown to timm")
     for name in ("checkpoint_path", "pretrained", "pretrained_cfg", "num_classes"):

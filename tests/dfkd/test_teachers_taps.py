@@ -44,7 +44,7 @@ def test_kinds_of_batchnorm(norm: type[nn.BatchNorm2d]) -> None:
     assert layer.running_mean is not None
     layer.running_mean.uniform_(-1, 1)
     teacher, images = wrap(body(layer)), torch.rand(5, 3, 6, 6)
-    logits, taps = teacher.with_taps(images)
+    logits, taps, *_ = teacher.look(images)
     x = teacher.net[0](images)  # type: ignore[index]
     assert logits.shape == (5, 2)
     assert [t.name for t in taps] == ["1"]
