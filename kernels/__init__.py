@@ -1,7 +1,18 @@
-"""Ops of the guided denoising loop: tensors in, tensors out; torch only, no config objects."""
+"""Ops of the guided denoising loop: tensors in, tensors out; torch and triton only, no config objects."""
 
 from synthkd.kernels.batchnorm_stats import BatchNormStats, batchnorm_stats, merge_stats
+from synthkd.kernels.dispatch import implementation
+from synthkd.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from synthkd.kernels.guided_step import guided_step
 from synthkd.kernels.predict_x0 import predict_x0
 
-__all__ = ["BatchNormStats", "batchnorm_stats", "guided_step", "merge_stats", "predict_x0"]
+__all__ = [
+    "BatchNormStats",
+    "add_group_norm_silu",
+    "batchnorm_stats",
+    "group_norm_silu",
+    "guided_step",
+    "implementation",
+    "merge_stats",
+    "predict_x0",
+]
