@@ -5,6 +5,7 @@ from synthkd.kernels.dispatch import implementation
 from synthkd.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from synthkd.kernels.guided_step import guided_step
 from synthkd.kernels.predict_x0 import predict_x0
+from synthkd.kernels.sum_of_squares import sum_of_squares
 
 __all__ = [
     "BatchNormStats",
@@ -15,4 +16,5 @@ __all__ = [
     "implementation",
     "merge_stats",
     "predict_x0",
+    "sum_of_squares",
 ]
