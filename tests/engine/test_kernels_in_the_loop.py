@@ -1,6 +1,7 @@
 """The engine's loop with kernels on: the reference's images, few launches, no wait, and one compiled step."""
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -21,23 +22,32 @@ EXCHANGED = CutMixSpec(every=1, last_clean=1, scope="any")
 
 
 @pytest.fixture
-def kernels_on() -> Iterator[None]:
-    """Triton kernels, on a CPU interpreted."""
-    with implementation("triton"):
-        yield
+def synthesizer(
+    pipeline: Any, recipe: Callable[..., Any], guide: Callable[..., Any], device: torch.device
+) -> Callable[..., Synthesizer]:
+    """As everywhere in these tests, but on the device that runs kernels."""
+    here = deepcopy(pipeline).to(device)
+
+    def make(**changes: Any) -> Synthesizer:
+        wanted = recipe(**changes)
+        return Synthesizer.from_pipeline(here, wanted, guidance=guide() if wanted.guidance.scale > 0 else None)
+
+    return make
 
 
 def images(synth: Synthesizer) -> Tensor:
     """The first group, int16 [B,3,H,W]."""
-    return next(iter(synth.stream(Request(num_samples=6)))).images.short()
+    return next(iter(synth.stream(Request(num_samples=6)))).images.short().cpu()
 
 
+@pytest.mark.usefixtures("kernels_on")
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp_2m", "euler_ancestral"])
 def test_a_guided_run_is_that_of_the_references(synthesizer: Callable[..., Synthesizer], solver: str) -> None:
     """Within a grey level on all values and equal on 99.9 %: float32 roundings of other orders of summation."""
     synth = synthesizer(guidance=GuidanceSpec(scale=0.3), cutmix=EXCHANGED, steps=3, sampler=solver)
-    want = images(synth)
-    with implementation("triton"), recorded() as launches:
+    with implementation("reference"):
+        want = images(synth)
+    with recorded() as launches:
         got = images(synth)
     assert {n for n in names(launches) if n.startswith("_guided")}
     difference = (got - want).abs()
@@ -100,10 +110,10 @@ def test_the_loop_with_kernels_never_waits(synthesizer: Callable[..., Synthesize
 class Tapped:
     """A teacher of one norm layer whose statistics are read in the open: what one graph can hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(3, 5, 3, padding=1), nn.Linear(5, 3)
-        self.mean, self.var = torch.randn(5) * 0.1, torch.rand(5) + 0.5
+        self.first, self.last = nn.Conv2d(3, 5, 3, padding=1).to(device), nn.Linear(5, 3).to(device)
+        self.mean, self.var = (torch.randn(5) * 0.1).to(device), (torch.rand(5) + 0.5).to(device)
 
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
         """Distance of statistics, and cross-entropy."""
@@ -165,7 +175,7 @@ def one_graph(synthesizer: Callable[..., Synthesizer]) -> Iterator[Callable[[str
 
     def make(gradient: str) -> tuple[Synthesizer, Callable[..., Any], Callable[..., Any]]:
         synth = synthesizer(guidance=GuidanceSpec(scale=0.3, gradient=gradient), cutmix=EXCHANGED, steps=3)
-        synth = Synthesizer(synth.model, synth.recipe, Tapped())
+        synth = Synthesizer(synth.model, synth.recipe, Tapped(synth.model.device))
         step = _step(synth)
         torch._dynamo.reset()
         return synth, step, torch.compile(step, fullgraph=True, backend="aot_eager")
