@@ -9,6 +9,7 @@ from synthkd.kernels.launch import cdiv, launch, next_power_of_2
 from synthkd.kernels.layout import Rows, rows
 
 TILE = 1024
+WIDE_FROM = 2**31  # elements from which offsets take 64 bits; below, half the registers do
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -22,14 +23,15 @@ def _guided_step(
     channels, positions, stride_n, stride_c, stride_s, least,
     NOISE: tl.constexpr, BEFORE: tl.constexpr, GRAD: tl.constexpr, STEPS: tl.constexpr, MAP: tl.constexpr,
     REDERIVE: tl.constexpr, KEEP: tl.constexpr, CHUNKS: tl.constexpr, BC: tl.constexpr, BS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(positions, BS)
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    sample = (tl.program_id(0) // blocks).to(INDEX)
     p = (tl.program_id(0) % blocks) * BS + tl.arange(0, BS)
     there = p < positions
-    source = tl.full([BS], 0, tl.int64) + sample
+    source = tl.full([BS], 0, INDEX) + sample
     if MAP:
-        source = tl.load(src_map + sample * positions + p, mask=there, other=0).to(tl.int64)
+        source = tl.load(src_map + sample * positions + p, mask=there, other=0).to(INDEX)
     a, s = tl.load(alpha).to(tl.float32), tl.load(sigma).to(tl.float32)
     by_x0, by_eps = tl.load(to_x0).to(tl.float32), tl.load(to_eps).to(tl.float32)
     if GRAD:
@@ -42,7 +44,7 @@ def _guided_step(
     for chunk in range(CHUNKS):
         c = chunk * BC + tl.arange(0, BC)
         inside = (c < channels)[:, None] & there[None, :]
-        place = c.to(tl.int64)[:, None] * stride_c + p.to(tl.int64)[None, :] * stride_s
+        place = c.to(INDEX)[:, None] * stride_c + p.to(INDEX)[None, :] * stride_s
         at = source[None, :] * stride_n + place
         clean = tl.load(x0 + at, mask=inside).to(tl.float32)
         moved = clean
@@ -91,7 +93,7 @@ def guided_step(
         noise[1] if noise else alpha, history[1] if history else alpha, out, kept,
         *_sizes(view), NOISE=noise is not None, BEFORE=history is not None, GRAD=shift is not None,
         STEPS=shift is not None and step.dim() > 0, MAP=src_map is not None, REDERIVE=rederive_eps, KEEP=keep,
-        CHUNKS=cdiv(view.c, bc), BC=bc, BS=bs,
+        CHUNKS=cdiv(view.c, bc), BC=bc, BS=bs, INDEX=tl.int32 if z.numel() < WIDE_FROM else tl.int64,
     )  # fmt: skip
     return out, kept
 
