@@ -4,7 +4,9 @@ from synthkd.kernels.batchnorm_stats import BatchNormStats, batchnorm_stats, mer
 from synthkd.kernels.dispatch import implementation
 from synthkd.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from synthkd.kernels.guided_step import guided_step
+from synthkd.kernels.kd_loss import kd_loss
 from synthkd.kernels.predict_x0 import predict_x0
+from synthkd.kernels.to_uint8 import to_uint8
 
 __all__ = [
     "BatchNormStats",
@@ -13,6 +15,8 @@ __all__ = [
     "group_norm_silu",
     "guided_step",
     "implementation",
+    "kd_loss",
     "merge_stats",
     "predict_x0",
+    "to_uint8",
 ]
