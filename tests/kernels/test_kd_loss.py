@@ -131,9 +131,9 @@ def test_a_second_backward_pass_is_refused(device: torch.device) -> None:
 def test_compiled_gradient_is_the_eager_one(k: int, device: torch.device) -> None:
     """Inside one compiled graph, as a traced torch.autograd.grad."""
     s, t = _logits(3, k, device)
+    s.requires_grad_()  # outside: dynamo of torch 2.11 does not trace it
 
-    def gradient(x: Tensor) -> tuple[Tensor, Tensor]:
-        leaf = x.detach().requires_grad_()
+    def gradient(leaf: Tensor) -> tuple[Tensor, Tensor]:
         loss = kd_loss(leaf * 2, t, 4.0)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
