@@ -30,13 +30,14 @@ Decode = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """What is measured: images of size x size; config: changes to Stable Diffusion 1.5's."""
+    """What is measured: images of size x size, one row per direction; config: changes to Stable Diffusion 1.5's."""
 
     size: int = 512
     batch: int = 8
     dtype: torch.dtype = torch.bfloat16
     device: torch.device
     repeats: int = 10
+    directions: tuple[str, ...] = DIRECTIONS
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def measure_decoder(spec: DecoderSpec) -> Iterator[dict[str, Any]]:
     """One row per direction."""
     z, upstream = spec.inputs()
     with torch.backends.cudnn.flags(allow_tf32=False):
-        for direction in DIRECTIONS:
+        for direction in spec.directions:
             want, flops = _oracle(spec, z, upstream, direction)
             yield stamped(_row(spec, direction, z.to(spec.dtype), upstream.to(spec.dtype), want, flops))
 
