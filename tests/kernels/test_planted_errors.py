@@ -27,6 +27,15 @@ PLANTED: dict[str, list[tuple[str, str]]] = {
         ("c = chunk * BC + tl.arange(0, BC)", "c = tl.arange(0, BC)"),
         ("tl.where(total > 0.0, size", "tl.where(total < 0.0, size"),
     ],
+    "kd_loss": [
+        ("return q, p, p * (log_p - log_q)", "return q, p, p * (log_p + log_q)"),
+        ("log_q = (s - most_s) * inverse - log_s", "log_q = (s - most_s) * inverse + log_s"),
+        ("xt = tl.load(t + start + at,", "xt = tl.load(t + at,"),
+        ("tl.store(grad + start + at, temperature * (q - p)", "tl.store(grad + start + at, temperature * (q + p)"),
+        ("tl.store(grad + start + k + lane, temperature * (q - p)", "tl.store(grad + start + k + lane, p - q"),
+        ("sum_t = sum_t * tl.exp((best_t - new_t) * inverse) +", "sum_t = sum_t +"),
+        ("at, g * u, mask", "at, -g * u, mask"),
+    ],
     "predict_x0": [
         ("eps = base + scale * (eps - base)", "eps = base - scale * (eps - base)"),
         ("x0 = (zt - s * eps) / a", "x0 = (zt + s * eps) / a"),
@@ -42,6 +51,13 @@ PLANTED: dict[str, list[tuple[str, str]]] = {
         ("x + sample * n + at", "x + sample + at"),
         ("mask=at < n, other", "mask=at <= n, other"),
         ("partial + sample * parts + at", "partial + at"),
+    ],
+    "to_uint8": [
+        ("at = to % C * (each // C) + to // C", "at = to"),
+        ("start = sample.to(tl.int64) * each", "start = sample.to(tl.int64) * (each - 1)"),
+        ("y + 8388608.0", "y + 0.3 + 8388608.0"),
+        ("tl.where(x > 0.0, x, 0.0)", "tl.where(x > 0.0, -x, 0.0)"),
+        ("inside = to < each", "inside = to < each - 1"),
     ],
 }  # fmt: skip
 
