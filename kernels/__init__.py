@@ -5,14 +5,17 @@ from synthkd.kernels.dispatch import implementation
 from synthkd.kernels.group_norm_silu import add_group_norm_silu, group_norm_silu
 from synthkd.kernels.guided_step import guided_step
 from synthkd.kernels.predict_x0 import predict_x0
+from synthkd.kernels.upsample2x_conv3x3 import fold_upsample_weight, upsample2x_conv3x3
 
 __all__ = [
     "BatchNormStats",
     "add_group_norm_silu",
     "batchnorm_stats",
+    "fold_upsample_weight",
     "group_norm_silu",
     "guided_step",
     "implementation",
     "merge_stats",
     "predict_x0",
+    "upsample2x_conv3x3",
 ]
