@@ -1,4 +1,4 @@
-"""Eager oracle of `upsample2x_conv3x3`, and its fold and interleave in plain torch; any float dtype, float64 included."""
+"""Eager oracle of `upsample2x_conv3x3`, and its fold and interleave in plain torch; in any float dtype."""
 
 import torch
 import torch.nn.functional as F
