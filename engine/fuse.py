@@ -5,24 +5,31 @@ the original's attributes, children and parameters themselves: moves of dtype an
 both, and `state_dict` has the same names and tensors. What is not exactly of the known form stays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from synthkd import kernels
 from synthkd.engine.errors import SynthkdError
+from synthkd.kernels.dispatch import backend
 
-_MODELS = ("AutoencoderKL", "AutoencoderTiny", "UNet2DConditionModel")
+FuseChoice = Literal["auto", "off", "decoder", "all"]
+FUSE_CHOICES = ("auto", "off", "decoder", "all")
+
+_UNET = "UNet2DConditionModel"
+_MODELS = ("AutoencoderKL", "AutoencoderTiny", _UNET)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StandIn(nn.Module):
     """A replacement: its attributes are the original's, but for the few of its own."""
 
-    own = ("original", "_buffers", "_non_persistent_buffers_set")
+    own: tuple[str, ...] = ("original", "_buffers", "_non_persistent_buffers_set")
 
     if TYPE_CHECKING:  # borrowed attributes have no types
 
@@ -65,7 +72,7 @@ class ResnetStandIn(StandIn):
         h = self.conv1(h)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
-        h = h if temb is None else h + temb
+        h = h + temb if temb is not None and self.time_embedding_norm == "default" else h
         h = self.conv2(self.dropout(_norm_silu(self.norm2, h, None)[0]))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         if self.output_scale_factor == 1:
@@ -76,7 +83,7 @@ class ResnetStandIn(StandIn):
 class _Upsampling(StandIn):
     """What stand-ins with a folded convolution share: `folded` [4Co,Ci,2,2], a buffer outside the state."""
 
-    conv_name = ""  # of the convolution among the children; "" for the module itself
+    folded: Tensor
 
     def __init__(self, original: nn.Module) -> None:
         """original: an Upsample2D, or the convolution behind an nn.Upsample."""
@@ -259,7 +266,8 @@ class Fused:
             return self
         if is_fused(self.module):
             raise SynthkdError(f"fuse: this {type(self.module).__name__} is fused already; undo that first")
-        found, self.left = _Scan(self.module).result
+        scan = _Scan(self.module)
+        found, self.left = scan.found, scan.left
         if not found:
             raise SynthkdError(_nothing(self.module, self.left))
         made = {(id(m), kind): self._made.get((id(m), kind)) or kind(m) for _, m, kind in found}
@@ -315,9 +323,55 @@ def is_fused(module: nn.Module) -> bool:
     return any(isinstance(m, StandIn) for m in module.modules())
 
 
-def can_fuse(module: nn.Module) -> bool:
-    """Whether `fuse` knows the class and some part of a module."""
-    return bool(_Scan(module).result[0])
+class Fuser:
+    """Fuses a prior's networks while a group is drawn, each time with the same stand-ins."""
+
+    def __init__(self, choice: FuseChoice, decoders: Iterable[nn.Module], others: Iterable[nn.Module]) -> None:
+        """choice: see `Synthesizer`; others: networks among which the denoiser is. Raises SynthkdError, see there."""
+        if choice not in FUSE_CHOICES:
+            raise SynthkdError(f"fuse {choice!r}: expected one of {', '.join(FUSE_CHOICES)}")
+        self._choice = choice
+        self._decoders = [] if choice == "off" else _distinct(decoders)
+        self._denoisers = [m for m in others if type(m).__name__ == _UNET] if choice == "all" else []
+        self._handles: dict[int, Fused] = {}
+        if choice in ("decoder", "all"):
+            self._refuse_unknown()
+
+    def _refuse_unknown(self) -> None:
+        for m in (*self._decoders, *self._denoisers):
+            scan = _Scan(m)
+            if not scan.found and not is_fused(m):
+                raise SynthkdError(_nothing(m, scan.left))
+
+    def applies(self, device: torch.device) -> str:
+        """What is fused on this device: "", `decoder`, or `decoder and denoiser`."""
+        if self._choice == "auto" and backend(device) != "triton":
+            return ""
+        parts = {"decoder": self._decoders, "denoiser": self._denoisers}
+        return " and ".join(name for name, modules in parts.items() if any(_fusable(m) for m in modules))
+
+    @contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        """Fused inside, as before outside; what its owner has fused already stays as it is."""
+        with ExitStack() as stack:
+            for m in (*self._decoders, *self._denoisers) if self.applies(device) else ():
+                if not is_fused(m) and _fusable(m):
+                    stack.enter_context(self._handle(m))
+            yield
+
+    def _handle(self, module: nn.Module) -> Fused:
+        if id(module) not in self._handles:
+            self._handles[id(module)] = Fused(module)
+        return self._handles[id(module)]
+
+
+def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(m): m for m in modules}.values())
+
+
+def _fusable(module: nn.Module) -> bool:
+    """Whether a module has a part of a known form, or stand-ins already."""
+    return is_fused(module) or bool(_Scan(module).found)
 
 
 def _nothing(module: nn.Module, left: Mapping[str, str]) -> str:
@@ -340,13 +394,9 @@ class _Scan:
             self._take("decoder", module.decoder, DecoderStandIn, _decoder(module.decoder))
         elif name == "AutoencoderTiny":
             self._tiny(module.decoder)
-        elif name == "UNet2DConditionModel":
+        elif name == _UNET:
             self._blocks(module, "")
             self._last(module)
-
-    @property
-    def result(self) -> tuple[list[tuple[str, nn.Module, type[StandIn]]], dict[str, str]]:
-        return self.found, self.left
 
     def _take(self, name: str, module: Any, kind: type[StandIn], why_not: str) -> bool:
         if why_not:
@@ -373,7 +423,7 @@ class _Scan:
 
     def _tiny(self, decoder: Any) -> None:
         layers = list(decoder.layers.named_children())
-        for (up, doubling), (key, conv) in zip(layers, layers[1:], strict=False):
+        for (up, doubling), (key, conv) in pairwise(layers):
             if type(doubling) is not nn.Upsample:
                 continue
             why_not = _doubling(doubling) or _conv3x3(conv) or _touched(doubling, conv)
@@ -420,7 +470,7 @@ def _doubling(up: Any) -> str:
 
 
 def _resnet(m: Any) -> str:
-    if m.time_embedding_norm != "default":
+    if m.time_embedding_norm not in ("default", "group"):  # group: an UpDecoderBlock2D's, which takes no embedding
         return f"has time_embedding_norm {m.time_embedding_norm!r}"
     if not m.pre_norm:
         return "has its norms behind its convolutions"
