@@ -30,6 +30,9 @@ lint: $(VENV)/.ready ## ruff, mypy --strict, import contracts
 bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/results/
 	$(BIN)/synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record
 	$(BIN)/synthkd bench adversarial --seeds 0,1,2,3,4 --out out/adversarial --record
+	$(BIN)/synthkd bench kernels --record
+	$(BIN)/python -m pytest tests/bench/benchmark_kernels.py --benchmark-only -q
+	$(BIN)/python -m synthkd.bench.resources
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	$(PYTHON) -m pytest -m gpu

@@ -3,19 +3,24 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from synthkd.bench.adversarial import run_seed as adversarial_seed
+from synthkd.bench.decoder import DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
+from synthkd.bench.kernels import dtype_name, measure, workloads
 from synthkd.bench.record import append_row
 from synthkd.dfkd.cli_options import Device, pick_device
 from synthkd.dfkd.cli_progress import Bars
 from synthkd.dfkd.presets import load_preset
 from synthkd.engine import SynthkdError
+from synthkd.engine.errors import suggest
+from synthkd.kernels.dispatch import DTYPES
 
 app = typer.Typer(
     help="Benchmark suites; each prints its rows and can append them to bench/results/.", no_args_is_help=True
@@ -77,6 +82,81 @@ def adversarial(
         for name, scores in row["variants"].items():
             table.add_row(str(row["seed"]), name, *(str(scores.get(n, "–")) for n in names))
     console.print(table)
+
+
+@app.command(epilog="Example: synthkd bench kernels --op kd_loss --dtype bfloat16 --json")
+def kernels(
+    op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated (default: all).")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="A dtype; may be repeated (default: all).")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every contender once.")] = 30,
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/kernels.jsonl.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
+    device: Device = None,
+) -> None:
+    """Each op against plain torch, checked before it is timed; exit code 1 where a check fails."""
+    where = torch.device(pick_device(device))
+    rows = []
+    for row in measure(workloads(where, op or (), dtype or ()), where, repeats):
+        rows.append(row)
+        if record:
+            append_row("kernels", row)
+        if json_output:
+            print(json.dumps(row, sort_keys=True), flush=True)
+    if not json_output:
+        Console().print(_kernel_table(rows))
+    if not all(row["check"]["passed"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _kernel_table(rows: list[dict[str, Any]]) -> Table:
+    names = [n for n in ("kernel", "reference", "compiled", "stock") if any(n in (row["speed"] or {}) for row in rows)]
+    table = Table("workload", "direction", *(f"{name}, us" for name in names), "GB/s", "% of copy", "check")
+    for row in rows:
+        speed = row["speed"] or {}
+        times = (f"{speed[n]['median']:.1f}" if n in speed else "–" for n in names)
+        rate = (str(row[n] if row[n] is not None else "–") for n in ("gb_per_s", "percent_of_copy"))
+        verdict = "passed" if row["check"]["passed"] else f"FAILED: {row['check']['reason']}"
+        work = f"{row['op']}: {row['case']}, {row['dtype']}"
+        table.add_row(work, row["direction"].replace("forward+", "+"), *times, *rate, verdict)
+    return table
+
+
+@app.command(epilog="Example: synthkd bench decoder --size 256 --batch 1 --dtype float32 --json")
+def decoder(
+    size: Annotated[int, typer.Option(help="Height and width of the images.")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the decoder.")] = "bfloat16",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every contender once.")] = 10,
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/decoder.jsonl.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per direction.")] = False,
+    device: Device = None,
+) -> None:
+    """SD 1.5's VAE decoder, random weights: stock, fused, and on a GPU both compiled; forward and input gradient."""
+    where, dtypes = torch.device(pick_device(device)), {dtype_name(d): d for d in DTYPES}
+    if dtype not in dtypes:
+        raise SynthkdError(f"--dtype {dtype!r}: {suggest(dtype, dtypes)}")
+    spec = DecoderSpec(size=size, batch=batch, dtype=dtypes[dtype], device=where, repeats=repeats)
+    table = Table("direction", "decoder", "ms", "TFLOP/s", "image error", "gradient error", "peak GB")
+    failed = False
+    for row in measure_decoder(spec):
+        if record:
+            append_row("decoder", row)
+        if json_output:
+            print(json.dumps(row, sort_keys=True), flush=True)
+        for name, entry in row["contenders"].items():
+            failed = failed or bool(entry["failed"])
+            table.add_row(row["direction"], name, *_decoder_cells(entry))
+    if not json_output:
+        Console().print(table)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _decoder_cells(entry: dict[str, Any]) -> list[str]:
+    errors = entry["error"] or {}
+    cells = [f"{errors[n]:.2g}" if errors.get(n) is not None else "–" for n in ("image", "gradient")]
+    time = f"FAILED: {entry['failed']}" if entry["failed"] else f"{entry['milliseconds']['median']:.2f}"
+    return [time, str(entry["tflop_per_s"] or "–"), *cells, str(entry["peak_gb"] or "–")]
 
 
 def _numbers(text: str) -> list[int]:

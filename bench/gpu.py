@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 
 from synthkd.bench import adversarial
+from synthkd.bench.decoder import DIRECTIONS, DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
+from synthkd.bench.kernels import measure, workloads
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
 from synthkd.engine.index import write_atomically
+from synthkd.kernels.suites import SUITES
 
 STATE = Path("build/gpu/done.json")
 SEEDS = range(5)
@@ -40,10 +43,30 @@ def adversarial_part(seed: int) -> None:
     append_row("adversarial", row)
 
 
+def kernels_part(op: str) -> None:
+    """One op against plain torch; its rows appended together, so that a part that was cut short leaves none."""
+    device = torch.device("cuda")
+    for row in list(measure(workloads(device, [op]), device)):
+        append_row("kernels", row)
+        if not row["check"]["passed"]:
+            print(f"{op}: {row['case']}, {row['dtype']}: FAILED: {row['check']['reason']}", flush=True)
+
+
+def decoder_part(direction: str) -> None:
+    """SD 1.5's decoder at 512, batch 8, bfloat16, in one direction; its row appended."""
+    for row in measure_decoder(DecoderSpec(device=torch.device("cuda"), directions=(direction,))):
+        append_row("decoder", row)
+        for name, entry in row["contenders"].items():
+            if entry["failed"]:
+                print(f"decoder, {direction}: {name}: FAILED: {entry['failed']}", flush=True)
+
+
 def parts() -> dict[str, Callable[[], None]]:
-    """All parts by name, in the order in which they run."""
+    """All parts by name, in the order in which they run: the short ones first."""
+    short: dict[str, Callable[[], None]] = {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
+    short |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
-    return {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
+    return short | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
 
 
 def run_parts(todo: dict[str, Callable[[], None]], state: Path, minutes: float) -> list[str]:

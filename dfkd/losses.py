@@ -87,13 +87,3 @@ def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """float32 at least; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Distillation loss, a scalar: T^2 KL(softmax(t/T) || softmax(s/T)), mean over the batch (arXiv 1503.02531).
-
-    student_logits, teacher_logits: [B,K]; temperature T > 0.
-    """
-    s = F.log_softmax(student_logits / temperature, dim=1)
-    t = F.log_softmax(teacher_logits / temperature, dim=1)
-    return F.kl_div(s, t, reduction="batchmean", log_target=True) * temperature**2

@@ -27,11 +27,11 @@ from synthkd.dfkd.fields import (
     is_whole,
     whole,
 )
-from synthkd.dfkd.losses import kd_loss
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.teachers import Teacher
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
+from synthkd.kernels import kd_loss
 
 _KINDS: Mapping[str, Kind] = {
     "arch": TEXT,

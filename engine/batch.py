@@ -4,10 +4,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
+from synthkd.kernels import to_uint8
+
+__all__ = ["Batch", "SampleStream", "to_uint8"]
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,3 @@ class SampleStream(Protocol):
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order."""
         ...
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """images [B,3,H,W] float, 0..1 -> uint8, clamped and rounded half to even, channels_last memory."""
-    scaled = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
-    return scaled.contiguous(memory_format=torch.channels_last)

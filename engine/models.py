@@ -18,7 +18,7 @@ from synthkd.engine.families import PARTS, XL, check_index
 from synthkd.engine.latent_model import LatentModel
 from synthkd.engine.priors import decode_dtype, wrap_pipeline
 
-__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "resolve", "weights_digest", "wrap_pipeline"]
+__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline"]
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -198,6 +198,29 @@ def load_tiny_decoder(
             if found != wanted:
                 raise SynthkdError(f"guidance.decoder 'tiny:{path}': {found} {what}; this model's vae has {wanted}")
     return VaeDecoder(_settle(vae, device, dtype), vae.config.scaling_factor, vae.config.shift_factor)
+
+
+def random_vae(seed: int = 0, **config: Any) -> nn.Module:
+    """An AutoencoderKL of random weights, frozen, in float32 on the CPU: for benchmarks, where weights do not matter.
+
+    config: over that of Stable Diffusion 1.5. Raises SynthkdError without diffusers.
+    """
+    stages = len(config.get("block_out_channels", (0,) * 4))
+    fields = {
+        "down_block_types": ("DownEncoderBlock2D",) * stages,
+        "up_block_types": ("UpDecoderBlock2D",) * stages,
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": 512,
+        **config,
+    }
+    diffusers = _import_diffusers()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae: nn.Module = diffusers.AutoencoderKL(**fields)
+    return vae.eval().requires_grad_(False)
 
 
 def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -20,7 +20,7 @@ from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fuse import FuseChoice, Fuser
-from synthkd.engine.guidance import Guidance, Look, frozen
+from synthkd.engine.guidance import Guidance, Look, frozen, step_sizes
 from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
 from synthkd.engine.plan import Plan, WorkUnit
@@ -282,7 +282,7 @@ class Synthesizer:
                 event = augment.event_map(
                     unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
                 )
-                source, maps[i] = augment.compose(source, event), event.to(device)
+                source, maps[i] = augment.compose(source, event), event.to(device, torch.int32)
                 if recipe.cutmix.scope == "any":
                     target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
         targets.append(target)
@@ -291,7 +291,8 @@ class Synthesizer:
             for i, noisy in enumerate(self._tables.noisy)
         ]
         looks = self._looks(unit, seed, attempt)
-        return Steering(self.guidance, self._look, recipe.guidance, targets, maps, fresh, looks)
+        sizes = step_sizes(recipe.guidance, self._tables.rows.sigma)
+        return Steering(self.guidance, self._look, recipe.guidance, sizes, targets, maps, fresh, looks)
 
     def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[Look]]:
         spec, steps = self.recipe.guidance, self.recipe.steps

@@ -31,12 +31,25 @@ def implementation(name: Implementation) -> Iterator[None]:
     float64 always takes the reference. Raises ValueError for another name, RuntimeError for `triton` where it
     cannot run.
     """
-    global _chosen
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
     if name == "triton" and not (_TRITON and (torch.cuda.is_available() or interpreted())):
         why = "a CUDA device, or TRITON_INTERPRET=1 set before Python starts" if _TRITON else "the triton package"
         raise RuntimeError(f"implementation 'triton' needs {why}")
+    with _choose(name):
+        yield
+
+
+@contextmanager
+def planned() -> Iterator[None]:
+    """Every op takes its kernel on any machine; only for launches that are recorded dry: they could not run."""
+    with _choose("triton"):
+        yield
+
+
+@contextmanager
+def _choose(name: str) -> Iterator[None]:
+    global _chosen
     before, _chosen = _chosen, name
     try:
         yield

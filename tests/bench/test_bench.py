@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from synthkd.bench import digits, record
+from synthkd.bench import digits, gpu, record
 from synthkd.bench.gpu import run_parts
+from synthkd.kernels.suites import SUITES
 
 
 def test_row_names_commit_and_machine() -> None:
@@ -46,6 +47,27 @@ def test_parts_resume(tmp_path: Path) -> None:
     assert run_parts({"a": part("a"), "b": part("b")}, state, 9) == []
     assert ran == ["a", "b", "b"]
     assert run_parts({"a": part("a"), "c": part("c")}, state, -1) == ["c"]
+
+
+def test_short_parts_come_first() -> None:
+    """Every op, then the decoder both ways, then the seeds of the long suites."""
+    names = list(gpu.parts())
+    assert names[: len(SUITES)] == [f"kernels: {suite.name}" for suite in SUITES]
+    assert names[len(SUITES) : len(SUITES) + 2] == ["decoder: forward", "decoder: forward+input gradient"]
+    assert all("seed" in name for name in names[len(SUITES) + 2 :])
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_kernel_part_appends_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], passed: bool
+) -> None:
+    """A failed check is told, and its row kept."""
+    row = {"case": "a", "dtype": "float32", "check": {"passed": passed, "reason": "output 0"}}
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "measure", lambda todo, device: iter([row, row]))
+    gpu.kernels_part(SUITES[0].name)
+    assert len((tmp_path / "kernels.jsonl").read_text().splitlines()) == 2
+    assert ("FAILED: output 0" in capsys.readouterr().out) is not passed
 
 
 def test_smaller_sets_are_scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from synthkd.dfkd.losses import bn_distance, class_scores, disagreement, entropy, head_alignment, kd_loss
+from synthkd.dfkd.losses import bn_distance, class_scores, disagreement, entropy, head_alignment
 from synthkd.dfkd.methods import TeacherGuidance
 from synthkd.dfkd.nets import build_net
 from synthkd.dfkd.teachers import Teacher
 from synthkd.engine.errors import SynthkdError
+from synthkd.kernels import kd_loss
 
 
 def teacher64() -> Teacher:
