@@ -5,5 +5,6 @@ from synthkd.kernels.kd_loss.cases import SUITE as KD_LOSS
 from synthkd.kernels.predict_x0.cases import SUITE as PREDICT_X0
 from synthkd.kernels.sum_of_squares.cases import SUITE as SUM_OF_SQUARES
 from synthkd.kernels.to_uint8.cases import SUITE as TO_UINT8
+from synthkd.kernels.upsample2x_conv3x3.cases import SUITE as UPSAMPLE2X_CONV3X3
 
-SUITES = (GUIDED_STEP, KD_LOSS, PREDICT_X0, SUM_OF_SQUARES, TO_UINT8)
+SUITES = (GUIDED_STEP, KD_LOSS, PREDICT_X0, SUM_OF_SQUARES, TO_UINT8, UPSAMPLE2X_CONV3X3)
