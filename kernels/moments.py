@@ -17,14 +17,35 @@ from synthkd.kernels.layout import Rows
 
 PROGRAMS = 2048  # several waves of 132 multiprocessors; fewer programs would leave a long tail
 TILE = 2048  # values in a tile: 16 per thread, two 16-byte loads of a half precision
-MAX_STEPS = 8
+MAX_STEPS = 32
+FEW_STEPS = 4  # of an elementwise pass: what is read per channel is read once for them
+
+
+@triton.jit
+def run_of(c, BC: tl.constexpr):
+    """Run of this program and the first channel of its block; in int32, as divisions of int64 are slow."""
+    pid, c_blocks = tl.program_id(0), tl.cdiv(c, BC)
+    run = pid // c_blocks
+    return run, (pid - run * c_blocks) * BC
+
+
+@triton.jit
+def place(run, k, blocks, runs, ACROSS: tl.constexpr, STEPS: tl.constexpr):
+    """Sample and position block of tile k of a run; with ACROSS a run goes on into the next sample."""
+    if ACROSS:
+        sample = (run * STEPS + k) // blocks
+        block = run * STEPS + k - sample * blocks
+    else:
+        sample = run // runs
+        block = (run - sample * runs) * STEPS + k
+    return sample, block
 
 
 @triton.jit
 def tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS: tl.constexpr, BC: tl.constexpr):
     """Offset of a tile (int64), those within it (int32), and the count of its positions that exist."""
-    s0 = block.to(tl.int32) * BS
-    base = sample * stride_n + s0.to(tl.int64) * stride_s + c0.to(tl.int64) * stride_c
+    s0 = block * BS
+    base = sample.to(tl.int64) * stride_n + s0.to(tl.int64) * stride_s + c0.to(tl.int64) * stride_c
     local = tl.arange(0, BS)[:, None] * stride_s + tl.arange(0, BC)[None, :] * stride_c
     count = tl.where(sample < n, tl.minimum(tl.maximum(s - s0, 0), BS), 0)
     return base, local, count
@@ -33,19 +54,8 @@ def tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS: tl.conste
 @triton.jit
 def tile_mask(sample, block, n, s, c0, c, BS: tl.constexpr, BC: tl.constexpr):
     """Which values of a tile exist [BS,BC]."""
-    in_s = (block.to(tl.int32) * BS + tl.arange(0, BS) < s) & (sample < n)
+    in_s = (block * BS + tl.arange(0, BS) < s) & (sample < n)
     return in_s[:, None] & (c0 + tl.arange(0, BC) < c)[None, :]
-
-
-@triton.jit
-def _place(run, k, blocks, runs, ACROSS: tl.constexpr, STEPS: tl.constexpr):
-    """Sample and position block of tile k of a run; with ACROSS a run goes on into the next sample."""
-    if ACROSS:
-        tile = run * STEPS + k
-        sample, block = tile // blocks, tile % blocks
-    else:
-        sample, block = run // runs, (run % runs) * STEPS + k
-    return sample, block
 
 
 @triton.jit
@@ -66,11 +76,9 @@ def _partials(
     SHIFT: tl.constexpr, ADD: tl.constexpr, ACROSS: tl.constexpr,
     STEPS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c_blocks = tl.cdiv(c, BC)
-    run, c0 = pid // c_blocks, (pid % c_blocks).to(tl.int32) * BC
+    run, c0 = run_of(c, BC)
     in_c = c0 + tl.arange(0, BC) < c
-    sample, block = _place(run, 0, blocks, runs, ACROSS, STEPS)
+    sample, block = place(run, 0, blocks, runs, ACROSS, STEPS)
     base, local, valid = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
     mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
     v = _load(x, residual, total, base + local, mask, ADD)
@@ -83,8 +91,8 @@ def _partials(
     first = tl.sum(v, axis=0) / found
     d = tl.where(mask, v - first[None, :], 0.0)
     one, two = d, d * d
-    for k in tl.static_range(1, STEPS):
-        sample, block = _place(run, k, blocks, runs, ACROSS, STEPS)
+    for k in range(1, STEPS):
+        sample, block = place(run, k, blocks, runs, ACROSS, STEPS)
         base, local, valid = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
         mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
         v = _load(x, residual, total, base + local, mask, ADD)
@@ -95,7 +103,7 @@ def _partials(
         two += d * d
         found += valid.to(tl.float32)
     off = tl.sum(one, axis=0) / found
-    to = run * c + c0 + tl.arange(0, BC)
+    to = run.to(tl.int64) * c + c0 + tl.arange(0, BC)
     tl.store(mean + to, first + off, mask=in_c)
     tl.store(m2 + to, tl.maximum(tl.sum(two, axis=0) - found * off * off, 0.0), mask=in_c)
     tl.store(count + run, found, mask=c0 == 0)
@@ -159,12 +167,12 @@ def tiles(r: Rows) -> Tiles:
     return Tiles(bs, bc, cdiv(r.s, bs), cdiv(r.c, bc))
 
 
-def steps(programs: int, longest: int) -> int:
-    """Tiles of a run, a power of two: as many as leave PROGRAMS of the given programs, `longest` or so at most."""
-    found = 1
-    while found < min(MAX_STEPS, longest) and programs >= 2 * found * PROGRAMS:
-        found *= 2
-    return found
+def runs_of(r: Rows, t: Tiles, *, across: bool = False, most: int = MAX_STEPS) -> tuple[int, int]:
+    """Tiles of a run, a power of two up to `most`, that leave PROGRAMS; and runs, of a sample or, across, of all."""
+    tiles, k = r.n * t.blocks if across else t.blocks, 1
+    while k < min(most, tiles) and r.n * t.blocks * t.c_blocks >= 2 * k * PROGRAMS:
+        k *= 2
+    return k, cdiv(tiles, k)
 
 
 class Partials(NamedTuple):
@@ -181,8 +189,7 @@ def partial_moments(
 ) -> Partials:
     """Moments of x, or of x + residual, which goes to `total`; across: runs may span samples, as P = runs then."""
     t = tiles(r)
-    k = steps(r.n * t.blocks * t.c_blocks, r.n * t.blocks if across else t.blocks)
-    runs = cdiv(r.n * t.blocks if across else t.blocks, k)
+    k, runs = runs_of(r, t, across=across)
     parts = runs if across else r.n * runs
     mean = torch.empty((parts, r.c), dtype=torch.float32, device=r.x.device)
     m2, count = torch.empty_like(mean), torch.empty((parts,), dtype=torch.float32, device=r.x.device)

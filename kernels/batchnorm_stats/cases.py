@@ -55,13 +55,14 @@ SUITE = Suite(
         _case("vectors", (33, 130)),
         _case("tokens", (3, 192, 11), last=True),
         _case("volumes", (2, 3, 3, 5, 7)),
-        _case("runs of tiles over samples", (1031, 2, 17, 16), last=False),
         _case("ResNet layer x 8", (8, 64, 56, 56), "cpu"),
         *(_case(name, shape, "gpu") for name, shape in _GPU),
         *(_case(f"{name}, channels_last", shape, "gpu", last=True) for name, shape in _GPU),
     ),
     tolerances={
-        torch.float32: Tolerance(rtol=2e-6, atol=1e-6, reason="sums of up to 3e5 values of size 1 in float32, in trees"),
+        torch.float32: Tolerance(
+            rtol=2e-6, atol=1e-6, reason="sums of up to 1e4 values of size 1 in float32, in trees"
+        ),
         torch.float16: Tolerance(rtol=2**-10, atol=2e-6, reason="gradients are rounded to 11 bits, and to 2^-24"),
         torch.bfloat16: Tolerance(
             rtol=2**-7, atol=2e-6, reason="gradients are rounded to 8 bits; the interpreter truncates, so a whole unit"

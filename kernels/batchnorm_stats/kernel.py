@@ -7,26 +7,35 @@ from torch import Tensor
 
 from synthkd.kernels.launch import launch
 from synthkd.kernels.layout import Rows, rows
-from synthkd.kernels.moments import merged, partial_moments, tile_at, tile_mask, tiles
+from synthkd.kernels.moments import (
+    FEW_STEPS,
+    merged,
+    partial_moments,
+    place,
+    run_of,
+    runs_of,
+    tile_at,
+    tile_mask,
+    tiles,
+)
 
 
 @triton.jit
 def _backward(
     x, mean, to_mean, to_m2, out, n, s, c, stride_n, stride_c, stride_s, blocks, share,
-    BS: tl.constexpr, BC: tl.constexpr,
+    STEPS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c_blocks = tl.cdiv(c, BC)
-    tile, c0 = pid // c_blocks, (pid % c_blocks).to(tl.int32) * BC
-    sample, block = tile // blocks, tile % blocks
-    base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
-    mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
+    run, c0 = run_of(c, BC)
     at, in_c = c0 + tl.arange(0, BC), c0 + tl.arange(0, BC) < c
-    m = tl.load(mean + at, mask=in_c)
-    a = tl.load(to_mean + at, mask=in_c).to(tl.float32) * share
-    b = tl.load(to_m2 + at, mask=in_c).to(tl.float32) * 2.0
-    v = tl.load(x + base + local, mask=mask).to(tl.float32)
-    tl.store(out + base + local, a[None, :] + b[None, :] * (v - m[None, :]), mask=mask)
+    m = tl.load(mean + at, mask=in_c)[None, :]
+    a = (tl.load(to_mean + at, mask=in_c).to(tl.float32) * share)[None, :]
+    b = (tl.load(to_m2 + at, mask=in_c).to(tl.float32) * 2.0)[None, :]
+    for k in range(STEPS):
+        sample, block = place(run, k, blocks, 0, True, STEPS)
+        base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
+        mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
+        v = tl.load(x + base + local, mask=mask).to(tl.float32)
+        tl.store(out + base + local, a + b * (v - m), mask=mask)
 
 
 def _pooled(x: Tensor) -> Rows:
@@ -47,8 +56,10 @@ def backward(x: Tensor, mean: Tensor, to_mean: Tensor, to_m2: Tensor) -> Tensor:
     """Gradient like x, from those of mean and M2 [C]."""
     r = _pooled(x)
     t, out = tiles(r), torch.empty_like(r.x)
+    k, runs = runs_of(r, t, across=True, most=FEW_STEPS)
     launch(
-        _backward, (r.n * t.blocks * t.c_blocks,), r.x, mean, to_mean, to_m2, out,
-        r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, t.blocks, x.shape[1] / x.numel(), BS=t.bs, BC=t.bc,
+        _backward, (runs * t.c_blocks,), r.x, mean, to_mean, to_m2, out,
+        r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, t.blocks, x.shape[1] / x.numel(),
+        STEPS=k, BS=t.bs, BC=t.bc,
     )  # fmt: skip
     return out

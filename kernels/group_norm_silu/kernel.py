@@ -5,9 +5,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from synthkd.kernels.launch import cdiv, launch, next_power_of_2
+from synthkd.kernels.launch import launch, next_power_of_2
 from synthkd.kernels.layout import rows
-from synthkd.kernels.moments import TILE, merged, partial_moments, steps, tile_at, tile_mask, tiles
+from synthkd.kernels.moments import (
+    FEW_STEPS,
+    TILE,
+    merged,
+    partial_moments,
+    place,
+    run_of,
+    runs_of,
+    tile_at,
+    tile_mask,
+    tiles,
+)
 
 
 @triton.jit
@@ -30,19 +41,18 @@ def _through_silu(g, u):
 
 @triton.jit
 def _apply(
-    x, mean, rstd, weight, bias, out, n, s, c, stride_n, stride_c, stride_s, blocks, groups, d,
-    BS: tl.constexpr, BC: tl.constexpr,
+    x, mean, rstd, weight, bias, out, n, s, c, stride_n, stride_c, stride_s, runs, groups, d,
+    STEPS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c_blocks = tl.cdiv(c, BC)
-    tile, c0 = pid // c_blocks, (pid % c_blocks).to(tl.int32) * BC
-    sample, block = tile // blocks, tile % blocks
-    base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
-    mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
-    m, r, w, b = _per_channel(mean, rstd, weight, bias, sample, c0, c, groups, d, BC)
-    v = tl.load(x + base + local, mask=mask).to(tl.float32)
-    u = (v - m) * r * w + b
-    tl.store(out + base + local, u / (1.0 + tl.exp(-u)), mask=mask)
+    run, c0 = run_of(c, BC)
+    m, r, w, b = _per_channel(mean, rstd, weight, bias, run // runs, c0, c, groups, d, BC)
+    for k in range(STEPS):
+        sample, block = place(run, k, 0, runs, False, STEPS)
+        base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
+        mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
+        v = tl.load(x + base + local, mask=mask).to(tl.float32)
+        u = (v - m) * r * w + b
+        tl.store(out + base + local, u / (1.0 + tl.exp(-u)), mask=mask)
 
 
 @triton.jit
@@ -50,14 +60,11 @@ def _sums(
     x, grad, mean, rstd, weight, bias, to_bias, to_weight, n, s, c, stride_n, stride_c, stride_s, runs, groups, d,
     STEPS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c_blocks = tl.cdiv(c, BC)
-    run, c0 = pid // c_blocks, (pid % c_blocks).to(tl.int32) * BC
-    sample = run // runs
-    m, r, w, b = _per_channel(mean, rstd, weight, bias, sample, c0, c, groups, d, BC)
+    run, c0 = run_of(c, BC)
+    m, r, w, b = _per_channel(mean, rstd, weight, bias, run // runs, c0, c, groups, d, BC)
     one, two = tl.zeros((BS, BC), tl.float32), tl.zeros((BS, BC), tl.float32)
-    for k in tl.static_range(STEPS):
-        block = (run % runs) * STEPS + k
+    for k in range(STEPS):
+        sample, block = place(run, k, 0, runs, False, STEPS)
         base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
         mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
         v = tl.load(x + base + local, mask=mask, other=0.0).to(tl.float32)
@@ -66,7 +73,7 @@ def _sums(
         du = _through_silu(g, xhat * w + b)
         one += du
         two += du * xhat
-    to = run * c + c0 + tl.arange(0, BC)
+    to = run.to(tl.int64) * c + c0 + tl.arange(0, BC)
     in_c = c0 + tl.arange(0, BC) < c
     tl.store(to_bias + to, tl.sum(one, axis=0), mask=in_c)
     tl.store(to_weight + to, tl.sum(two, axis=0), mask=in_c)
@@ -99,26 +106,26 @@ def _coefficients(
 
 @triton.jit
 def _backward(
-    x, grad, grad_total, mean, rstd, weight, bias, c1, c2, out, n, s, c, stride_n, stride_c, stride_s, blocks, groups,
-    d, ADD: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+    x, grad, grad_total, mean, rstd, weight, bias, c1, c2, out, n, s, c, stride_n, stride_c, stride_s, runs, groups, d,
+    ADD: tl.constexpr, STEPS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
-    c_blocks = tl.cdiv(c, BC)
-    tile, c0 = pid // c_blocks, (pid % c_blocks).to(tl.int32) * BC
-    sample, block = tile // blocks, tile % blocks
-    base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
-    mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
-    m, r, w, b = _per_channel(mean, rstd, weight, bias, sample, c0, c, groups, d, BC)
+    run, c0 = run_of(c, BC)
+    m, r, w, b = _per_channel(mean, rstd, weight, bias, run // runs, c0, c, groups, d, BC)
     at, in_c = c0 + tl.arange(0, BC), c0 + tl.arange(0, BC) < c
-    level = tl.load(c1 + sample * groups + at // d, mask=in_c, other=0.0)[None, :]
-    slope = tl.load(c2 + sample * groups + at // d, mask=in_c, other=0.0)[None, :]
-    v = tl.load(x + base + local, mask=mask).to(tl.float32)
-    g = tl.load(grad + base + local, mask=mask).to(tl.float32)
-    xhat = (v - m) * r
-    dx = r * (w * _through_silu(g, xhat * w + b) - level - xhat * slope)
-    if ADD:
-        dx += tl.load(grad_total + base + local, mask=mask).to(tl.float32)
-    tl.store(out + base + local, dx, mask=mask)
+    g = (run // runs) * groups + at // d
+    level = tl.load(c1 + g, mask=in_c, other=0.0)[None, :]
+    slope = tl.load(c2 + g, mask=in_c, other=0.0)[None, :]
+    for k in range(STEPS):
+        sample, block = place(run, k, 0, runs, False, STEPS)
+        base, local, _ = tile_at(sample, block, n, s, c0, stride_n, stride_c, stride_s, BS, BC)
+        mask = tile_mask(sample, block, n, s, c0, c, BS, BC)
+        v = tl.load(x + base + local, mask=mask).to(tl.float32)
+        du = tl.load(grad + base + local, mask=mask).to(tl.float32)
+        xhat = (v - m) * r
+        dx = r * (w * _through_silu(du, xhat * w + b) - level - xhat * slope)
+        if ADD:
+            dx += tl.load(grad_total + base + local, mask=mask).to(tl.float32)
+        tl.store(out + base + local, dx, mask=mask)
 
 
 def forward(
@@ -130,9 +137,11 @@ def forward(
     parts = partial_moments(r, across=False, residual=residual, total=None if residual is None else total)
     mean, rstd = merged(parts, r.n, num_groups, eps=eps)
     t = tiles(r)
+    k, runs = runs_of(r, t, most=FEW_STEPS)
     launch(
-        _apply, (r.n * t.blocks * t.c_blocks,), x if residual is None else total, mean, rstd, weight, bias, out,
-        r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, t.blocks, num_groups, r.c // num_groups, BS=t.bs, BC=t.bc,
+        _apply, (r.n * runs * t.c_blocks,), x if residual is None else total, mean, rstd, weight, bias, out,
+        r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, runs, num_groups, r.c // num_groups,
+        STEPS=k, BS=t.bs, BC=t.bc,
     )  # fmt: skip
     return out, total, mean, rstd
 
@@ -143,8 +152,7 @@ def _reduced(
     """Sums over positions of du and du xhat [N,C], and the means over a group [N,G] of w du and w du xhat."""
     r, groups = rows(x), mean.shape[1]
     t, d = tiles(r), r.c // groups
-    k = steps(r.n * t.blocks * t.c_blocks, t.blocks)
-    runs = cdiv(t.blocks, k)
+    k, runs = runs_of(r, t)
     part_bias = torch.empty((r.n * runs, r.c), dtype=torch.float32, device=x.device)
     part_weight = torch.empty_like(part_bias)
     launch(
@@ -168,9 +176,10 @@ def backward(
     to_bias, to_weight, c1, c2 = _reduced(x, grad, mean, rstd, weight, bias)
     r, groups = rows(x), mean.shape[1]
     t, out = tiles(r), torch.empty_like(x)
+    k, runs = runs_of(r, t, most=FEW_STEPS)
     launch(
-        _backward, (r.n * t.blocks * t.c_blocks,), x, grad, grad if grad_total is None else grad_total,
-        mean, rstd, weight, bias, c1, c2, out, r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, t.blocks, groups,
-        r.c // groups, ADD=grad_total is not None, BS=t.bs, BC=t.bc,
+        _backward, (r.n * runs * t.c_blocks,), x, grad, grad if grad_total is None else grad_total,
+        mean, rstd, weight, bias, c1, c2, out, r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, runs, groups,
+        r.c // groups, ADD=grad_total is not None, STEPS=k, BS=t.bs, BC=t.bc,
     )  # fmt: skip
     return out, to_weight, to_bias
