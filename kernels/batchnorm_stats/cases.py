@@ -60,9 +60,7 @@ SUITE = Suite(
         *(_case(f"{name}, channels_last", shape, "gpu", last=True) for name, shape in _GPU),
     ),
     tolerances={
-        torch.float32: Tolerance(
-            rtol=2e-6, atol=1e-6, reason="sums of up to 1e4 values of size 1 in float32, in trees"
-        ),
+        torch.float32: Tolerance(rtol=2e-6, atol=1e-6, reason="sums of up to 1e4 values of size 1 in float32"),
         torch.float16: Tolerance(rtol=2**-10, atol=2e-6, reason="gradients are rounded to 11 bits, and to 2^-24"),
         torch.bfloat16: Tolerance(
             rtol=2**-7, atol=2e-6, reason="gradients are rounded to 8 bits; the interpreter truncates, so a whole unit"
