@@ -180,7 +180,7 @@ class Partials(NamedTuple):
 
     mean: Tensor
     m2: Tensor
-    count: Tensor
+    counts: Tensor
     runs: int
 
 
@@ -213,7 +213,7 @@ def merged(
     mean = torch.empty((samples, groups), dtype=torch.float32, device=p.mean.device)
     second = torch.empty_like(mean)
     launch(
-        _merge, (samples * cdiv(groups, bg),), p.mean, p.m2, p.count, p.mean if shift is None else shift, mean, second,
+        _merge, (samples * cdiv(groups, bg),), p.mean, p.m2, p.counts, p.mean if shift is None else shift, mean, second,
         p.runs, c, groups, d, 0.0 if eps is None else eps,
         SHIFT=shift is not None, RSTD=eps is not None, BE=be, BG=next_power_of_2(bg),
     )  # fmt: skip
