@@ -43,6 +43,17 @@ PLANTED: dict[str, list[tuple[str, str]]] = {
         ("mask=at < n, other", "mask=at <= n, other"),
         ("partial + sample * parts + at", "partial + at"),
     ],
+    "upsample2x_conv3x3": [
+        ("both += tl.load(bias", "both -= tl.load(bias"),
+        ("at = ((y + 1) // 2) * (w + 1) + j", "at = (y // 2) * (w + 1) + j"),
+        ("size + at + 1, mask", "size + at, mask"),
+        ("y = 2 * a - p", "y = 2 * a + p"),
+        ("tl.where(b == w, 0, b + 1)", "tl.where(b == w, 0, b)"),
+        ("v += tl.load(bias", "v -= tl.load(bias"),
+        ("* (w + 1) + (x + 1) // 2", "* (w + 1) + x // 2"),
+        ("y, x = 2 * a - phase // 2,", "y, x = 2 * a + phase // 2,"),
+        ("(y < 2 * h) & (x >= 0) & (x < 2 * w)", "(y < 2 * h) & (x < 2 * w)"),
+    ],
 }  # fmt: skip
 
 
