@@ -11,7 +11,7 @@ from synthkd.kernels.group_norm_silu import add_group_norm_silu, add_reference, 
 
 
 def _arguments(
-    shape: tuple[int, ...], groups: int, add: bool, last: bool, mixed: bool, wide: bool
+    shape: tuple[int, ...], groups: int, add: bool, last: bool, mixed: bool, wide: bool, eps: float
 ) -> Callable[[Maker], Arguments]:
     def make(m: Maker) -> Arguments:
         dtype = torch.float32 if wide else m.dtype
@@ -21,7 +21,7 @@ def _arguments(
             halves = {"x": m.randn(*shape, channels_last=last)}
         weight = m.place(1 + m.randn(shape[1], dtype=dtype, scale=0.3))
         bias = m.randn(shape[1], dtype=dtype, scale=0.3)
-        return {**halves, "num_groups": groups, "weight": weight, "bias": bias, "eps": 1e-6}
+        return {**halves, "num_groups": groups, "weight": weight, "bias": bias, "eps": eps}
 
     return make
 
@@ -48,7 +48,7 @@ def _case(
     inputs = ("x", "residual") if add else ("x",)
     return Case(
         name=name,
-        arguments=_arguments(shape, groups, add, last, mixed, wide),
+        arguments=_arguments(shape, groups, add, last, mixed, wide, 1e-6 if measured else 0.05),
         differentiable=inputs if frozen else (*inputs, "weight", "bias"),
         traffic=lambda size: (5 * n * size, 6 * n * size) if add else (3 * n * size, 5 * n * size),
         measured=measured,

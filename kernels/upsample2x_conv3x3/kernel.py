@@ -53,12 +53,15 @@ def _deinterleave_planes(grad, out, co, h, w, size, across, down, BY: tl.constex
     both = tl.load(grad + (plane * 2 * h + y) * (2 * w) + x, mask=seen, other=0.0).to(tl.float32)
     even, odd = tl.split(tl.reshape(both, (BY, BJ, 2)))
     b = (tile % across) * BJ + tl.arange(0, BJ)[None, :]
-    phase = n * 4 + 2 * p
-    inside = (r < 2 * h + 2) & (b < w + 1)
-    tl.store(out + (phase * co + c) * size + a * (w + 1) + b, even, mask=inside)
-    # what lies behind the last column is zero, as is what belongs before the first
-    turned = a * (w + 1) + tl.where(b == w, 0, b + 1)
-    tl.store(out + ((phase + 1) * co + c) * size + turned, odd, mask=inside)
+    rows = r < 2 * h + 2
+    zeroth = out + ((n * 4 + 2 * p) * co + c) * size + a * (w + 1)
+    first = out + ((n * 4 + 2 * p + 1) * co + c) * size + a * (w + 1)
+    tl.store(zeroth + b, even, mask=rows & (b < w))
+    tl.store(first + b + 1, odd, mask=rows & (b < w))
+    border = rows & (tile % across == 0)
+    nothing = tl.zeros([BY, 1], dtype=tl.float32)
+    tl.store(zeroth + w, nothing, mask=border)
+    tl.store(first, nothing, mask=border)
 
 
 @triton.jit
@@ -145,9 +148,9 @@ def deinterleave(grad: Tensor, out: Tensor) -> None:
             _deinterleave_pixels, (n * (h + 1) * across, 4 * tiles), grad, out, co, h, w, across, tiles, BX=bx, BC=bc
         )
     else:
-        by, bj = _blocks(w + 1, 256)
+        by, bj = _blocks(w, 256)
         by = min(by // 2, next_power_of_2(2 * h + 2))
-        across, down = cdiv(w + 1, bj), cdiv(2 * h + 2, by)
+        across, down = cdiv(w, bj), cdiv(2 * h + 2, by)
         launch(
             _deinterleave_planes,
             (n * co * across * down,),
