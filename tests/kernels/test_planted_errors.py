@@ -23,7 +23,7 @@ PLANTED: dict[str, list[tuple[str, str]]] = {
     "batchnorm_stats": [
         ("v = v - near[None, :]", "v = v + near[None, :]"),
         ("centre += tl.load(shift + g", "centre -= tl.load(shift + g"),
-        ("b[None, :] * (v - m[None, :])", "b[None, :] * (v + m[None, :])"),
+        ("a + b * (v - m)", "a + b * (v + m)"),
         ("to_mean + at, mask", "to_mean + tl.arange(0, BC), mask"),
         ("tl.load(to_m2 + at, mask=in_c).to(tl.float32) * 2.0", "tl.load(to_m2 + at, mask=in_c).to(tl.float32)"),
         ("two += d * d", "two -= d * d"),
