@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
@@ -110,7 +110,9 @@ def kernels(
 
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     names = [n for n in ("kernel", "reference", "compiled", "stock") if any(n in (row["speed"] or {}) for row in rows)]
-    table = Table("workload", "direction", *(f"{name}, us" for name in names), "GB/s", "% of copy", "check")
+    table = Table(
+        Column("workload", min_width=32), "direction", *(f"{name}, us" for name in names), "GB/s", "% of copy", "check"
+    )
     for row in rows:
         speed = row["speed"] or {}
         times = (f"{speed[n]['median']:.1f}" if n in speed else "–" for n in names)

@@ -228,6 +228,15 @@ def source_hash(module: str) -> str:
     return hashlib.sha256(b"".join(p.read_bytes() for p in (path, *shared))).hexdigest()
 
 
+def all_kernels() -> set[tuple[str, str]]:
+    """(op, kernel) of every jit function under kernels/ that is launched; op: the folder, or a shared file's name."""
+    return {
+        (path.parent.name if path.name == "kernel.py" else path.stem, name)
+        for path in KERNELS.rglob("*.py")
+        for name in kernels_in(path)
+    }
+
+
 def kernels_in(path: Path) -> set[str]:
     """Names of the jit functions of a file that no other of them uses: those that are launched."""
     jits = [
@@ -240,7 +249,7 @@ def kernels_in(path: Path) -> set[str]:
 
 
 def row_of(build: Build, uses: Uses, arch: int) -> dict[str, Any]:
-    """A row of the table; op: the folder of the kernel."""
+    """A row of the table; op as in `all_kernels`."""
     module = build.kernel.fn.__module__
     return {
         "op": module.split(".")[2],
