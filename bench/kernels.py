@@ -165,7 +165,8 @@ def call_of(op: Op, case: Case, arguments: Arguments, direction: str) -> Call:
 def _speed(work: Workload, direction: str, device: torch.device, ceiling: float, repeats: int) -> dict[str, Any]:
     arguments = work.case.arguments(Maker(device, work.dtype))
     watch, calls, warm, failed = Stopwatch(device), {}, {}, {}
-    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch._dynamo.reset()  # or the limit of recompilations is met
     for name, op in contenders(work.suite, arguments, device).items():
         try:
             call = call_of(op, work.case, arguments, direction)

@@ -224,7 +224,8 @@ def faults(row: Mapping[str, Any]) -> list[str]:
 def source_hash(module: str) -> str:
     """SHA-256 of a kernel's module and of the modules of this package whose jit functions it uses."""
     path = Path(inspect.getfile(importlib.import_module(module)))
-    shared = [KERNELS / "moments.py"] if "synthkd.kernels.moments" in path.read_text() else []
+    text = path.read_text()
+    shared = [p for p in sorted(KERNELS.glob("*.py")) if kernels_in(p) and p != path and p.stem in text]
     return hashlib.sha256(b"".join(p.read_bytes() for p in (path, *shared))).hexdigest()
 
 
