@@ -109,7 +109,8 @@ def watch(layers: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
     def hook(name: str) -> Any:
         def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            seen(name, layer, batchnorm_stats(x.movedim(_channel_axis(layer, x), 1)))
+            near = getattr(layer, "running_mean", None)
+            seen(name, layer, batchnorm_stats(x.movedim(_channel_axis(layer, x), 1), near))
 
         return before
 

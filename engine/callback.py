@@ -9,10 +9,10 @@ from torch import Tensor
 
 from synthkd.engine.config import GuidanceSpec
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.guidance import Guidance, Terms, frozen, guidance_gradient, step_size, sum_of_squares
+from synthkd.engine.guidance import Guidance, Terms, frozen, guidance_gradient, step_size, step_sizes
 from synthkd.engine.priors import wrap_pipeline
 from synthkd.engine.schedule import Coefficients, Tables, solver_tables
-from synthkd.kernels import predict_x0
+from synthkd.kernels import predict_x0, sum_of_squares
 from synthkd.kernels.guided_step import normalised_direction
 
 _SAMPLERS = {
@@ -105,7 +105,7 @@ class GuidanceCallback:
         levels = self._sampler == "euler"  # whose latents are x0 + level eps, not of unit variance
         z = sample * c.alpha.to(sample.dtype) if levels else sample
         x0 = predict_x0(z, out, None, 1.0, c.alpha, c.sigma, tables.prediction_type)
-        shift = self._shift(x0, c, index, calls)
+        shift = self._shift(x0, step_sizes(self._spec, tables.rows.sigma)[index])
         if tables.multistep:
             history = pipe.scheduler.model_outputs
             history[-1] = (history[-1].to(shift.dtype) - shift).to(history[-1].dtype)
@@ -135,7 +135,7 @@ class GuidanceCallback:
             self._made = theirs, tables
         return self._made[1]
 
-    def _shift(self, x0: Tensor, c: Coefficients, index: int, calls: int) -> Tensor:
+    def _shift(self, x0: Tensor, planned: Tensor) -> Tensor:
         """step g / rms(g), what x0' falls below x0, [B,C,h,w]."""
         spec, loss_of = self._spec, self._guidance
         with torch.enable_grad(), frozen([self._model.decoder.module, *loss_of.modules()]):
@@ -144,7 +144,7 @@ class GuidanceCallback:
             grad, loss, terms = guidance_gradient(loss_of, self._model.decoder, leaf, leaf, targets)
         self.log.append(terms)
         sumsq = sum_of_squares(grad)
-        step = step_size(spec, c.sigma, index, calls, loss, sumsq, grad[0].numel())
+        step = step_size(spec, planned, loss, sumsq, grad[0].numel())
         return step.view(-1, 1, 1, 1) * normalised_direction(grad, sumsq)
 
     def _share(self, c: Coefficients, levels: bool) -> Tensor:

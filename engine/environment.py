@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from synthkd.kernels.dispatch import backend
+
 _LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "transformers", "synthkd")
 
 
@@ -22,8 +24,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, micro_batch: int, threads: int | None = None) -> dict[str, Any]:
-    """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend."""
+def environment(device: torch.device, micro_batch: int, threads: int | None = None, fused: str = "") -> dict[str, Any]:
+    """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend.
+
+    fused: which networks run this project's ops in place of their own (`Synthesizer.fused`); "" for none.
+    """
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
     return {
@@ -31,9 +36,14 @@ def environment(device: torch.device, micro_batch: int, threads: int | None = No
         "device": f"{device.type}: {processor}",
         "threads": 0 if cuda else threads or torch.get_num_threads(),
         "micro_batch": micro_batch,
-        "backend": "eager",
+        "backend": _backend(device, fused),
         "versions": versions(),
     }
+
+
+def _backend(device: torch.device, fused: str) -> str:
+    ops = "triton" if backend(device) == "triton" else "eager"
+    return f"{ops}, fused {fused}" if fused else ops
 
 
 def environment_key(detail: dict[str, Any]) -> str:

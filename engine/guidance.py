@@ -69,40 +69,43 @@ def guidance_gradient(
     """Gradient of the loss of decode(x0) with respect to `leaf` (x0 itself, or the z_t it was computed from).
 
     x0, leaf: latents [B,C,H,W]; looks: further views of the decoded images (images -> images), over which and the
-    plain one the loss is a mean (arXiv 2403.12404). Returns the gradient, shaped like leaf, float32 at
-    least; the loss []; and the detached terms of the plain view.
+    plain one the loss is a mean (arXiv 2403.12404). Returns the gradient like leaf (float32 where leaf is float16,
+    whose range it may leave); the loss []; and the detached terms of the plain view.
     """
     images = decode(x0).clamp(0.0, 1.0)
     loss, terms = loss_of(images, targets)
     for look in looks:
         loss = loss + loss_of(look(images), targets)[0]
     loss = loss / (1 + len(looks))
-    scale = HALF_LOSS_SCALE if x0.dtype == torch.float16 else 1.0
-    (grad,) = torch.autograd.grad(loss * scale, leaf)
-    wide = grad.detach().to(torch.promote_types(grad.dtype, torch.float32))
-    return wide / scale, loss.detach(), {name: term.detach() for name, term in terms.items()}
+    half = x0.dtype == torch.float16
+    (grad,) = torch.autograd.grad(loss * HALF_LOSS_SCALE if half else loss, leaf)
+    grad = grad.detach().float() / HALF_LOSS_SCALE if half else grad.detach()
+    return grad, loss.detach(), {name: term.detach() for name, term in terms.items()}
 
 
-def sum_of_squares(grad: Tensor) -> Tensor:
-    """Per-sample sum of squares [B] of a gradient [B,C,H,W], in float32 at least."""
-    return grad.to(torch.promote_types(grad.dtype, torch.float32)).square().sum(dim=(1, 2, 3))
+def step_sizes(spec: GuidanceSpec, sigma: Tensor) -> Tensor:
+    """Root-mean-square size of the update of x0 at each call, [n] like sigma [n], made before the loop.
 
-
-def step_size(
-    spec: GuidanceSpec, sigma: Tensor, call: int, calls: int, loss: Tensor, sumsq: Tensor, numel: int
-) -> Tensor:
-    """Root-mean-square size of the update of x0 at a call: 0-d, or [B] where it depends on the gradient.
-
-    constant: scale; sigma: scale sigma_t; cosine: scale (1 + cos(pi i / n)) / 2; polyak: the step that would bring
-    the loss to zero were it linear, scale L / ||g||^2 along g (Polyak 1969; for guidance, arXiv 2403.12404), at most
-    scale sigma_t per sample. sumsq: [B] of the gradient over `numel` values a sample.
+    constant: scale; sigma: scale sigma_t; cosine: scale (1 + cos(pi i / n)) / 2; polyak: its limit,
+    scale sigma_t.
     """
     if spec.schedule == "constant":
         return spec.scale * torch.ones_like(sigma)
     if spec.schedule == "cosine":
-        return spec.scale * 0.5 * (1 + math.cos(math.pi * call / calls)) * torch.ones_like(sigma)
-    if spec.schedule == "polyak":
-        rms = (sumsq / numel).sqrt()
-        whole = sumsq.sum().clamp_min(torch.finfo(sumsq.dtype).tiny)
-        return spec.scale * torch.minimum(loss.clamp_min(0).to(rms.dtype) * rms / whole, sigma.to(rms.dtype))
+        n = len(sigma)
+        share = [spec.scale * 0.5 * (1 + math.cos(math.pi * i / n)) for i in range(n)]
+        return torch.tensor(share, dtype=sigma.dtype).to(sigma.device)
     return spec.scale * sigma
+
+
+def step_size(spec: GuidanceSpec, planned: Tensor, loss: Tensor, sumsq: Tensor, numel: int) -> Tensor:
+    """Root-mean-square size of the update of x0 at a call: what was planned, [], or under Polyak's rule [B].
+
+    polyak: the step that would bring the loss to zero were it linear, scale L / ||g||^2 along g (Polyak 1969; for
+    guidance, arXiv 2403.12404), at most as planned. sumsq: [B] of the gradient over `numel` values a sample.
+    """
+    if spec.schedule != "polyak":
+        return planned
+    rms = (sumsq / numel).sqrt()
+    whole = sumsq.sum().clamp_min(torch.finfo(sumsq.dtype).tiny)
+    return torch.minimum(spec.scale * (loss.clamp_min(0).to(rms.dtype) * rms / whole), planned.to(rms.dtype))

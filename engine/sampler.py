@@ -12,9 +12,9 @@ from torch import Tensor
 
 from synthkd.engine.clock import StageClock
 from synthkd.engine.config import GuidanceSpec
-from synthkd.engine.guidance import Guidance, Look, Terms, guidance_gradient, step_size, sum_of_squares
+from synthkd.engine.guidance import Guidance, Look, Terms, guidance_gradient, step_size
 from synthkd.engine.schedule import Tables
-from synthkd.kernels import guided_step, predict_x0
+from synthkd.kernels import guided_step, predict_x0, sum_of_squares
 
 Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -23,13 +23,14 @@ Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 class Steering:
     """What steers a group: the loss, what it looks through, when; and, made before the loop, what each call needs.
 
-    targets: [B,K] per call; maps: source map int64 [B,H,W] or None; noise: fresh noise [B,C,H,W] or None; looks: the
-    augmented views that the loss sees beside the plain image.
+    sizes: [n] of `guidance.step_sizes`; targets: [B,K] per call; maps: source map [B,H,W] or None; noise: fresh noise
+    [B,C,H,W] or None; looks: the augmented views that the loss sees beside the plain image.
     """
 
     loss: Guidance | None
     decode: Callable[[Tensor], Tensor]
     spec: GuidanceSpec
+    sizes: Tensor
     targets: Sequence[Tensor]
     maps: Sequence[Tensor | None]
     noise: Sequence[Tensor | None]
@@ -67,7 +68,7 @@ def sample(
                     steer.loss, steer.decode, x0, leaf, steer.targets[i], steer.looks[i]
                 )
             sumsq = sum_of_squares(grad)
-            step = step_size(spec, c.sigma, i, n, loss, sumsq, grad[0].numel())
+            step = step_size(spec, steer.sizes[i], loss, sumsq, grad[0].numel())
             log.append(terms)
         with torch.no_grad():
             z, before = guided_step(

@@ -19,7 +19,8 @@ from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
-from synthkd.engine.guidance import Guidance, Look, frozen
+from synthkd.engine.fuse import FuseChoice, Fuser
+from synthkd.engine.guidance import Guidance, Look, frozen, step_sizes
 from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
 from synthkd.engine.plan import Plan, WorkUnit
@@ -51,7 +52,7 @@ class Stream:
     @property
     def environment(self) -> dict[str, Any]:
         """See `SampleStream.environment`."""
-        return environment(self.synthesizer.model.device, self.plan.recipe.group_size)
+        return environment(self.synthesizer.model.device, self.plan.recipe.group_size, fused=self.synthesizer.fused)
 
 
 class Synthesizer:
@@ -63,12 +64,19 @@ class Synthesizer:
     """
 
     def __init__(
-        self, model: LatentModel, recipe: Recipe, guidance: Guidance | None = None, decoder: Decoder | None = None
+        self,
+        model: LatentModel,
+        recipe: Recipe,
+        guidance: Guidance | None = None,
+        decoder: Decoder | None = None,
+        fuse: FuseChoice = "auto",
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
+        fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fuse`):
+        `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
         The guidance's networks are moved to the prior's device.
-        Raises SynthkdError where recipe, prior and guidance do not fit together.
+        Raises SynthkdError where recipe, prior and guidance do not fit together, and for another value of fuse.
         """
         if recipe.guidance.scale > 0 and guidance is None:
             raise SynthkdError("recipe: guidance.scale is above 0, but no guidance was given; pass one or set it to 0")
@@ -76,6 +84,7 @@ class Synthesizer:
         for network in guidance.modules() if guidance else ():
             network.to(model.device)
         self._look = decoder or model.decoder
+        self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
         _check_prompts(model, recipe)
         self._tables = _tables(model, recipe)
@@ -90,22 +99,34 @@ class Synthesizer:
         guidance: Guidance | None = None,
         device: str | None = None,
         loras: Sequence[str] = (),
+        fuse: FuseChoice = "auto",
     ) -> "Synthesizer":
         """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
 
-        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`).
+        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`); fuse: see `__init__`.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        return cls(prior, recipe, guidance, _looked_through(prior, recipe))
+        return cls(prior, recipe, guidance, _looked_through(prior, recipe), fuse)
 
     @classmethod
     def from_pipeline(
-        cls, pipe: Any, recipe: Recipe, *, guidance: Guidance | None = None, decoder: Decoder | None = None
+        cls,
+        pipe: Any,
+        recipe: Recipe,
+        *,
+        guidance: Guidance | None = None,
+        decoder: Decoder | None = None,
+        fuse: FuseChoice = "auto",
     ) -> "Synthesizer":
-        """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was."""
+        """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
         prior = wrap_pipeline(pipe)
-        return cls(prior, recipe, guidance, decoder or _looked_through(prior, recipe))
+        return cls(prior, recipe, guidance, decoder or _looked_through(prior, recipe), fuse)
+
+    @property
+    def fused(self) -> str:
+        """Which networks are fused while a group is drawn, for the environment key; "" where none is."""
+        return self._fuser.applies(self.model.device)
 
     def stream(self, request: Request) -> Stream:
         """An iterable of Batch over the request; lazy, nothing is drawn before it is iterated."""
@@ -185,6 +206,7 @@ class Synthesizer:
         """One attempt at a group; None where a latent, a term or an image is not finite."""
         clock = StageClock(self.model.device)
         with ExitStack() as stack:
+            stack.enter_context(self._fuser.on(self.model.device))
             stack.enter_context(frozen(self.model.modules()))
             stack.enter_context(frozen([self._look.module]))
             stack.enter_context(frozen(self.guidance.modules() if self.guidance else ()))
@@ -260,7 +282,7 @@ class Synthesizer:
                 event = augment.event_map(
                     unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
                 )
-                source, maps[i] = augment.compose(source, event), event.to(device)
+                source, maps[i] = augment.compose(source, event), event.to(device, torch.int32)
                 if recipe.cutmix.scope == "any":
                     target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
         targets.append(target)
@@ -269,7 +291,8 @@ class Synthesizer:
             for i, noisy in enumerate(self._tables.noisy)
         ]
         looks = self._looks(unit, seed, attempt)
-        return Steering(self.guidance, self._look, recipe.guidance, targets, maps, fresh, looks)
+        sizes = step_sizes(recipe.guidance, self._tables.rows.sigma)
+        return Steering(self.guidance, self._look, recipe.guidance, sizes, targets, maps, fresh, looks)
 
     def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[Look]]:
         spec, steps = self.recipe.guidance, self.recipe.steps

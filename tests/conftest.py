@@ -4,7 +4,7 @@ import importlib.util
 import os
 import signal
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,36 @@ def _builders() -> Any:
 
 
 BUILD = _builders()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, whatever runs kernels runs them there, as a GPU test."""
+    for item in items:
+        if torch.cuda.is_available() and "kernels_on" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """A GPU where there is one; else the CPU, where Triton interprets."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def kernels_on() -> Iterator[None]:
+    """Ops run their Triton kernels, and fresh memory is NaN: what a kernel leaves out shows."""
+    pytest.importorskip("triton", reason="Triton runs on Linux only")
+    from torch.utils import deterministic
+
+    from synthkd.kernels import implementation
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert deterministic.fill_uninitialized_memory
+    with implementation("triton"):
+        yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 @pytest.fixture(scope="session")

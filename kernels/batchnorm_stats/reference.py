@@ -20,8 +20,11 @@ class BatchNormStats:
         return self.m2 / self.count
 
 
-def batchnorm_stats(x: Tensor) -> BatchNormStats:
-    """Per-channel statistics of x [N,C,*] over every axis but the channel; half precision sums in float32."""
+def batchnorm_stats(x: Tensor, shift: Tensor | None = None) -> BatchNormStats:
+    """Per-channel statistics of x [N,C,*] over every axis but the channel; half precision sums in float32.
+
+    shift does not enter: torch.var_mean takes squares from the mean itself.
+    """
     work = x.to(torch.promote_types(x.dtype, torch.float32))
     dims = [d for d in range(x.dim()) if d != 1]
     count = x.numel() // x.shape[1]

@@ -7,9 +7,9 @@ from torch import Tensor
 def gather_source(x: Tensor, src_map: Tensor) -> Tensor:
     """Latent CutMix as a gather: out[b, c, i, j] = x[src_map[b, i, j], c, i, j].
 
-    x: [B,C,H,W] of any dtype; src_map: int64 [B,H,W] of sample positions in 0..B-1.
+    x: [B,C,H,W] of any dtype; src_map: integers [B,H,W] of sample positions in 0..B-1.
     """
-    index = src_map.unsqueeze(1).expand(-1, x.shape[1], -1, -1)
+    index = src_map.long().unsqueeze(1).expand(-1, x.shape[1], -1, -1)
     return torch.gather(x, 0, index)
 
 
@@ -40,19 +40,7 @@ def guided_step(
     rederive_eps: bool = False,
     keep: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """One solver step from a shifted clean latent, then Latent CutMix of everything the solver carries on.
-
-    x0' = x0 - step * grad / rms(grad) per sample; eps = (z - alpha x0) / sigma, from x0 (the shift is a
-    correction of the clean latent alone, as in MPGD, arXiv 2311.16424) or, with rederive_eps, from x0';
-    z_next = to_x0 x0' + to_eps eps [+ to_history (x0' - before)] [+ to_noise noise]
-    which is DDIM (arXiv 2010.02502, eq. 12), Euler, DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) or a
-    consistency step (arXiv 2310.04378, algorithm 3), as the coefficients say.
-
-    z, x0, grad, noise, before: [B,C,H,W]; sumsq: [B], the per-sample sum of squares of grad in at least float32;
-    step: 0-d or [B]; the coefficients: 0-d tensors on z's device; src_map: int64 [B,H,W] or None; keep: whether
-    the next call needs this one's x0'. Returns z_next and x0' (None unless kept), [B,C,H,W] in the dtype of z, both
-    gathered through src_map.
-    """
+    """The equations of `kernels.guided_step`, term by term; half precision is computed in float32."""
     work = torch.promote_types(z.dtype, torch.float32)
     clean = x0.to(work)
     shifted = clean

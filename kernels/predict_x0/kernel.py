@@ -11,7 +11,11 @@ BLOCK = 1024
 KINDS = {"epsilon": 0, "v_prediction": 1, "sample": 2}
 
 
-@triton.jit
+# views into tables: their alignment changes from call to call, which must not compile anew
+_VIEWS = ["alpha", "sigma"]
+
+
+@triton.jit(do_not_specialize_on_alignment=_VIEWS)
 def _forward(z, cond, uncond, alpha, sigma, out, scale, n, KIND: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -31,7 +35,7 @@ def _forward(z, cond, uncond, alpha, sigma, out, scale, n, KIND: tl.constexpr, C
     tl.store(out + at, x0, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_VIEWS)
 def _backward(
     grad, alpha, sigma, to_z, to_cond, to_uncond, scale, n,
     KIND: tl.constexpr, CFG: tl.constexpr, BLOCK: tl.constexpr,

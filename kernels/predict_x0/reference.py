@@ -25,17 +25,7 @@ def predict_x0(
     prediction_type: str = "epsilon",
     guidance_rescale: float = 0.0,
 ) -> Tensor:
-    """Clean latent x0 [B,C,H,W] from a denoiser's output at the noisy latent z = alpha x0 + sigma eps.
-
-    Classifier-free guidance (arXiv 2207.12598, eq. 6, in the diffusers convention):
-    out = uncond + guidance_scale (cond - uncond), whose standard deviation per sample is brought back by the share
-    guidance_rescale towards that of cond (arXiv 2305.08891, eq. 15 and 16). Then, with alpha = sqrt(alphas_cumprod) and
-    sigma = sqrt(1 - alphas_cumprod) as 0-d tensors:
-    epsilon: x0 = (z - sigma out) / alpha (arXiv 2010.02502, eq. 9);
-    v_prediction: x0 = alpha z - sigma out (arXiv 2202.00512, app. D); sample: x0 = out.
-    Half-precision inputs are computed in float32 and returned in the dtype of z.
-    Raises ValueError for an unknown prediction type.
-    """
+    """The equations of `kernels.predict_x0`; half precision is computed in float32, the dtype of z comes back."""
     work = torch.promote_types(z.dtype, torch.float32)
     out = out_cond.to(work)
     if out_uncond is not None:

@@ -1,6 +1,7 @@
 """Latent CutMix against an oracle in plain loops: maps, labels, partners, boxes, and the gather in the loop."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe, Request, Synthesizer, SynthkdError, augment
 from synthkd.engine.clock import StageClock
-from synthkd.engine.sampler import Steering, sample
+from synthkd.engine.sampler import sample
 from synthkd.engine.schedule import Coefficients, Tables
 from synthkd.kernels.guided_step import gather_source
 
@@ -167,7 +168,7 @@ def test_the_loop_moves_latents_as_the_oracle_says(pipeline: Any, recipe: Callab
     rows = Coefficients(one, one, one, zero, zero, zero)
     tables = Tables(torch.arange(9), rows, (False,) * 9, False, 1.0, "epsilon")
     ids = torch.arange(6.0, dtype=torch.float64).view(-1, 1, 1, 1).expand(6, 4, H, W)
-    off = Steering(None, lambda z: z, GuidanceSpec(scale=0.0), steer.targets, steer.maps, steer.noise, steer.looks)
+    off = replace(steer, loss=None, decode=lambda z: z, spec=GuidanceSpec(scale=0.0))
     final, _ = sample(ids, lambda z, t: (z * 0, None), tables, (1.0, 0.0), off, StageClock(torch.device("cpu")))
     assert final[:, 0].long().tolist() == held
     assert held != _own(6)

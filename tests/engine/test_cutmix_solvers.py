@@ -54,7 +54,8 @@ def run(name: str, maps: Sequence[Tensor | None], fresh: Tensor | None = None) -
 
     rows = noise(STEPS + 1)[1:] if fresh is None else fresh
     blank: list[Tensor | None] = [rows[i] if noisy else None for i, noisy in enumerate(t.noisy)]
-    steer = Steering(None, lambda z: z, GuidanceSpec(scale=0.0), [torch.zeros(B, 1)] * STEPS, maps, blank, [()] * STEPS)
+    spec, targets = GuidanceSpec(scale=0.0), [torch.zeros(B, 1)] * STEPS
+    steer = Steering(None, lambda z: z, spec, torch.zeros(STEPS), targets, maps, blank, [()] * STEPS)
     return sample(noise()[0], denoise, t, (1.0, 0.0), steer, StageClock(CPU))[0]
 
 

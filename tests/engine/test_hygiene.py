@@ -11,7 +11,8 @@ from torch import Tensor
 
 from synthkd.engine import GuidanceSpec, Plan, Recipe, Request, Synthesizer, SynthkdError
 from synthkd.engine.augment import look
-from synthkd.engine.guidance import guidance_gradient, step_size, sum_of_squares
+from synthkd.engine.guidance import guidance_gradient, step_size, step_sizes
+from synthkd.kernels import sum_of_squares
 
 CPU = torch.device("cpu")
 IDS = range(40, 44)
@@ -89,8 +90,8 @@ def test_the_gradient_is_the_mean_over_the_looks() -> None:
 def steps(spec: GuidanceSpec, loss: float = 2.0, calls: int = 8) -> list[Tensor]:
     """Step sizes over a run whose sigma falls from 0.9 to 0.2."""
     sumsq = torch.tensor([4.0, 1.0, 0.25])
-    sigma = torch.linspace(0.9, 0.2, calls)
-    return [step_size(spec, sigma[i], i, calls, torch.tensor(loss), sumsq, 100) for i in range(calls)]
+    planned = step_sizes(spec, torch.linspace(0.9, 0.2, calls))
+    return [step_size(spec, planned[i], torch.tensor(loss), sumsq, 100) for i in range(calls)]
 
 
 def test_step_schedules() -> None:
@@ -107,17 +108,17 @@ def test_the_polyak_step_zeroes_a_linear_loss() -> None:
     grad = torch.randn(3, 2, 5, 9, generator=g, dtype=torch.float64)
     sumsq, loss = sum_of_squares(grad), torch.tensor(0.7, dtype=torch.float64)
     spec = GuidanceSpec(scale=1.0, schedule="polyak")
-    step = step_size(spec, torch.tensor(9.0, dtype=torch.float64), 0, 1, loss, sumsq, grad[0].numel())
+    step = step_size(spec, torch.tensor(9.0, dtype=torch.float64), loss, sumsq, grad[0].numel())
     shift = step.view(-1, 1, 1, 1) * grad / grad.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
     assert float((grad * shift).sum()) == pytest.approx(0.7)
-    capped = step_size(spec, torch.tensor(1e-4, dtype=torch.float64), 0, 1, loss, sumsq, grad[0].numel())
+    capped = step_size(spec, torch.tensor(1e-4, dtype=torch.float64), loss, sumsq, grad[0].numel())
     assert float(capped.max()) == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-20])
 def test_the_polyak_step_survives_no_gradient(size: float) -> None:
     sumsq = torch.tensor([size, 0.0])
-    step = step_size(GuidanceSpec(schedule="polyak"), torch.tensor(0.5), 0, 1, torch.tensor(1.0), sumsq, 100)
+    step = step_size(GuidanceSpec(schedule="polyak"), torch.tensor(0.05), torch.tensor(1.0), sumsq, 100)
     assert torch.isfinite(step).all()
     assert float(step.max()) <= 0.05 + 1e-6
 

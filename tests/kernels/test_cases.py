@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from synthkd.kernels.case import Case, Suite, check
+from synthkd.kernels.case import Case, Maker, Suite, check
 from synthkd.kernels.suites import SUITES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,3 +24,16 @@ def test_kernel_agrees_with_the_float64_reference(
 ) -> None:
     outcome = check(suite, case, device, dtype)
     assert outcome.passed, f"{outcome.where}: {outcome.worst:.3g} times the tolerance"
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
+def test_an_empty_batch_is_refused(suite: Suite) -> None:
+    """One line that names the op, whichever implementation would run."""
+    arguments = suite.cases[0].arguments(Maker(torch.device("cpu"), torch.float32))
+    batch = next(len(v) for v in arguments.values() if isinstance(v, torch.Tensor) and v.dim() > 1)
+    empty = {
+        name: value[:0] if isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == batch else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError, match=r"^\w+: found an empty tensor"):
+        suite.op(**empty)

@@ -98,3 +98,36 @@ def test_gather_follows_the_step() -> None:
     c, steer = _coefficients(torch.float64), _steer(grad, 0.3)
     got, _ = guided_step(z, x0, *c, **steer, src_map=source)
     assert torch.equal(got, gather_source(guided_step(z, x0, *c, **steer)[0], source))
+
+
+@pytest.mark.usefixtures("kernels_on")
+def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """What a latent of more than 2**31 elements would run."""
+    from synthkd.kernels.case import check
+    from synthkd.kernels.guided_step import kernel
+    from synthkd.kernels.guided_step.cases import SUITE
+
+    monkeypatch.setattr(kernel, "WIDE_FROM", 0)
+    for case in SUITE.cases:
+        assert case.measured or check(SUITE, case, device, torch.float32).passed
+
+
+def test_wrong_arguments_are_refused() -> None:
+    z, x0, grad = _tensors((2, 3, 4, 5))
+    c = _coefficients(torch.float64)
+    with pytest.raises(ValueError, match=r"x0 is \(2, 3, 4, 4\), z \(2, 3, 4, 5\)"):
+        guided_step(z, x0[..., :4], *c)
+    with pytest.raises(ValueError, match="grad needs sumsq and step"):
+        guided_step(z, x0, *c, grad=grad)
+    with pytest.raises(ValueError, match=r"src_map is \(2, 4, 4\); expected \(2, 4, 5\)"):
+        guided_step(z, x0, *c, src_map=torch.zeros(2, 4, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match="empty tensor"):
+        guided_step(z[:0], x0[:0], *c)
+
+
+def test_a_wanted_gradient_takes_the_reference() -> None:
+    """Never a zero in silence: through the solver step, too, autograd sees every path."""
+    z, x0, grad = _tensors((2, 3, 4, 5))
+    smooth = z.requires_grad_(), x0.requires_grad_()
+    c = _coefficients(torch.float64)
+    assert torch.autograd.gradcheck(lambda z, x0: guided_step(z, x0, *c, **_steer(grad, 0.3))[0], smooth)
