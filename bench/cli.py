@@ -87,7 +87,9 @@ def adversarial(
 @app.command(epilog="Example: synthkd bench kernels --op kd_loss --dtype bfloat16 --json")
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated (default: all).")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="A dtype; may be repeated (default: all).")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="A dtype; may be repeated (default: all; float32 on a CPU).")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every contender once.")] = 30,
     record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/kernels.jsonl.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,

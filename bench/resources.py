@@ -258,10 +258,15 @@ def row_of(build: Build, uses: Uses, arch: int) -> dict[str, Any]:
         "cases": sorted(uses.cases),
         "dtypes": sorted(uses.dtypes),
         "kernel": build.kernel.fn.__name__,
-        "constexprs": dict(build.constexprs),
+        "constexprs": {name: _plain(value) for name, value in build.constexprs},
         "source_sha256": source_hash(module),
         **resources(build, arch),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON has it; a dtype by its name."""
+    return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
 def table(todo: Mapping[Build, Uses], architectures: Iterable[int] = ARCHITECTURES) -> list[dict[str, Any]]:
