@@ -113,7 +113,13 @@ def kernels(
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     names = [n for n in ("kernel", "reference", "compiled", "stock") if any(n in (row["speed"] or {}) for row in rows)]
     table = Table(
-        Column("workload", min_width=32), "direction", *(f"{name}, us" for name in names), "GB/s", "% of copy", "check"
+        Column("workload", min_width=20),
+        "direction",
+        *names,
+        "GB/s",
+        "% of copy",
+        "check",
+        title="Medians, microseconds",
     )
     for row in rows:
         speed = row["speed"] or {}
