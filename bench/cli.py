@@ -113,11 +113,11 @@ def kernels(
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     names = [n for n in ("kernel", "reference", "compiled", "stock") if any(n in (row["speed"] or {}) for row in rows)]
     table = Table(
-        Column("workload", min_width=20),
+        Column("workload", min_width=15),
         "direction",
         *names,
         "GB/s",
-        "% of copy",
+        "% copy",
         "check",
         title="Medians, microseconds",
     )
