@@ -44,6 +44,7 @@ def run(
     divergence: options.Divergence = None,
     allow_code: options.AllowCode = False,
     workers: options.Workers = None,
+    fuse: options.Fuse = "auto",
     device: options.Device = None,
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
@@ -51,7 +52,7 @@ def run(
     from synthkd.dfkd.run import Interrupted, Run
 
     chosen = load_preset(preset)
-    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code)
+    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, fuse=fuse)
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
         chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))
@@ -104,6 +105,7 @@ def synth(
     allow_code: options.AllowCode = False,
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     workers: options.Workers = None,
+    fuse: options.Fuse = "auto",
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
@@ -113,7 +115,7 @@ def synth(
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
-        allow_code=allow_code,
+        allow_code=allow_code, fuse=fuse,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)

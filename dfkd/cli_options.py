@@ -25,6 +25,9 @@ Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns betwe
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let a teacher card name a module:callable to import.")]
+Fuse = Annotated[
+    str, typer.Option(help="Fused modules: auto (decoder, where Triton kernels run), off, decoder, all (the UNet too).")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
 
 
@@ -94,6 +97,7 @@ class Asked:
     gamma: float | None = None
     divergence: str | None = None
     allow_code: bool = False
+    fuse: str = "auto"
 
 
 def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:
@@ -107,6 +111,7 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "recipe": _recipe(base, asked, teacher),
         "allow_code": asked.allow_code or (base.allow_code if base else False),
         "device": pick_device(device),
+        "fuse": asked.fuse,
     }
     changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
     if asked.loras:

@@ -10,6 +10,8 @@ from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
 from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
+from synthkd.engine.errors import suggest
+from synthkd.engine.fuse import FUSE_CHOICES, FuseChoice
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
@@ -24,6 +26,7 @@ class SynthJob:
     alpha, beta, gamma, divergence, entropy, head: weights of the guidance's terms (see `TeacherGuidance`).
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
+    fuse: what is swapped for fused modules (see `Synthesizer`): execution only, so no manifest keeps it either.
     """
 
     model: str
@@ -41,11 +44,14 @@ class SynthJob:
     student: str | None = None
     allow_code: bool = False
     device: str = "cpu"
+    fuse: FuseChoice = "auto"
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
         card = read_card(card_path(self.teacher))
         recipe = self.recipe
+        if self.fuse not in FUSE_CHOICES:
+            raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
         if len(card.classes) != len(recipe.classes):
             raise SynthkdError(
                 f"teacher {self.teacher!r} has {len(card.classes)} outputs, the recipe names "
@@ -73,7 +79,7 @@ class SynthJob:
         self.check()
         guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
         return Synthesizer.from_pretrained(
-            self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras
+            self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse
         )
 
     def guidance(self, teacher: Teacher) -> TeacherGuidance:

@@ -153,10 +153,9 @@ def test_strided_inputs_are_copied(device: torch.device) -> None:
 @pytest.mark.usefixtures("kernels_on")
 def test_the_traced_gradient_is_the_eager_one(device: torch.device) -> None:
     """Inside a compiled function that asks for a gradient itself, as the guided step does."""
-    x, shift = _moved((3, 4, 5, 9), 1.0).to(device), torch.full((4,), 0.9, device=device)
+    x, shift = _moved((3, 4, 5, 9), 1.0).to(device).requires_grad_(), torch.full((4,), 0.9, device=device)
 
-    def step(x: torch.Tensor) -> torch.Tensor:
-        leaf = x.detach().requires_grad_()
+    def step(leaf: torch.Tensor) -> torch.Tensor:
         stats = batchnorm_stats(leaf, shift)
         (grad,) = torch.autograd.grad((stats.mean - 0.3).norm() + (stats.var - 2.0).norm(), leaf)
         return grad
