@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
@@ -87,7 +87,9 @@ def adversarial(
 @app.command(epilog="Example: synthkd bench kernels --op kd_loss --dtype bfloat16 --json")
 def kernels(
     op: Annotated[list[str] | None, typer.Option(help="An op; may be repeated (default: all).")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="A dtype; may be repeated (default: all).")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="A dtype; may be repeated (default: all; float32 on a CPU).")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every contender once.")] = 30,
     record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/kernels.jsonl.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
@@ -110,7 +112,15 @@ def kernels(
 
 def _kernel_table(rows: list[dict[str, Any]]) -> Table:
     names = [n for n in ("kernel", "reference", "compiled", "stock") if any(n in (row["speed"] or {}) for row in rows)]
-    table = Table("workload", "direction", *(f"{name}, us" for name in names), "GB/s", "% of copy", "check")
+    table = Table(
+        Column("workload", min_width=15),
+        "direction",
+        *names,
+        "GB/s",
+        "% copy",
+        "check",
+        title="Medians, microseconds",
+    )
     for row in rows:
         speed = row["speed"] or {}
         times = (f"{speed[n]['median']:.1f}" if n in speed else "–" for n in names)

@@ -23,7 +23,7 @@ from synthkd.engine.models import random_vae
 
 DIRECTIONS = ("forward", "forward+input gradient")
 _FUSE = "synthkd.engine.fuse"
-_FLOOR = 1e-5  # relative errors below are float32's own
+_FLOOR = 1e-4  # relative errors below come from the order of float32 sums through thirty layers
 
 Decode = Callable[[Tensor], Tensor]
 

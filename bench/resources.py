@@ -224,8 +224,18 @@ def faults(row: Mapping[str, Any]) -> list[str]:
 def source_hash(module: str) -> str:
     """SHA-256 of a kernel's module and of the modules of this package whose jit functions it uses."""
     path = Path(inspect.getfile(importlib.import_module(module)))
-    shared = [KERNELS / "moments.py"] if "synthkd.kernels.moments" in path.read_text() else []
+    text = path.read_text()
+    shared = [p for p in sorted(KERNELS.glob("*.py")) if kernels_in(p) and p != path and p.stem in text]
     return hashlib.sha256(b"".join(p.read_bytes() for p in (path, *shared))).hexdigest()
+
+
+def all_kernels() -> set[tuple[str, str]]:
+    """(op, kernel) of every jit function under kernels/ that is launched; op: the folder, or a shared file's name."""
+    return {
+        (path.parent.name if path.name == "kernel.py" else path.stem, name)
+        for path in KERNELS.rglob("*.py")
+        for name in kernels_in(path)
+    }
 
 
 def kernels_in(path: Path) -> set[str]:
@@ -240,7 +250,7 @@ def kernels_in(path: Path) -> set[str]:
 
 
 def row_of(build: Build, uses: Uses, arch: int) -> dict[str, Any]:
-    """A row of the table; op: the folder of the kernel."""
+    """A row of the table; op as in `all_kernels`."""
     module = build.kernel.fn.__module__
     return {
         "op": module.split(".")[2],
@@ -248,10 +258,15 @@ def row_of(build: Build, uses: Uses, arch: int) -> dict[str, Any]:
         "cases": sorted(uses.cases),
         "dtypes": sorted(uses.dtypes),
         "kernel": build.kernel.fn.__name__,
-        "constexprs": dict(build.constexprs),
+        "constexprs": {name: _plain(value) for name, value in build.constexprs},
         "source_sha256": source_hash(module),
         **resources(build, arch),
     }
+
+
+def _plain(value: Any) -> Any:
+    """A constant as JSON has it; a dtype by its name."""
+    return value if value is None or isinstance(value, int | float | str) else str(value)
 
 
 def table(todo: Mapping[Build, Uses], architectures: Iterable[int] = ARCHITECTURES) -> list[dict[str, Any]]:

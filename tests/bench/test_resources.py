@@ -16,10 +16,6 @@ from synthkd.kernels.suites import SUITES
 
 pytest.importorskip("triton", reason="Triton runs on Linux only")
 
-KERNELS = {
-    (path.parent.name, name) for path in resources.KERNELS.glob("*/kernel.py") for name in resources.kernels_in(path)
-}
-
 ALL = """
 import json, torch
 from synthkd.bench.resources import builds, faults, table
@@ -65,7 +61,7 @@ def _compiled(code: str, *words: str) -> list[tuple[dict[str, Any], list[str]]]:
 
 def test_every_kernel_compiles_and_none_spills() -> None:
     found = _compiled(ALL)
-    assert {(row["op"], row["kernel"]) for row, _ in found} == KERNELS
+    assert {(row["op"], row["kernel"]) for row, _ in found} == resources.all_kernels()
     for row, faults in found:
         assert not faults, (row["op"], row["kernel"], row["constexprs"], faults)
 
@@ -101,7 +97,7 @@ def test_the_committed_table_is_of_these_sources() -> None:
         assert resources.faults(row) == []
         covered[row["op"], row["kernel"]].add(row["arch"])
     wanted = {f"sm_{arch}" for arch in resources.ARCHITECTURES}
-    for op, name in sorted(KERNELS):
+    for op, name in sorted(resources.all_kernels()):
         assert covered[op, name] == wanted, f"{op}: {name} is not in the table: run {resources.COMMAND}"
 
 

@@ -1,6 +1,8 @@
 """to_uint8: bit-equal with plain torch on every half-precision number and round every tie of float32."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +91,17 @@ def test_float64_takes_the_reference() -> None:
 def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         to_uint8(torch.zeros(shape))
+
+
+@pytest.mark.usefixtures("kernels_on")
+def test_the_synthesizer_calls_the_op(pipeline: Any, recipe: Callable[..., Any]) -> None:
+    """One launch per drawn group, and the same pixels as from plain torch."""
+    from synthkd.engine import Request, Synthesizer
+
+    synth = Synthesizer.from_pipeline(pipeline, recipe(steps=1))
+    with recorded() as launches:
+        batch = next(iter(synth.stream(Request(num_samples=6))))
+    assert [x.kernel.fn.__module__ for x in launches].count("synthkd.kernels.to_uint8.kernel") == 1
+    with implementation("reference"):
+        plain = next(iter(synth.stream(Request(num_samples=6))))
+    assert (batch.images.int() - plain.images.int()).abs().max() <= 1
