@@ -198,6 +198,7 @@ def partial_moments(
         mean if shift is None else shift, mean, m2, count,
         r.n, r.s, r.c, r.stride_n, r.stride_c, r.stride_s, t.blocks, runs,
         SHIFT=shift is not None, ADD=residual is not None, ACROSS=across, STEPS=k, BS=t.bs, BC=t.bc,
+        num_warps=4 if residual is None else 8,  # two inputs in flight: fewer values a thread, or they spill
     )  # fmt: skip
     return Partials(mean, m2, count, runs)
 
