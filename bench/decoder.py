@@ -7,8 +7,6 @@ decoder in float32; a contender that errs more than twice as much as the stock o
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -19,10 +17,10 @@ from synthkd.bench.kernels import dtype_name
 from synthkd.bench.record import stamped
 from synthkd.bench.timing import Call, Stopwatch
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.fusion import fuse
 from synthkd.engine.models import random_vae
 
 DIRECTIONS = ("forward", "forward+input gradient")
-_FUSE = "synthkd.engine.fuse"
 _FLOOR = 1e-4  # relative errors below come from the order of float32 sums through thirty layers
 
 Decode = Callable[[Tensor], Tensor]
@@ -95,8 +93,8 @@ def _decode(vae: Any) -> Decode:
 
 
 def contenders(spec: DecoderSpec) -> dict[str, Decode]:
-    """stock, fused where the tree has it, and on a GPU both compiled; each on a decoder of its own."""
-    kinds = ["stock", *(["fused"] if find_spec(_FUSE) else [])]
+    """stock, fused, and on a GPU both compiled; each on a decoder of its own."""
+    kinds = ("stock", "fused")
     found = {kind: _decode(_vae(spec, fused=kind == "fused")) for kind in kinds}
     if spec.device.type == "cuda":
         found |= {f"{kind} compiled": torch.compile(found[kind], mode="max-autotune") for kind in kinds}
@@ -106,7 +104,7 @@ def contenders(spec: DecoderSpec) -> dict[str, Decode]:
 def _vae(spec: DecoderSpec, *, fused: bool) -> Any:
     vae: Any = random_vae(**spec.config).to(spec.device, spec.dtype)
     if fused:
-        import_module(_FUSE).fuse(vae.to(memory_format=torch.channels_last))
+        fuse(vae)
     return vae
 
 

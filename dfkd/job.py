@@ -11,7 +11,7 @@ from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
 from synthkd.engine.errors import suggest
-from synthkd.engine.fuse import FUSE_CHOICES, FuseChoice
+from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}

@@ -4,6 +4,7 @@ from synthkd.engine.batch import Batch
 from synthkd.engine.callback import GuidanceCallback
 from synthkd.engine.config import CutMixSpec, GuidanceSpec, Recipe, Request
 from synthkd.engine.errors import NonFiniteError, SynthkdError
+from synthkd.engine.fusion import Fused, fuse
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
@@ -12,6 +13,7 @@ from synthkd.engine.synthesizer import Stream, Synthesizer
 __all__ = [
     "Batch",
     "CutMixSpec",
+    "Fused",
     "Guidance",
     "GuidanceCallback",
     "GuidanceSpec",
@@ -23,5 +25,6 @@ __all__ = [
     "Synthesizer",
     "SynthkdError",
     "WorkUnit",
+    "fuse",
     "write_shards",
 ]

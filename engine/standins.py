@@ -1,4 +1,4 @@
-"""Modules that stand in for diffusers' own and call this project's ops; `engine.fuse` puts them in and out."""
+"""Modules that stand in for diffusers' own and call this project's ops; `engine.fusion` puts them in and out."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -19,7 +19,7 @@ from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
-from synthkd.engine.fuse import FuseChoice, Fuser
+from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import Guidance, Look, frozen, step_sizes
 from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
@@ -73,7 +73,7 @@ class Synthesizer:
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
-        fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fuse`):
+        fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
         The guidance's networks are moved to the prior's device.
         Raises SynthkdError where recipe, prior and guidance do not fit together, and for another value of fuse.

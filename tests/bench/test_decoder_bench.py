@@ -35,7 +35,7 @@ def test_rows_hold_errors_beside_times() -> None:
 
 
 def test_fused_modules_are_a_contender() -> None:
-    pytest.importorskip("synthkd.engine.fuse", reason="the module swap is not in this tree")
+    pytest.importorskip("synthkd.engine.fusion", reason="the module swap is not in this tree")
     rows = list(measure_decoder(SPEC))
     assert all(row["contenders"].keys() == {"stock", "fused"} for row in rows)
     assert all(row["times_faster_than"].keys() == {"stock", "fused"} for row in rows)

@@ -247,6 +247,24 @@ def test_folder_that_is_no_set(call: Any, tmp_path: Path, command: str) -> None:
     assert_refused(call(command, tmp_path, *more), "manifest.json")
 
 
+@pytest.mark.parametrize("fuse", ["decoder", "off"])
+def test_fuse_is_taken_on_a_cpu_too(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path, fuse: str) -> None:
+    """The environment key says what was fused; the fingerprint does not know."""
+    done = synth(call, pipeline_folder, card, tmp_path / "out", "--fuse", fuse)
+    assert done.returncode == 0, done.stderr
+    (environment,) = json.loads((tmp_path / "out" / "environments.json").read_text()).values()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    wanted = "eager, fused decoder" if fuse == "decoder" else "eager"
+    assert environment["backend"] == wanted
+    assert "fuse" not in json.dumps([manifest["recipe"], manifest["source"]])
+
+
+def test_unknown_fuse(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
+    """Refused before a weight is read; nothing is written."""
+    assert_refused(synth(call, pipeline_folder, card, tmp_path / "out", "--fuse", "decodr"), "fuse", "'decoder'")
+    assert not (tmp_path / "out").exists()
+
+
 def test_replay_of_an_id_outside(call: Any, tiny_set: Path) -> None:
     """The range of ids is named."""
     assert_refused(call("replay", tiny_set, "--id", 30), "samples 0 to 29")

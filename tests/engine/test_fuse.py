@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd import kernels
 from synthkd.engine import SynthkdError
-from synthkd.engine.fuse import Fused, fuse
+from synthkd.engine.fusion import Fused, fuse
 from synthkd.engine.standins import StandIn
 from synthkd.kernels import implementation
 

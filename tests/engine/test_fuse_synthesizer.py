@@ -10,7 +10,7 @@ from torch import nn
 from synthkd import kernels
 from synthkd.engine import GuidanceSpec, Request, Synthesizer, SynthkdError
 from synthkd.engine.environment import environment
-from synthkd.engine.fuse import fuse, is_fused
+from synthkd.engine.fusion import fuse, is_fused
 from synthkd.kernels import implementation
 
 GUIDED = {"guidance": GuidanceSpec(scale=0.3)}
