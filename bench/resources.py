@@ -293,7 +293,7 @@ def main() -> int:
     try:
         refuse_interpreter()
     except SynthkdError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"synthkd: {error}", file=sys.stderr)
         return error.exit_code
     rows = table(builds(SUITES))
     write_atomically(TABLE, "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))

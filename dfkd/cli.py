@@ -19,6 +19,7 @@ from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.environment import versions
+from synthkd.kernels.dispatch import backend
 
 app = typer.Typer(
     name="synthkd",
@@ -237,10 +238,11 @@ def info() -> None:
     from synthkd.dfkd.presets import preset_names
 
     table = Table(show_header=False)
-    for name, version in versions().items():
+    for name, version in versions("triton").items():
         table.add_row(name, version)
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    table.add_row("GPU", cuda)
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    table.add_row("GPU", torch.cuda.get_device_name() if here == "cuda" else "none")
+    table.add_row("kernels", {"triton": "Triton", "reference": "plain torch"}[backend(torch.device(here))])
     table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     table.add_row("presets", ", ".join(preset_names()))
     table.add_row("embedded models", "embedded:digits")

@@ -13,10 +13,10 @@ from synthkd.kernels.dispatch import backend
 _LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "transformers", "synthkd")
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of the libraries that take part in drawing an image."""
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of the libraries that take part in drawing an image, and of `more`."""
     found = {}
-    for name in _LIBRARIES:
+    for name in (*_LIBRARIES, *more):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def environment(device: torch.device, micro_batch: int, threads: int | None = No
         "threads": 0 if cuda else threads or torch.get_num_threads(),
         "micro_batch": micro_batch,
         "backend": _backend(device, fused),
-        "versions": versions(),
+        "versions": versions("triton") if backend(device) == "triton" else versions(),
     }
 
 
