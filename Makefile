@@ -35,8 +35,8 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 	$(BIN)/python -m synthkd.bench.resources
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m synthkd.bench.gpu --minutes 9
+	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd
+	PYTHONUNBUFFERED=1 PYTHONPATH="$(CURDIR)/build/typing$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m synthkd.bench.gpu --minutes 9
 
 assets: $(VENV)/.ready ## rebuild the embedded default from scratch (about 70 minutes on one core)
 	$(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[dev,assets]'

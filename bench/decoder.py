@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd.bench.kernels import dtype_name
 from synthkd.bench.record import stamped
-from synthkd.bench.timing import Call, Stopwatch
+from synthkd.bench.timing import Call, Stopwatch, full_precision
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import fuse
 from synthkd.engine.models import random_vae
@@ -24,6 +24,7 @@ DIRECTIONS = ("forward", "forward+input gradient")
 _FLOOR = 1e-4  # relative errors below come from the order of float32 sums through thirty layers
 
 Decode = Callable[[Tensor], Tensor]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,15 @@ class DecoderSpec:
         return z.to(self.device), upstream.to(self.device)
 
 
-def measure_decoder(spec: DecoderSpec) -> Iterator[dict[str, Any]]:
-    """One row per direction."""
+def measure_decoder(spec: DecoderSpec, tell: Tell = lambda _: None) -> Iterator[dict[str, Any]]:
+    """One row per direction; tell: hears of each step, as compilers take minutes."""
     z, upstream = spec.inputs()
-    with torch.backends.cudnn.flags(allow_tf32=False):
-        for direction in spec.directions:
+    for direction in spec.directions:
+        with full_precision():
             want, flops = _oracle(spec, z, upstream, direction)
-            yield stamped(_row(spec, direction, z.to(spec.dtype), upstream.to(spec.dtype), want, flops))
+            tell(f"{direction}: {flops / 1e12:.3g} TFLOP, float32 outputs made")
+            row = _row(spec, direction, z.to(spec.dtype), upstream.to(spec.dtype), want, flops, tell)
+        yield stamped(row)
 
 
 def call_of(decode: Decode, z: Tensor, upstream: Tensor, direction: str) -> Callable[[], list[Tensor]]:
@@ -109,7 +112,7 @@ def _vae(spec: DecoderSpec, *, fused: bool) -> Any:
 
 
 def _row(
-    spec: DecoderSpec, direction: str, z: Tensor, upstream: Tensor, want: list[Tensor], flops: int
+    spec: DecoderSpec, direction: str, z: Tensor, upstream: Tensor, want: list[Tensor], flops: int, tell: Tell
 ) -> dict[str, Any]:
     watch, entries, calls = Stopwatch(spec.device), {}, {}
     for name, decode in contenders(spec).items():
@@ -117,6 +120,7 @@ def _row(
         entries[name] = _entry(call, want, watch, spec.device)
         if _sound(entries[name], entries["stock"]):
             calls[name] = call
+        tell(f"{direction}, {name}: {entries[name]['failed'] or 'warm'}")
     found = watch.rounds(calls, spec.repeats)
     for name, q in found.items():
         entries[name]["milliseconds"] = {k: round(v / 1e3, 4) for k, v in asdict(q).items()}
@@ -139,6 +143,8 @@ def _entry(call: Call, want: list[Tensor], watch: Stopwatch, device: torch.devic
     """Warm-up, errors relative to the largest value wanted, and on a GPU the memory above what was there before."""
     entry: dict[str, Any] = {"error": None, "milliseconds": None, "tflop_per_s": None, "peak_gb": None, "failed": None}
     try:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # a compiled contender keeps a pool of its own
         entry["warm_up_seconds"] = round(watch.warm_up(call), 3)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -1,15 +1,19 @@
-"""The benchmark suites of a GPU machine in parts that fit a time limit; finished parts are not run again.
+"""The tests and benchmark suites of a GPU machine in parts that fit a time limit; finished parts are not run again.
 
-`python -m synthkd.bench.gpu --minutes 9` goes on where the last call stopped, until it says `all parts done`.
+`python -m synthkd.bench.gpu --minutes 9` goes on where the last call stopped, until it says `all parts done`. Each part
+is a process of its own: one that ends in an illegal access, or out of memory, takes no other along.
 """
 
 import argparse
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +29,22 @@ from synthkd.kernels.suites import SUITES
 
 STATE = Path("build/gpu/done.json")
 SEEDS = range(5)
+TESTS = {"kernels": ["kernels"], "runs": ["engine", "test_gpu.py"]}  # folders and files of tests/
+FIRST, LATER = ("bfloat16", "float32"), ("float16",)  # a dtype costs a minute or two over all ops, mostly compiling
+LONGEST = 570  # seconds of one part, after which it is ended
+
+Parts = dict[str, Callable[[], None]]
+
+
+def tests_part(name: str) -> None:
+    """GPU tests; raises where one fails."""
+    import pytest
+
+    tests = Path(__file__).resolve().parents[1] / "tests"
+    places = [str(tests / place) for place in TESTS[name]]
+    status = pytest.main(["-m", "gpu", "-rf", "--durations=5", f"--rootdir={tests.parent}", *places])
+    if status != pytest.ExitCode.OK:
+        raise RuntimeError(f"pytest exits with {int(status)}")
 
 
 def digits_part(seed: int) -> None:
@@ -43,58 +63,100 @@ def adversarial_part(seed: int) -> None:
     append_row("adversarial", row)
 
 
-def kernels_part(op: str) -> None:
+def kernels_part(op: str, dtypes: tuple[str, ...] = FIRST) -> None:
     """One op against plain torch; its rows appended together, so that a part that was cut short leaves none."""
-    device = torch.device("cuda")
-    for row in list(measure(workloads(device, [op]), device)):
+    device, rows = torch.device("cuda"), []
+    for row in measure(workloads(device, [op], dtypes), device):
+        rows.append(row)
+        found = (
+            f"{row['percent_of_copy']} % of a copy" if row["check"]["passed"] else f"FAILED: {row['check']['reason']}"
+        )
+        _tell(f"{op}: {row['case']}, {row['dtype']}, {row['direction']}: {found}")
+        for name, reason in row["failed"].items():
+            _tell(f"  {name}: FAILED: {reason}")
+    for row in rows:
         append_row("kernels", row)
-        if not row["check"]["passed"]:
-            print(f"{op}: {row['case']}, {row['dtype']}: FAILED: {row['check']['reason']}", flush=True)
 
 
 def decoder_part(direction: str) -> None:
     """SD 1.5's decoder at 512, batch 8, bfloat16, in one direction; its row appended."""
-    for row in measure_decoder(DecoderSpec(device=torch.device("cuda"), directions=(direction,))):
+    for row in measure_decoder(DecoderSpec(device=torch.device("cuda"), directions=(direction,)), _tell):
         append_row("decoder", row)
         for name, entry in row["contenders"].items():
-            if entry["failed"]:
-                print(f"decoder, {direction}: {name}: FAILED: {entry['failed']}", flush=True)
+            _tell(f"decoder, {direction}: {name}: {entry['milliseconds'] or entry['failed']}")
 
 
-def parts() -> dict[str, Callable[[], None]]:
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def parts() -> Parts:
     """All parts by name, in the order in which they run: the short ones first."""
-    short: dict[str, Callable[[], None]] = {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
-    short |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
+    found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
+    found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
+    found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
+    found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
-    return short | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
+    return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
 
 
-def run_parts(todo: dict[str, Callable[[], None]], state: Path, minutes: float) -> list[str]:
-    """Run parts that are not done yet, and start none after `minutes`; returns the names still to do."""
-    done: list[str] = json.loads(state.read_text()) if state.exists() else []
-    started = time.monotonic()
-    for name, part in todo.items():
-        if name in done:
+def apart(name: str) -> None:
+    """Run a part in a process of its own; raises where that fails or lasts too long."""
+    subprocess.run([sys.executable, "-m", "synthkd.bench.gpu", "--part", name], check=True, timeout=LONGEST)
+
+
+class Left(NamedTuple):
+    """Names of parts that are not done, and of those among them that failed in this call."""
+
+    todo: list[str]
+    failed: list[str]
+
+
+def run_parts(todo: Parts, state: Path, minutes: float) -> Left:
+    """Run parts that are not done yet, and start none after `minutes`; a failing one does not stop the others.
+
+    What was begun before and did not come to its end, failed or killed, goes last: it could do so again.
+    """
+    begun: dict[str, bool] = json.loads(state.read_text()) if state.exists() else {}  # name: whether it is done
+    started, failed = time.monotonic(), []
+
+    def note(name: str, done: bool) -> None:
+        begun[name] = done
+        state.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(state, json.dumps(begun))
+
+    for name in sorted(todo, key=lambda name: name in begun):
+        if begun.get(name):
             continue
         if time.monotonic() - started > minutes * 60:
             break
-        part()
-        done.append(name)
-        state.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(state, json.dumps(done))
-        print(f"{name}: done after {time.monotonic() - started:.0f} s", flush=True)
-    return [name for name in todo if name not in done]
+        note(name, False)
+        try:
+            todo[name]()
+        except Exception as error:
+            failed.append(name)
+            _tell(f"{name}: FAILED: {type(error).__name__}: {error}")
+            continue
+        note(name, True)
+        _tell(f"{name}: done after {time.monotonic() - started:.0f} s")
+    return Left([name for name in todo if not begun.get(name)], failed)
 
 
 def main() -> None:
-    """Run what is left within the time limit."""
+    """Run what is left within the time limit; exits with 1 where a part failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=9.0, help="start no part after so many minutes")
+    parser.add_argument("--part", choices=list(parts()), help="run this one alone, here and now")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
-    left = run_parts(parts(), STATE, arguments.minutes)
-    print(f"left for the next call: {', '.join(left)}" if left else "all parts done")
+    if arguments.part:
+        parts()[arguments.part]()
+        return
+    left = run_parts({name: partial(apart, name) for name in parts()}, STATE, arguments.minutes)
+    _tell(f"left for the next call: {', '.join(left.todo)}" if left.todo else "all parts done")
+    if left.failed:
+        sys.exit(f"FAILED: {', '.join(left.failed)}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from synthkd.bench.record import stamped
-from synthkd.bench.timing import Call, Stopwatch, copy_ceiling
+from synthkd.bench.timing import Call, Stopwatch, copy_ceiling, full_precision
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.kernels import implementation
-from synthkd.kernels.case import Arguments, Case, Maker, Outcome, Suite, check, tensors_of
+from synthkd.kernels.case import Arguments, Case, Outcome, Suite, check, tensors_of
 from synthkd.kernels.launch import recorded
 from synthkd.kernels.suites import SUITES
 
@@ -95,11 +95,13 @@ def measure(todo: Sequence[Workload], device: torch.device, repeats: int = 30) -
     """Rows, one by one; the copy ceiling is measured before the first."""
     ceiling = copy_ceiling(device)
     for work in todo:
-        outcome = checked(work, device)
+        with full_precision():
+            outcome = checked(work, device)
         for direction in DIRECTIONS[: 2 if work.case.differentiable else 1]:
             row = _identity(work, direction, device, ceiling, outcome)
             if outcome.passed:
-                row |= _speed(work, direction, device, ceiling, repeats)
+                with full_precision():
+                    row |= _speed(work, direction, device, ceiling, repeats)
             yield stamped(row)
 
 
@@ -168,7 +170,7 @@ def call_of(op: Op, case: Case, arguments: Arguments, direction: str) -> Call:
 
 
 def _speed(work: Workload, direction: str, device: torch.device, ceiling: float, repeats: int) -> dict[str, Any]:
-    arguments = work.case.arguments(Maker(device, work.dtype))
+    arguments = work.case.made(device, work.dtype)
     watch, calls, warm, failed = Stopwatch(device), {}, {}, {}
     if device.type == "cuda":
         torch._dynamo.reset()  # or the limit of recompilations is met
@@ -179,12 +181,15 @@ def _speed(work: Workload, direction: str, device: torch.device, ceiling: float,
             calls[name] = call
         except Exception as error:  # a compiler may fail; the others are still timed
             failed[name] = _one_line(error)
+    chief = "kernel" if device.type == "cuda" else "reference"
+    if chief not in calls:
+        return {"warm_up_seconds": warm, "failed": failed}
     found = watch.rounds(calls, repeats)
-    ours = found.get("kernel") or found["reference"]
+    ours = found[chief]
     moved = sum(work.case.traffic(work.dtype.itemsize)[: 1 if direction == "forward" else 2])
     rate = moved / ours.median / 1e3
     with recorded() as launches:
-        (calls.get("kernel") or calls["reference"])()
+        calls[chief]()
     return {
         "launches": len(launches),
         "speed": {name: asdict(q) for name, q in found.items()},

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """Short commit of the tree this file is in, `+` behind it where tracked files differ; `unknown` outside git."""
+    """Short commit of the tree this file is in, `+` behind it where tracked files differ.
+
+    Outside git, as in a copy of a tree, what SYNTHKD_COMMIT says, or `unknown`.
+    """
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -25,7 +29,7 @@ def commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("SYNTHKD_COMMIT", "unknown")
 
 
 def machine() -> str:

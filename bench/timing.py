@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +62,21 @@ class Stopwatch:
             for name, call in calls.items():
                 found[name].append(self.microseconds(call))
         return {name: quartiles(values) for name, values in found.items()}
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 convolutions and products are float32 inside; cuDNN's are TF32 by default.
+
+    Not `torch.backends.cudnn.flags(allow_tf32=False)`: that switches cuDNN itself off.
+    """
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
 def quartiles(values: list[float]) -> Quartiles:

@@ -16,21 +16,26 @@ _PAD = 64  # elements of poison on each side; a multiple of 16, so that alignmen
 class Maker:
     """Makes the tensors of a case: the same numbers on every device, NaN all round them in memory."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
-        """dtype: of the op's main inputs; values are drawn in float64 and rounded to it."""
+    def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0, *, large: bool = False) -> None:
+        """dtype: of the op's main inputs; values are drawn in float64 and rounded to it.
+
+        large: drawn where they are used, as a CPU would take seconds a tensor; then devices differ.
+        """
         self.device, self.dtype = device, dtype
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = torch.Generator(device if large else "cpu").manual_seed(seed)
 
     def randn(
         self, *shape: int, channels_last: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0
     ) -> Tensor:
         """Normal values of the given scale [*shape], contiguous or channels_last."""
-        x = torch.randn(shape, generator=self._generator, dtype=torch.float64) * scale
+        drawn_on = self._generator.device
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float64, device=drawn_on).mul_(scale)
         return self.place(x.to(dtype or self.dtype), channels_last=channels_last)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """Whole numbers 0 to high - 1."""
-        return torch.randint(high, shape, generator=self._generator).to(dtype).to(self.device)
+        drawn_on = self._generator.device
+        return torch.randint(high, shape, generator=self._generator, device=drawn_on).to(dtype).to(self.device)
 
     def scalar(self, value: float) -> Tensor:
         """A 0-d float32 tensor, as the solver's coefficients are."""
@@ -60,6 +65,15 @@ class Case:
     differentiable: tuple[str, ...] = ()
     traffic: Callable[[int], tuple[int, int]] = lambda size: (0, 0)
     measured: str = ""  # "", "cpu" or "gpu"
+
+    @property
+    def large(self) -> bool:
+        """Whether its numbers are drawn on the device that uses them."""
+        return self.measured == "gpu"
+
+    def made(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Arguments:
+        """Its arguments on a device."""
+        return self.arguments(Maker(device, dtype, seed, large=self.large))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +131,8 @@ class Outcome:
 def check(suite: Suite, case: Case, device: torch.device, dtype: torch.dtype, *, backward: bool = True) -> Outcome:
     """Run a case through the op and, in float64, through the reference; compare outputs and gradients."""
     tolerance = suite.tolerances[dtype]
-    got = evaluate(suite.op, case, case.arguments(Maker(device, dtype)), backward=backward)
-    want = evaluate(suite.reference, case, widened(case.arguments(Maker(device, dtype))), backward=backward)
+    got = evaluate(suite.op, case, case.made(device, dtype), backward=backward)
+    want = evaluate(suite.reference, case, widened(case.made(device, dtype)), backward=backward)
     worst = Outcome(0.0, "")
     if got.keys() != want.keys():
         return Outcome(math.inf, f"found {sorted(got)}, expected {sorted(want)}")
@@ -144,14 +158,16 @@ def evaluate(op: Callable[..., Any], case: Case, arguments: Arguments, *, backwa
     found = {f"output {i}": x.detach() for i, x in enumerate(outputs)}
     if leaves:
         smooth = [x for x in outputs if x.requires_grad]
-        weights = [cotangent(x) for x in smooth]
+        weights = [cotangent(x, large=case.large) for x in smooth]
         grads = torch.autograd.grad(smooth, list(leaves.values()), weights, allow_unused=True, materialize_grads=True)
         found |= {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
     return found
 
 
-def cotangent(x: Tensor) -> Tensor:
-    """What a backward pass is fed with: normal values in the dtype and layout of x, the same for every device."""
-    half = torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def cotangent(x: Tensor, *, large: bool = False) -> Tensor:
+    """What a backward pass is fed with: normal values in the dtype and layout of x; large: drawn on its device."""
+    drawn_on = x.device if large else torch.device("cpu")
+    generator = torch.Generator(drawn_on).manual_seed(1)
+    half = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=drawn_on)
     # rounded to bfloat16, so that every dtype and the oracle are fed the same numbers
     return torch.empty_like(x).copy_(half.bfloat16())

@@ -49,18 +49,20 @@ def device() -> torch.device:
 
 @pytest.fixture
 def kernels_on() -> Iterator[None]:
-    """Ops run their Triton kernels, and fresh memory is NaN: what a kernel leaves out shows."""
+    """Ops run their Triton kernels, fresh memory is NaN, so that what a kernel leaves out shows, and no TF32."""
     pytest.importorskip("triton", reason="Triton runs on Linux only")
     from torch.utils import deterministic
 
     from synthkd.kernels import implementation
 
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert deterministic.fill_uninitialized_memory
     with implementation("triton"):
         yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 @pytest.fixture(scope="session")

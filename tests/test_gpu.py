@@ -1,6 +1,6 @@
-"""What only a GPU can show: the guided run there, in half precision, against float32."""
+"""What only a GPU can show: the guided run there, in half precision, against float32 and against plain torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,19 @@ from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Recipe, Request
+from synthkd.kernels import implementation
+from synthkd.kernels.launch import recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """float32 is float32."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def job(folder: Path, card: Path, **changes: Any) -> SynthJob:
@@ -39,7 +50,6 @@ def draw(one: SynthJob) -> Any:
 
 def test_cuda_agrees_with_the_cpu(pipeline_folder: Path, teacher_card: Path) -> None:
     """float32 without TF32: the same pictures within one grey level on 99.9 % of the values."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     one = job(pipeline_folder, teacher_card)
     a, b = draw(one), draw(replace(one, device="cpu"))
     difference = (a.images.cpu().int() - b.images.int()).abs()
@@ -77,7 +87,6 @@ def test_every_family_is_guided(
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm"])
 def test_every_sampler_agrees_with_the_cpu(pipeline_folder: Path, teacher_card: Path, sampler: str) -> None:
     """The same fresh noise and the same tables: within one grey level on 99 % of the values."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     one = job(pipeline_folder, teacher_card, sampler=sampler)
     a, b = draw(one), draw(replace(one, device="cpu"))
     assert ((a.images.cpu().int() - b.images.int()).abs() > 1).float().mean() < 1e-2
@@ -91,3 +100,39 @@ def test_rounds(pipeline_folder: Path, teacher_card: Path, tmp_path: Path) -> No
     draw_set(one, Request(num_samples=12), tmp_path / "set")
     _, verdict = replay_sample(tmp_path / "set", 7, tmp_path / "7.png", "cuda")
     assert verdict == "identical to the stored image"
+
+
+def test_kernels_and_fused_decoder_agree_with_plain_torch(pipeline_folder: Path, teacher_card: Path) -> None:
+    """By default both are on: float32 images within a grey level on 99.9 % of the values."""
+    one = job(pipeline_folder, teacher_card)
+    with recorded() as launches:
+        a = draw(one)
+    ops = {launch.kernel.fn.__module__.split(".")[2] for launch in launches}
+    assert ops >= {"guided_step", "predict_x0", "to_uint8", "group_norm_silu", "upsample2x_conv3x3"}
+    with implementation("reference"), recorded() as launches:
+        b = draw(replace(one, fuse="off"))
+    assert not launches
+    assert ((a.images.int() - b.images.int()).abs() > 1).float().mean() < 1e-3
+
+
+def test_bfloat16_through_kernels_is_finite(pipeline_folder: Path, teacher_card: Path) -> None:
+    """Every term of every step, and images that are not flat."""
+    batch = draw(job(pipeline_folder, teacher_card, dtype="bfloat16"))
+    assert all(torch.isfinite(torch.tensor(curve)).all() for curve in batch.curves.values())
+    assert batch.images.float().std() > 1
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler_ancestral"])
+def test_a_second_group_compiles_nothing(
+    pipeline_folder: Path, teacher_card: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    """No argument that changes from step to step, or from group to group, is part of a kernel's specialisation."""
+    from triton import knobs
+
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]) and None)
+    groups = iter(job(pipeline_folder, teacher_card, sampler=sampler).build().stream(Request(num_samples=12)))
+    next(groups)
+    first = len(compiled)
+    next(groups)
+    assert compiled[first:] == []

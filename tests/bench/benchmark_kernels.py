@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from synthkd.bench.kernels import DIRECTIONS, Workload, call_of, checked, contenders, workloads
-from synthkd.kernels.case import Maker, Outcome
+from synthkd.kernels.case import Outcome
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARAMETERS = [
@@ -23,7 +23,7 @@ def test_speed(benchmark: Any, work: Workload, direction: str, name: str) -> Non
     """A case whose check fails is not timed."""
     outcome = _CHECKS.get(str(work)) or _CHECKS.setdefault(str(work), checked(work, DEVICE))
     assert outcome.passed, f"{outcome.where}: {outcome.worst:.3g} times the tolerance"
-    arguments = work.case.arguments(Maker(DEVICE, work.dtype))
+    arguments = work.case.made(DEVICE, work.dtype)
     call = call_of(contenders(work.suite, arguments, DEVICE)[name], work.case, arguments, direction)
 
     def once() -> None:

@@ -30,7 +30,7 @@ def test_rows_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_parts_resume(tmp_path: Path) -> None:
-    """A finished part is not run again, and a failing one is not marked done."""
+    """A finished part is not run again; a failing one stops no other, is not marked done, and comes last next time."""
     ran: list[str] = []
 
     def part(name: str, fail: bool = False) -> Callable[[], None]:
@@ -42,19 +42,33 @@ def test_parts_resume(tmp_path: Path) -> None:
         return run
 
     state = tmp_path / "done.json"
-    with pytest.raises(RuntimeError):
-        run_parts({"a": part("a"), "b": part("b", fail=True)}, state, 9)
-    assert run_parts({"a": part("a"), "b": part("b")}, state, 9) == []
-    assert ran == ["a", "b", "b"]
-    assert run_parts({"a": part("a"), "c": part("c")}, state, -1) == ["c"]
+    first = run_parts({"a": part("a"), "b": part("b", fail=True), "c": part("c")}, state, 9)
+    assert first == (["b"], ["b"])
+    assert run_parts({name: part(name) for name in "abcd"}, state, 9) == ([], [])
+    assert ran == ["a", "b", "c", "d", "b"]
+    assert run_parts({"a": part("a"), "e": part("e")}, state, -1) == (["e"], [])
+
+
+def test_a_killed_part_comes_last(tmp_path: Path) -> None:
+    """What ends the whole process must not end the next one before the others have run."""
+    state, ran = tmp_path / "done.json", []
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_parts({"a": die, "b": lambda: ran.append("b")}, state, 9)
+    run_parts({"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}, state, 9)
+    assert ran == ["b", "a"]
 
 
 def test_short_parts_come_first() -> None:
-    """Every op, then the decoder both ways, then the seeds of the long suites."""
-    names = list(gpu.parts())
-    assert names[: len(SUITES)] == [f"kernels: {suite.name}" for suite in SUITES]
-    assert names[len(SUITES) : len(SUITES) + 2] == ["decoder: forward", "decoder: forward+input gradient"]
-    assert all("seed" in name for name in names[len(SUITES) + 2 :])
+    """Tests, every op, the decoder both ways, every op in float16, then the seeds of the long suites."""
+    names, ops = list(gpu.parts()), [suite.name for suite in SUITES]
+    short = ["tests: kernels", "tests: runs", *(f"kernels: {op}" for op in ops)]
+    short += ["decoder: forward", "decoder: forward+input gradient", *(f"kernels, float16: {op}" for op in ops)]
+    assert names[: len(short)] == short
+    assert all("seed" in name for name in names[len(short) :])
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -62,7 +76,8 @@ def test_a_kernel_part_appends_its_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], passed: bool
 ) -> None:
     """A failed check is told, and its row kept."""
-    row = {"case": "a", "dtype": "float32", "check": {"passed": passed, "reason": "output 0"}}
+    row = {"case": "a", "dtype": "float32", "direction": "forward", "percent_of_copy": 80.0, "failed": {},
+           "check": {"passed": passed, "reason": "output 0"}}  # fmt: skip
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(gpu, "measure", lambda todo, device: iter([row, row]))
     gpu.kernels_part(SUITES[0].name)

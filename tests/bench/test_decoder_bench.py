@@ -34,6 +34,16 @@ def test_rows_hold_errors_beside_times() -> None:
             assert entry["tflop_per_s"] == pytest.approx(row["tera_flop"] / median * 1e3, abs=1e-3)
 
 
+def test_cudnn_stays_on_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudnn.flags(allow_tf32=False)` would switch it off."""
+    seen: list[tuple[bool, bool]] = []
+    cudnn, row = torch.backends.cudnn, decoder._row
+    monkeypatch.setattr(decoder, "_row", lambda *a: (seen.append((cudnn.enabled, cudnn.allow_tf32)), row(*a))[1])
+    list(measure_decoder(SPEC))
+    assert seen == [(True, False)] * 2
+    assert cudnn.allow_tf32
+
+
 def test_fused_modules_are_a_contender() -> None:
     pytest.importorskip("synthkd.engine.fusion", reason="the module swap is not in this tree")
     rows = list(measure_decoder(SPEC))

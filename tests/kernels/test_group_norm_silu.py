@@ -95,7 +95,9 @@ def test_statistics_are_those_of_the_rounded_sum(channels_last: bool, device: to
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     out, total = add_group_norm_silu(x, residual, 3, *_affine(6, device), 1e-6)
     assert torch.equal(total, x + residual)
-    assert torch.equal(out, group_norm_silu(total, 3, *_affine(6, device), 1e-6))
+    ulp = 2**-10 if device.type == "cuda" else 0.0  # programs of other widths there: sums in another order
+    alone = group_norm_silu(total, 3, *_affine(6, device), 1e-6)
+    torch.testing.assert_close(out, alone, rtol=ulp, atol=ulp / 100)
     assert out.stride() == total.stride() == x.stride()
 
 

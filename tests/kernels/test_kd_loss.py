@@ -178,7 +178,9 @@ def _task() -> tuple[Any, Teacher]:
 
 
 @pytest.mark.usefixtures("kernels_on")
-def test_the_student_loop_calls_the_op_and_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_student_loop_calls_the_op_and_learns_the_same(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     """A few steps with the kernel give the losses of a few steps without."""
     seen: list[float] = []
 
@@ -189,6 +191,7 @@ def test_the_student_loop_calls_the_op_and_learns_the_same(monkeypatch: pytest.M
 
     monkeypatch.setattr(student, "kd_loss", spy)
     data, teacher = _task()
+    teacher.to(device)
     spec = DistillSpec(arch_args={"widths": [4], "blocks": [1]}, steps=6, batch_size=16, warmup_steps=2)
     with recorded() as launches:
         distill(data, teacher, spec)

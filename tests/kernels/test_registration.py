@@ -37,10 +37,10 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def calls_of(suite: Suite, case: Case) -> list[tuple[Any, tuple[Any, ...], Mapping[str, Any]]]:
+def calls_of(suite: Suite, case: Case, device: torch.device) -> list[tuple[Any, tuple[Any, ...], Mapping[str, Any]]]:
     """What a case's forward and backward call."""
     with Seen() as seen:
-        evaluate(suite.op, case, case.arguments(Maker(torch.device("cpu"), torch.float32)))
+        evaluate(suite.op, case, case.arguments(Maker(device, torch.float32)))
     return seen.calls
 
 
@@ -52,10 +52,10 @@ def _fresh(value: Any, grad: bool) -> Any:
 
 @pytest.mark.usefixtures("kernels_on")
 @pytest.mark.parametrize(("suite", "case"), CASES)
-def test_opcheck(suite: Suite, case: Case) -> None:
+def test_opcheck(suite: Suite, case: Case, device: torch.device) -> None:
     """Schema, autograd registration, fake tensors, and AOT tracing with symbolic shapes."""
     torch.use_deterministic_algorithms(False)  # poison differs from run to run; the cases themselves are checked in it
-    calls = calls_of(suite, case)
+    calls = calls_of(suite, case, device)
     assert calls, "the case ran no op of ours"
     for func, args, kwargs in calls:
         smooth = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "Autograd") and bool(case.differentiable)
@@ -66,11 +66,12 @@ def test_opcheck(suite: Suite, case: Case) -> None:
 
 @pytest.mark.usefixtures("kernels_on")
 @pytest.mark.parametrize("suite", SUITES, ids=lambda s: s.name)
-def test_every_op_counts_its_flops(suite: Suite) -> None:
+def test_every_op_counts_its_flops(suite: Suite, device: torch.device) -> None:
     """FlopCounterMode sees what is inside an op only where a formula is registered."""
     case = suite.cases[0]
-    for func in {func for func, _, _ in calls_of(suite, case)}:
-        arguments = next((a, k) for f, a, k in calls_of(suite, case) if f is func)
+    calls = calls_of(suite, case, device)
+    for func in {func for func, _, _ in calls}:
+        arguments = next((a, k) for f, a, k in calls if f is func)
         with FlopCounterMode(display=False) as counter:
             func(*arguments[0], **arguments[1])
         assert counter.get_total_flops() > 0, func

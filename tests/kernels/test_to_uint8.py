@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -94,11 +95,11 @@ def test_wrong_shapes_are_refused(shape: tuple[int, ...], message: str) -> None:
 
 
 @pytest.mark.usefixtures("kernels_on")
-def test_the_synthesizer_calls_the_op(pipeline: Any, recipe: Callable[..., Any]) -> None:
+def test_the_synthesizer_calls_the_op(pipeline: Any, recipe: Callable[..., Any], device: torch.device) -> None:
     """One launch per drawn group, and the same pixels as from plain torch."""
     from synthkd.engine import Request, Synthesizer
 
-    synth = Synthesizer.from_pipeline(pipeline, recipe(steps=1))
+    synth = Synthesizer.from_pipeline(deepcopy(pipeline).to(device), recipe(steps=1))
     with recorded() as launches:
         batch = next(iter(synth.stream(Request(num_samples=6))))
     assert [x.kernel.fn.__module__ for x in launches].count("synthkd.kernels.to_uint8.kernel") == 1

@@ -42,16 +42,16 @@ def test_folding_sums_in_float32() -> None:
 
 @pytest.mark.usefixtures("kernels_on")
 @pytest.mark.parametrize("last", [False, True])
-def test_layout_goes_through(last: bool) -> None:
-    x, weight, bias = _tensors((2, 3, 4, 5), 6, torch.float32)
+def test_layout_goes_through(last: bool, device: torch.device) -> None:
+    x, weight, bias = (t.to(device) for t in _tensors((2, 3, 4, 5), 6, torch.float32))
     layout = torch.channels_last if last else torch.contiguous_format
     out = upsample2x_conv3x3(x.contiguous(memory_format=layout), fold_upsample_weight(weight), bias)
     assert out.is_contiguous(memory_format=layout)
 
 
 @pytest.mark.usefixtures("kernels_on")
-def test_traced_gradient_is_the_eager_one(traced: Callable[..., Tensor]) -> None:
-    x, weight, bias = _tensors((2, 3, 4, 5), 6, torch.float32)
+def test_traced_gradient_is_the_eager_one(traced: Callable[..., Tensor], device: torch.device) -> None:
+    x, weight, bias = (t.to(device) for t in _tensors((2, 3, 4, 5), 6, torch.float32))
     folded = fold_upsample_weight(weight)
 
     def gradient(x: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""What the benchmarks do on a GPU only, line by line on a CPU: stand-ins for events and compiling."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from synthkd.bench import gpu, kernels, record, timing
+from synthkd.kernels.case import Case, Suite, Tolerance
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+
+
+class OnTheCpu(TorchFunctionMode):
+    """Whatever names a device is given the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def here(value: Any) -> Any:
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        return func(*map(here, args), **{name: here(value) for name, value in (kwargs or {}).items()})
+
+
+class Event:
+    """A clock's reading."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, end: "Event") -> float:
+        return (end.at - self.at) * 1e3 + 1e-6
+
+
+class Generator(torch.Generator):
+    """One of the CPU, wherever it was to be."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return super().__new__(cls)
+
+
+def _square(x: Tensor) -> Tensor:
+    return x * x
+
+
+def _breaking(x: Tensor) -> Tensor:
+    raise RuntimeError("does not compile")
+
+
+SUITE = Suite(
+    name="square",
+    op=_square,
+    reference=lambda x: x * x,
+    cases=(Case(name="a", arguments=lambda m: {"x": m.randn(3, 5)}, differentiable=("x",), measured="gpu"),),
+    tolerances={d: Tolerance(rtol=2**-7, atol=1e-6, reason="one rounding") for d in (torch.float32, torch.bfloat16)},
+)
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A machine that seems to have a GPU; rows go to the folder that is returned."""
+    monkeypatch.setattr(torch, "Generator", Generator)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name, value in {"is_available": True, "get_device_name": "a GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(timing, "_FLUSH", 1024)
+    monkeypatch.setattr(kernels, "copy_ceiling", lambda device: 10.0)
+    monkeypatch.setattr(kernels, "SUITES", (SUITE,))
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(gpu, "STATE", tmp_path / "done.json")
+    with OnTheCpu():
+        yield tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
+    """`python -m synthkd.bench.gpu` with these words."""
+    monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    gpu.main()
+
+
+def test_kernel_rows(as_gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kernel, reference and compiled reference each way; a compiler that fails is told, and a kernel has no time."""
+    monkeypatch.setitem(kernels.STOCK, "square", _breaking)
+    gpu.kernels_part("square", ("bfloat16", "float32"))
+    rows = [json.loads(line) for line in (as_gpu / "kernels.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["device"] == "cuda"
+        assert row["machine"].endswith("a GPU")
+        assert row["speed"].keys() == row["warm_up_seconds"].keys() == {"kernel", "reference", "compiled"}
+        assert row["times_faster_than"].keys() == {"reference", "compiled"}
+        assert row["failed"] == {"stock": "RuntimeError: does not compile"}
+    assert "stock: FAILED" in capsys.readouterr().out
+    work = kernels.workloads(torch.device("cuda"))[0]
+    monkeypatch.setattr(kernels, "contenders", lambda *_: {"kernel": _breaking, "reference": _square})
+    found = kernels._speed(work, "forward", torch.device("cuda"), 10.0, 1)
+    assert found.keys() == {"warm_up_seconds", "failed"}
+
+
+def test_parts_are_processes(as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that fails is told at the end, by its name and by the exit code; the others have run."""
+    ran: list[str] = []
+
+    def run(command: list[str], check: bool, timeout: float) -> None:
+        assert command[:3] == [sys.executable, "-m", "synthkd.bench.gpu"]
+        call(monkeypatch, *command[3:])
+
+    def part(name: str) -> None:
+        ran.append(name)
+        if name == "a":
+            raise ValueError("wrong")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "parts", lambda: {name: lambda name=name: part(name) for name in "ab"})
+    with pytest.raises(SystemExit, match="FAILED: a"):
+        call(monkeypatch, "--minutes", "1")
+    assert ran == ["a", "b"]
+    assert json.loads((as_gpu / "done.json").read_text()) == {"a": False, "b": True}
