@@ -78,7 +78,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """|got - want| <= atol + rtol |want|, with the reason why it cannot be less."""
+    """|got - want| <= atol scale + rtol |want|, with the reason why it cannot be less.
+
+    scale: the largest |want| of the tensor, at most 1 and at least 1e-9: gradients of a mean over millions of values
+    are all small. What the dtype itself cannot hold, half of its smallest step, is allowed on top.
+    """
 
     rtol: float
     atol: float
@@ -145,8 +149,10 @@ def check(suite: Suite, case: Case, device: torch.device, dtype: torch.dtype, *,
 def _excess(got: Tensor, want: Tensor, tolerance: Tolerance) -> float:
     if got.shape != want.shape:
         return math.inf
+    finest = torch.finfo(got.dtype).smallest_normal * torch.finfo(got.dtype).eps if got.is_floating_point() else 0.0
     got, want = got.double(), want.double()
-    allowed = tolerance.atol + tolerance.rtol * want.abs()
+    scale = want.abs().max().clamp(1e-9, 1.0)
+    allowed = tolerance.atol * scale + tolerance.rtol * want.abs() + finest / 2
     error = ((got - want).abs() / allowed).max()
     return math.inf if bool(error.isnan()) else float(error)
 

@@ -14,12 +14,13 @@ IMPLEMENTATIONS = ("auto", "triton", "reference")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _TRITON = find_spec("triton") is not None
-_chosen: str = "auto"
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_chosen: str = "auto"  # of the process: dynamo guards on a global, and traces no context variable
 
 
 def interpreted() -> bool:
-    """Whether Triton was told to interpret its kernels on the CPU (TRITON_INTERPRET=1 before the first import)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    """Whether Triton was told to interpret its kernels on the CPU (TRITON_INTERPRET=1 before this was imported)."""
+    return _INTERPRETED
 
 
 @contextmanager
@@ -28,8 +29,8 @@ def implementation(name: Implementation) -> Iterator[None]:
 
     auto: kernels for CUDA tensors of float32, float16 and bfloat16 where Triton is installed, else the reference;
     triton: kernels, on a CPU under Triton's interpreter; reference: plain torch everywhere, for exports and oracles.
-    float64 always takes the reference. Raises ValueError for another name, RuntimeError for `triton` where it
-    cannot run.
+    float64 always takes the reference. The choice holds for the whole process, all threads alike.
+    Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
     """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
@@ -43,7 +44,7 @@ def implementation(name: Implementation) -> Iterator[None]:
 @contextmanager
 def planned() -> Iterator[None]:
     """Every op takes its kernel on any machine; only for launches that are recorded dry: they could not run."""
-    with _choose("triton"):
+    with _choose("planned"):
         yield
 
 
@@ -61,12 +62,23 @@ def runs_kernel(*tensors: Tensor | None) -> bool:
     """Whether an op on these tensors (None: an argument left out) runs its kernel; no wait for the device."""
     if _chosen == "reference" or not _TRITON:
         return False
-    return all(x is None or (x.dtype in DTYPES and (x.is_cuda or _chosen == "triton")) for x in tensors)
+    anywhere = _on_cpu()
+    return all(x is None or (x.dtype in DTYPES and (x.is_cuda or anywhere)) for x in tensors)
+
+
+def _on_cpu() -> bool:
+    """Whether kernels take CPU tensors: interpreted, or on paper."""
+    return _chosen == "planned" or (_chosen == "triton" and _INTERPRETED)
+
+
+def together(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether all lie on the device of x, as a kernel needs; plain torch also takes scalars from a CPU."""
+    return all(y is None or y.device == x.device for y in others)
 
 
 def backend(device: torch.device) -> str:
     """`triton` or `reference`: what ops on this device run, as it goes into an environment key."""
-    on_device = device.type == "cuda" or _chosen == "triton"
+    on_device = device.type == "cuda" or _on_cpu()
     return "triton" if _TRITON and on_device and _chosen != "reference" else "reference"
 
 

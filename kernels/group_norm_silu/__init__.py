@@ -20,6 +20,7 @@ def group_norm_silu(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, ep
     mean and biased variance are those of a sample's group of C / num_groups channels (arXiv 1803.08494, eq. 1 to 4;
     1710.05941). x: [N,C,*], contiguous or channels_last (others are copied); weight, bias: [C], of any float dtype.
     Half precision is computed in float32. Returns the dtype and layout of x. Differentiable in x, weight and bias.
+    torch.compile makes a graph per value of eps.
 
     Three launches, two reads and one write of x (one of each would do if a group stayed on the chip); backward three
     launches, four reads and one write.

@@ -19,5 +19,5 @@ def add_group_norm_silu(
     x: Tensor, residual: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`group_norm_silu` of x + residual, and that sum, rounded to the dtype of x."""
-    total = x + residual
+    total = (x + residual).to(x.dtype)
     return group_norm_silu(total, num_groups, weight, bias, eps), total

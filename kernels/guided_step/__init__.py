@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from synthkd.kernels.dispatch import refuse_empty, runs_kernel
+from synthkd.kernels.dispatch import refuse_empty, runs_kernel, together
 from synthkd.kernels.guided_step.reference import gather_source, normalised_direction
 from synthkd.kernels.guided_step.reference import guided_step as reference
 from synthkd.kernels.layout import dense, like
@@ -47,14 +47,13 @@ def guided_step(
     Returns z_next and x0' (None unless kept), [B,C,H,W] in the dtype and layout of z, both gathered through src_map:
     a position takes z, x0, grad, history, noise and norm from its source sample (arXiv 2504.00870, Latent CutMix).
     One launch. Where a gradient is asked for, the reference serves.
-    Raises ValueError for an empty latent, shapes that differ, and a gradient without its sumsq and step.
+    Raises ValueError for an empty latent, shapes that differ, and noise, before or grad without what belongs to it.
     """
     _check(z, src_map, {"x0": x0, "noise": noise, "before": before, "grad": grad})
-    if grad is not None and (sumsq is None or step is None):
-        raise ValueError("guided_step: grad needs sumsq and step beside it")
-    latents = (z, x0, noise, before, grad)
-    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in latents)
-    if wanted or not runs_kernel(*latents):
+    _check_pairs(len(z), noise, to_noise, before, to_history, grad, sumsq, step)
+    latents, rest = (z, x0, noise, before, grad), (alpha, sigma, to_x0, to_eps, to_noise, to_history, sumsq, step)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*latents, *rest))
+    if wanted or not runs_kernel(*latents) or not together(z, *latents, *rest, src_map):
         return reference(
             z, x0, alpha, sigma, to_x0, to_eps, noise=noise, to_noise=to_noise, before=before, to_history=to_history,
             grad=grad, sumsq=sumsq, step=step, src_map=src_map, rederive_eps=rederive_eps, keep=keep,
@@ -74,6 +73,29 @@ def _check(z: Tensor, src_map: Tensor | None, others: dict[str, Tensor | None]) 
     if src_map is not None and src_map.shape != (z.shape[0], *z.shape[2:]):
         expected = (z.shape[0], *z.shape[2:])
         raise ValueError(f"guided_step: src_map is {tuple(src_map.shape)}; expected {expected}")
+
+
+def _check_pairs(
+    samples: int,
+    noise: Tensor | None,
+    to_noise: Tensor | None,
+    before: Tensor | None,
+    to_history: Tensor | None,
+    grad: Tensor | None,
+    sumsq: Tensor | None,
+    step: Tensor | None,
+) -> None:
+    if noise is not None and to_noise is None:
+        raise ValueError("guided_step: noise needs to_noise beside it")
+    if before is not None and to_history is None:
+        raise ValueError("guided_step: before needs to_history beside it")
+    if grad is None:
+        return
+    if sumsq is None or step is None:
+        raise ValueError("guided_step: grad needs sumsq and step beside it")
+    if sumsq.shape != (samples,) or step.shape not in ((), (samples,)):
+        found = f"sumsq is {tuple(sumsq.shape)}, step {tuple(step.shape)}"
+        raise ValueError(f"guided_step: {found}; expected ({samples},) and () or ({samples},)")
 
 
 @torch.library.custom_op("synthkd::guided_step", mutates_args=())
@@ -100,7 +122,9 @@ def _op(
     z = dense(z)
     fresh = None if noise is None or to_noise is None else (like(noise, z), to_noise)
     history = None if before is None or to_history is None else (like(before, z), to_history)
-    shift = None if grad is None or sumsq is None or step is None else (like(grad, z), sumsq, step)
+    shift = None
+    if grad is not None and sumsq is not None and step is not None:
+        shift = like(grad, z), sumsq.contiguous(), step.contiguous()
     source = None if src_map is None else src_map.contiguous()
     coefficients = alpha, sigma, to_x0, to_eps
     return kernel.guided_step(z, like(x0, z), coefficients, fresh, history, shift, source, rederive_eps, keep)

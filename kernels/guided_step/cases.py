@@ -8,7 +8,7 @@ import torch
 from synthkd.kernels.case import Arguments, Case, Maker, Suite, Tolerance
 from synthkd.kernels.guided_step import guided_step, reference
 
-_EXTRAS = ("noise", "before", "grad", "map", "steps", "rederive", "keep")
+_EXTRAS = ("noise", "before", "grad", "map", "steps", "views", "rederive", "keep")
 
 
 def _arguments(shape: tuple[int, ...], extras: str, last: bool, step: float) -> Callable[[Maker], Arguments]:
@@ -24,8 +24,10 @@ def _arguments(shape: tuple[int, ...], extras: str, last: bool, step: float) -> 
         if "grad" in has:
             grad = m.randn(*shape, channels_last=last, scale=1e-3)
             size = m.place(torch.linspace(0.1, step, b, dtype=torch.float32)) if "steps" in has else m.scalar(step)
-            sumsq = grad.double().square().sum(dim=(1, 2, 3)).float()
-            out |= {"grad": grad, "sumsq": m.place(sumsq.cpu()), "step": size}
+            sumsq = m.place(grad.double().square().sum(dim=(1, 2, 3)).float().cpu())
+            if "views" in has:  # every second of memory, and one number for all
+                sumsq, size = sumsq.repeat_interleave(2)[::2], m.scalar(step).expand(b)
+            out |= {"grad": grad, "sumsq": sumsq, "step": size}
         if "map" in has:
             out["src_map"] = m.integers(b, b, *shape[2:], dtype=torch.int32)
         return out | {"rederive_eps": "rederive" in has, "keep": "keep" in has}
@@ -60,6 +62,7 @@ SUITE = Suite(
         _case("eps from the shifted x0", (3, 5, 7, 9), "grad rederive map"),
         _case("2M, exchanged", (5, 4, 9, 7), "grad map before keep"),
         _case("ancestral, exchanged", (5, 4, 9, 7), "grad map noise"),
+        _case("a step per sample, views", (6, 3, 4, 5), "grad views map"),
         _case("everything, many channels", (3, 37, 5, 3), "grad map noise before keep steps"),
         _case("channels_last", (3, 5, 17, 9), "grad map keep before", last=True),
         _case("SD latents x 16", (16, 4, 64, 64), "grad map", "cpu"),

@@ -44,10 +44,12 @@ SUITE = Suite(
         _case("ImageNet-21k x 1024", 1024, 21841, 4.0, "gpu"),
     ),
     tolerances={
-        torch.float32: Tolerance(rtol=1e-5, atol=1e-6, reason="sums of exponentials whose arguments reach 20"),
-        torch.float16: Tolerance(rtol=2**-9, atol=1e-6, reason="the gradient is rounded to 11 bits, kept and scaled"),
+        torch.float32: Tolerance(
+            rtol=1e-5, atol=3e-6, reason="exponentials of arguments up to 20; q - p, of which little may be left"
+        ),
+        torch.float16: Tolerance(rtol=2**-10, atol=3e-6, reason="one rounding of the gradient to 11 bits"),
         torch.bfloat16: Tolerance(
-            rtol=2**-6, atol=1e-6, reason="the gradient is rounded to 8 bits twice; the interpreter truncates"
+            rtol=2**-6, atol=3e-6, reason="the gradient is rounded to 8 bits twice; the interpreter truncates"
         ),
     },
 )

@@ -82,11 +82,11 @@ def _scaled(grad, upstream, out, n, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, g * u, mask=inside)
 
 
-def forward(s: Tensor, t: Tensor, temperature: float, want_grad: bool) -> tuple[Tensor, Tensor]:
+def forward(s: Tensor, t: Tensor, temperature: float, want_grad: bool, kept: torch.dtype) -> tuple[Tensor, Tensor]:
     """Losses per row [B], float32, and the gradients of each in s [B,K] (empty unless wanted); s and t contiguous."""
     b, k = s.shape
     losses = s.new_empty(b, dtype=torch.float32)
-    grad = torch.empty_like(s) if want_grad else s.new_empty(0)
+    grad = s.new_empty(s.shape if want_grad else 0, dtype=kept)
     whole = k <= WHOLE
     block = next_power_of_2(k) if whole else CHUNK
     launch(
@@ -96,9 +96,9 @@ def forward(s: Tensor, t: Tensor, temperature: float, want_grad: bool) -> tuple[
     return losses, grad
 
 
-def backward(grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad [B,K] times upstream [B] per row, in the dtype of grad."""
-    out = torch.empty_like(grad)
+def backward(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad [B,K] times upstream [B] per row, rounded once to dtype."""
+    out = torch.empty_like(grad, dtype=dtype)
     launch(
         _scaled, (cdiv(grad.numel(), SCALED),), grad, upstream, out, grad.numel(),
         K=grad.shape[1], BLOCK=SCALED,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from synthkd.kernels.dispatch import refuse_empty, runs_kernel
+from synthkd.kernels.dispatch import refuse_empty, runs_kernel, together
 from synthkd.kernels.layout import dense, like
 from synthkd.kernels.predict_x0.reference import PREDICTION_TYPES
 from synthkd.kernels.predict_x0.reference import predict_x0 as reference
@@ -34,7 +34,8 @@ def predict_x0(
 
     z, out_cond, out_uncond: [B,C,H,W], contiguous or channels_last, of one dtype; half precision is computed in
     float32. Returns the dtype and layout of z. Differentiable in all three. One launch; guidance_rescale above 0
-    needs standard deviations first and takes the reference.
+    needs standard deviations first and takes the reference, as do alpha and sigma that require a gradient.
+    torch.compile makes a graph per value of guidance_scale.
     Raises ValueError for an unknown prediction type, for shapes that differ, and for an empty latent.
     """
     if prediction_type not in PREDICTION_TYPES:
@@ -43,8 +44,9 @@ def predict_x0(
         if x is not None and x.shape != z.shape:
             raise ValueError(f"predict_x0: {name} is {tuple(x.shape)}, z {tuple(z.shape)}; expected the same shape")
     refuse_empty("predict_x0", z)
-    cfg = out_uncond is not None
-    if (cfg and guidance_rescale) or not runs_kernel(z, out_cond, out_uncond):
+    trained = torch.is_grad_enabled() and (alpha.requires_grad or sigma.requires_grad)
+    plain = trained or (out_uncond is not None and guidance_rescale) or not together(z, alpha, sigma)
+    if plain or not runs_kernel(z, out_cond, out_uncond):
         return reference(z, out_cond, out_uncond, guidance_scale, alpha, sigma, prediction_type, guidance_rescale)
     return _op(z, out_cond, out_uncond, alpha, sigma, float(guidance_scale), prediction_type)
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from synthkd.kernels.case import Case, Maker, Suite, check
+from synthkd.kernels import implementation
+from synthkd.kernels.case import Case, Maker, Suite, check, tensors_of
+from synthkd.kernels.layout import is_channels_last
 from synthkd.kernels.suites import SUITES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -24,6 +26,20 @@ def test_kernel_agrees_with_the_float64_reference(
 ) -> None:
     outcome = check(suite, case, device, dtype)
     assert outcome.passed, f"{outcome.where}: {outcome.worst:.3g} times the tolerance"
+
+
+@pytest.mark.usefixtures("kernels_on")
+@pytest.mark.parametrize(("suite", "case"), [(p.values[0], p.values[1]) for p in CASES if p.values[2] is DTYPES[1]])
+def test_dtypes_and_layout(suite: Suite, case: Case, device: torch.device) -> None:
+    """Outputs have the reference's dtypes, and an output shaped like the first input its memory layout."""
+    arguments = case.made(device, torch.float16)
+    first = next(v for v in arguments.values() if isinstance(v, torch.Tensor))
+    with implementation("reference"):
+        want = tensors_of(suite.reference(**arguments))
+    for got, other in zip(tensors_of(suite.op(**arguments)), want, strict=True):
+        assert got.dtype == other.dtype
+        if got.shape == first.shape and got.dtype == first.dtype and got.dim() > 2:
+            assert is_channels_last(got) == is_channels_last(first)
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)

@@ -119,6 +119,13 @@ def test_wrong_arguments_are_refused() -> None:
         guided_step(z, x0[..., :4], *c)
     with pytest.raises(ValueError, match="grad needs sumsq and step"):
         guided_step(z, x0, *c, grad=grad)
+    with pytest.raises(ValueError, match="noise needs to_noise"):
+        guided_step(z, x0, *c, noise=grad)
+    with pytest.raises(ValueError, match="before needs to_history"):
+        guided_step(z, x0, *c, before=grad)
+    for sumsq, step in ((torch.ones(1), torch.ones(())), (torch.ones(2), torch.ones(1)), (torch.ones(2, 1), c[0])):
+        with pytest.raises(ValueError, match=r"expected \(2,\) and \(\) or \(2,\)"):
+            guided_step(z, x0, *c, grad=grad, sumsq=sumsq, step=step)
     with pytest.raises(ValueError, match=r"src_map is \(2, 4, 4\); expected \(2, 4, 5\)"):
         guided_step(z, x0, *c, src_map=torch.zeros(2, 4, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="empty tensor"):

@@ -45,6 +45,29 @@ def test_gradient_flows_to_the_latent() -> None:
     assert torch.autograd.gradcheck(lambda z: predict_x0(z, cond * z, uncond, 3.0, a, s), z.requires_grad_())
 
 
+@pytest.mark.usefixtures("kernels_on")
+def test_coefficients_that_require_a_gradient_take_the_reference(device: torch.device) -> None:
+    z, cond, uncond, a, s = (x.to(device, torch.float32) for x in _case((2, 3, 2, 2), torch.float32))
+    predict_x0(z, cond, uncond, 3.0, a.requires_grad_(), s).sum().backward()
+    assert a.grad is not None
+    assert float(a.grad) != 0.0
+
+
+@pytest.mark.usefixtures("kernels_on")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels do not take CPU tensors there")
+@pytest.mark.parametrize("inside", [True, False])
+def test_kernels_need_a_device_that_runs_them(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`triton` on a CPU without the interpreter: plain torch, not Triton's own words about pointers."""
+    from synthkd.kernels import dispatch
+    from synthkd.kernels.launch import recorded
+
+    monkeypatch.setattr(dispatch, "_INTERPRETED", inside)
+    z, cond, _, a, s = _case((1, 4, 2, 2), torch.float32)
+    with recorded() as launches:
+        predict_x0(z, cond, None, 1.0, a, s)
+    assert len(launches) == inside
+
+
 def test_unknown_prediction_type_is_refused() -> None:
     z, cond, _, a, s = _case((1, 4, 1, 1), torch.float32)
     with pytest.raises(ValueError, match=r"prediction_type 'eps'.*epsilon"):
