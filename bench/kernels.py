@@ -37,15 +37,10 @@ def _stock_add_group_norm_silu(
     return _stock_group_norm_silu(total, num_groups, weight, bias, eps), total
 
 
-def _stock_upsample(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
-
-
 # what diffusers' modules run, in the dtype of the model; only for cases whose arguments they take
 STOCK: dict[str, Op] = {
     "add_group_norm_silu": _stock_add_group_norm_silu,
     "group_norm_silu": _stock_group_norm_silu,
-    "upsample2x_conv3x3": _stock_upsample,
 }
 
 

@@ -109,14 +109,14 @@ def chosen_cases(suite: Suite) -> list[Case]:
 
 def build_of(launch: Launch) -> Build:
     """A launch's arguments as Triton would specialise them: 1 is a constant, multiples of 16 are known as such."""
-    names = list(launch.kernel.arg_names)
+    names, free = list(launch.kernel.arg_names), getattr(launch.kernel, "do_not_specialize_on_alignment", None) or ()
     constexprs, signature, aligned = dict(launch.constexprs), {}, []
     for name, value in zip(names, launch.arguments, strict=False):
         if value is None or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
             constexprs[name] = value
         elif isinstance(value, Tensor):
             signature[name] = _TYPES[value.dtype]
-            if value.storage_offset() * value.element_size() % 16 == 0:
+            if name not in free and value.storage_offset() * value.element_size() % 16 == 0:
                 aligned.append(name)
         elif isinstance(value, bool):
             signature[name] = "u1"

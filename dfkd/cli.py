@@ -213,13 +213,14 @@ def replay(
     model: Annotated[str | None, typer.Option(help="Where the model lies now, if it moved.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Where the teacher card lies now, if it moved.")] = None,
     allow_code: options.AllowCode = False,
+    fuse: Annotated[str | None, typer.Option(help="Fused modules (default: as the image was drawn).")] = None,
     device: options.Device = None,
 ) -> None:
     """Draw one image again from the manifest alone and compare it with the stored one."""
     from synthkd.dfkd.replay import replay_sample
 
     path, verdict = replay_sample(
-        set_dir, sample_id, target, options.pick_device(device), allow_code, model=model, teacher=teacher
+        set_dir, sample_id, target, options.pick_device(device), allow_code, fuse, model=model, teacher=teacher
     )
     out.print(f"{path}: {verdict}", soft_wrap=True, highlight=False)
 

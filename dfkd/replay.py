@@ -1,6 +1,8 @@
 """One image again, from the manifest alone."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,7 +10,8 @@ from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.rounds import student_card
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import read_index, read_manifest
+from synthkd.engine.fusion import FuseChoice
+from synthkd.engine.index import read_environments, read_index, read_manifest
 from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
 from synthkd.engine.runner import open_stream
@@ -21,10 +24,12 @@ def replay_sample(
     target: Path | None,
     device: str,
     allow_code: bool = False,
+    fuse: str | None = None,
     **moved: str | None,
 ) -> tuple[Path, str]:
     """Redraw a sample's group, write the sample, and say how it compares with the stored one.
 
+    fuse: see `Synthesizer`; None for what the group was drawn with.
     moved: `model` and `teacher`, where they lie elsewhere now; weights are checked by digest all the same.
 
     Raises SynthkdError for an id outside the set, or where model or teacher are not the ones that drew it.
@@ -37,6 +42,8 @@ def replay_sample(
     group = sample_id // recipe.group_size
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
     job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
+    chosen: Any = fuse or _fused(set_dir, group, group // recipe.groups_per_shard)  # checked when the job is built
+    job = replace(job, fuse=chosen)
     stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
     for name in ("model_sha256", "fingerprint"):
         if stream.identity[name] != manifest[name]:
@@ -47,6 +54,15 @@ def replay_sample(
     path = target or Path(f"{sample_key(sample_id)}.{recipe.image_format}")
     path.write_bytes(data)
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)
+
+
+def _fused(set_dir: Path, group: int, shard: int) -> FuseChoice:
+    """What the environment of a drawn group says was fused; `auto` where the group or its environment is not known."""
+    row = read_index(set_dir).get(shard)
+    key = next((g.environment for g in row.groups if g.group == group), "") if row else ""
+    said = str(read_environments(set_dir).get(key, {}).get("backend", ""))
+    parts: dict[str, FuseChoice] = {"fused decoder and denoiser": "all", "fused decoder": "decoder"}
+    return next((choice for words, choice in parts.items() if words in said), "off" if said else "auto")
 
 
 def _compare(set_dir: Path, shard: int, sample_id: int, data: bytes, recipe: Recipe) -> str:

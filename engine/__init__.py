@@ -4,7 +4,7 @@ from synthkd.engine.batch import Batch
 from synthkd.engine.callback import GuidanceCallback
 from synthkd.engine.config import CutMixSpec, GuidanceSpec, Recipe, Request
 from synthkd.engine.errors import NonFiniteError, SynthkdError
-from synthkd.engine.fusion import Fused, fuse
+from synthkd.engine.fusion import Fused, fuse, unfuse
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
@@ -26,5 +26,6 @@ __all__ = [
     "SynthkdError",
     "WorkUnit",
     "fuse",
+    "unfuse",
     "write_shards",
 ]

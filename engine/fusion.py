@@ -1,8 +1,9 @@
 """Puts the ops of `synthkd.kernels` into diffusers' modules, and takes them out again.
 
 A module that is recognised, by the names of its class and parts, is replaced in its parent by a stand-in that borrows
-the original's attributes, children and parameters themselves: moves of dtype and device, training flags and hooks reach
-both, and `state_dict` has the same names and tensors. What is not exactly of the known form stays.
+the original's attributes, children and parameters themselves: moves of dtype and device, training flags and hooks on it
+reach both, and `state_dict` has the same names and tensors. Norms, activations and folded convolutions inside are not
+called any more: hooks put on those meanwhile do not fire. What is not exactly of the known form stays.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,8 @@ class Fused:
     """The stand-ins of a module: in place from the start, taken out by `undo` or at the end of a `with` block.
 
     replaced: names of what was replaced; left: names of what looked like it but was left alone, with the reason.
-    Folded weights are copies: after a change of weights in place call `refold`; `put` does so by itself.
+    Folded weights are copies: `put` makes them, and a call that finds other weights makes them anew. A change through
+    `.data` is not seen, nor any by a compiled decoder: call `refold` then.
     """
 
     def __init__(self, module: nn.Module, channels_last: bool | None = None) -> None:
@@ -58,7 +60,8 @@ class Fused:
         if self._in:
             return self
         if is_fused(self.module):
-            raise SynthkdError(f"fuse: this {type(self.module).__name__} is fused already; undo that first")
+            name = type(self.module).__name__
+            raise SynthkdError(f"fuse: this {name} is fused already; undo that, or unfuse it, first")
         scan = _Scan(self.module)
         found, self.left = scan.found, scan.left
         if not found:
@@ -115,6 +118,16 @@ def fuse(module: nn.Module, *, channels_last: bool | None = None) -> Fused:
     return Fused(module, channels_last)
 
 
+def unfuse(module: nn.Module) -> nn.Module:
+    """Take every stand-in out of a module, whoever put it in; a copy of a fused module has no handle of its own."""
+    for parent in list(module.modules()):
+        for key, child in parent._modules.items():
+            if isinstance(child, StandIn):
+                child.give_back()
+                parent._modules[key] = child.original
+    return module
+
+
 def is_fused(module: nn.Module) -> bool:
     """Whether stand-ins are in a module."""
     return any(isinstance(m, StandIn) for m in module.modules())
@@ -128,32 +141,42 @@ class Fuser:
         if choice not in FUSE_CHOICES:
             raise SynthkdError(f"fuse {choice!r}: expected one of {', '.join(FUSE_CHOICES)}")
         self._choice = choice
-        self._decoders = [] if choice == "off" else _distinct(decoders)
-        self._denoisers = [m for m in others if type(m).__name__ == _UNET] if choice == "all" else []
+        unets = [m for m in others if type(m).__name__ == _UNET]
+        self._parts = {"decoder": _distinct(decoders), "denoiser": unets}
         self._handles: dict[int, Fused] = {}
+        if choice == "all" and not unets:
+            raise SynthkdError(f"fuse 'all': this prior has no {_UNET}; use 'decoder'")
         if choice in ("decoder", "all"):
             self._refuse_unknown()
 
     def _refuse_unknown(self) -> None:
-        for m in (*self._decoders, *self._denoisers):
+        for m in self._chosen():
             scan = _Scan(m)
             if not scan.found and not is_fused(m):
                 raise SynthkdError(_nothing(m, scan.left))
 
-    def applies(self, device: torch.device) -> str:
-        """What is fused on this device: "", `decoder`, or `decoder and denoiser`."""
+    def _chosen(self) -> list[nn.Module]:
+        names = {"off": (), "all": ("decoder", "denoiser")}.get(self._choice, ("decoder",))
+        return [m for name in names for m in self._parts[name]]
+
+    def _todo(self, device: torch.device) -> list[nn.Module]:
+        """What is to be fused on this device and is not by its owner."""
         if self._choice == "auto" and backend(device) != "triton":
-            return ""
-        parts = {"decoder": self._decoders, "denoiser": self._denoisers}
-        return " and ".join(name for name, modules in parts.items() if any(_fusable(m) for m in modules))
+            return []
+        return [m for m in self._chosen() if not is_fused(m) and _Scan(m).found]
+
+    def applies(self, device: torch.device) -> str:
+        """What is fused on this device, by whom ever: "", `decoder`, `denoiser`, or `decoder and denoiser`."""
+        todo = self._todo(device)
+        fused = [name for name, part in self._parts.items() if any(is_fused(m) or m in todo for m in part)]
+        return " and ".join(fused)
 
     @contextmanager
     def on(self, device: torch.device) -> Iterator[None]:
         """Fused inside, as before outside; what its owner has fused already stays as it is."""
         with ExitStack() as stack:
-            for m in (*self._decoders, *self._denoisers) if self.applies(device) else ():
-                if not is_fused(m) and _fusable(m):
-                    stack.enter_context(self._handle(m))
+            for m in self._todo(device):
+                stack.enter_context(self._handle(m))
             yield
 
     def _handle(self, module: nn.Module) -> Fused:
@@ -164,11 +187,6 @@ class Fuser:
 
 def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list({id(m): m for m in modules}.values())
-
-
-def _fusable(module: nn.Module) -> bool:
-    """Whether a module has a part of a known form, or stand-ins already."""
-    return is_fused(module) or bool(_Scan(module).found)
 
 
 def _nothing(module: nn.Module, left: Mapping[str, str]) -> str:

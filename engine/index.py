@@ -106,6 +106,15 @@ def note_environment(folder: Path, detail: Mapping[str, Any]) -> str:
     return key
 
 
+def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the keys in a folder's rows stand for; empty where that cannot be read, since images do not hang on it."""
+    try:
+        known = json.loads((folder / ENVIRONMENTS).read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: detail for key, detail in known.items() if isinstance(detail, dict)} if isinstance(known, dict) else {}
+
+
 def read_journal(path: Path) -> dict[int, GroupRow]:
     """Rows of an unfinished shard by group, the newest of each."""
     return merge_rows(group_row(d) for d in _lines(path))

@@ -11,7 +11,7 @@ from synthkd import kernels
 class StandIn(nn.Module):
     """A replacement: its attributes are the original's, but for the few of its own."""
 
-    own: tuple[str, ...] = ("original", "_buffers", "_non_persistent_buffers_set")
+    own: tuple[str, ...] = ("original", "seen", "_buffers", "_non_persistent_buffers_set")
 
     if TYPE_CHECKING:  # borrowed attributes have no types
 
@@ -76,6 +76,7 @@ class _Upsampling(StandIn):
         """original: an Upsample2D, or the convolution behind an nn.Upsample."""
         super().__init__(original)
         self.register_buffer("folded", self._fold(), persistent=False)
+        self.__dict__["seen"] = self._weight_now()
 
     def _convolution(self) -> Any:
         raise NotImplementedError
@@ -90,14 +91,21 @@ class _Upsampling(StandIn):
     @torch.no_grad()
     def refold(self) -> None:
         """In place where it can be, so that a captured graph sees it."""
-        new, old = self._fold(), self.folded
+        new, old, self.__dict__["seen"] = self._fold(), self.folded, self._weight_now()
         if (old.shape, old.dtype, old.device, old.stride()) == (new.shape, new.dtype, new.device, new.stride()):
             old.copy_(new)
         else:
             self.folded = new
 
+    def _weight_now(self) -> tuple[int, int]:
+        """Changes with every change of the weight in place, and with every other weight."""
+        weight = self._convolution().weight
+        return id(weight), -1 if weight.is_inference() else weight._version
+
     def _upsampled(self, x: Tensor) -> Tensor:
         conv = self._convolution()
+        if not torch.compiler.is_compiling() and self.__dict__["seen"] != self._weight_now():
+            self.refold()
         # a weight that is trained is folded where its gradient sees it
         trained = torch.is_grad_enabled() and conv.weight.requires_grad
         folded = kernels.fold_upsample_weight(conv.weight) if trained else self.folded

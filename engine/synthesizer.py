@@ -75,7 +75,7 @@ class Synthesizer:
 
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
-        The guidance's networks are moved to the prior's device.
+        The guidance's networks are moved to the prior's device. One thread at a time may draw from a pipeline.
         Raises SynthkdError where recipe, prior and guidance do not fit together, and for another value of fuse.
         """
         if recipe.guidance.scale > 0 and guidance is None:

@@ -257,6 +257,10 @@ def test_fuse_is_taken_on_a_cpu_too(call: Any, pipeline_folder: Path, card: Path
     wanted = "eager, fused decoder" if fuse == "decoder" else "eager"
     assert environment["backend"] == wanted
     assert "fuse" not in {**manifest["recipe"], **manifest["source"]}
+    again = call("replay", tmp_path / "out", "--id", 3, "--out", tmp_path / "3.png", "--device", "cpu")
+    assert "identical to the stored image" in again.stdout  # fused or not as the set was
+    other = call("replay", tmp_path / "out", "--id", 3, "--out", tmp_path / "3.png", "--fuse", "decodr")
+    assert_refused(other, "fuse 'decodr'", "'decoder'")
 
 
 def test_unknown_fuse(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:

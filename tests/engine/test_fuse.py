@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd import kernels
 from synthkd.engine import SynthkdError
-from synthkd.engine.fusion import Fused, fuse
+from synthkd.engine.fusion import Fused, fuse, is_fused, unfuse
 from synthkd.engine.standins import StandIn
 from synthkd.kernels import implementation
 
@@ -156,7 +157,33 @@ def test_moves_flags_and_loading_reach_both(build: Any) -> None:
     near(outcome(model.eval(), (1, 2, 3), torch.float64)[1], want[1], 1e-12)
 
 
-def test_changed_weights_need_refolding(build: Any) -> None:
+def test_changed_weights_are_folded_anew(build: Any) -> None:
+    model, other = three_levels(build), three_levels(build)
+    with torch.no_grad():
+        for x in other.parameters():
+            x.mul_(1.2)
+    with fuse(model):
+        model.load_state_dict(other.state_dict())
+        got = outcome(model, (1, 2, 3), torch.float32)[0]
+    near(got, outcome(other, (1, 2, 3), torch.float32)[0], 1e-5)
+
+
+def test_a_copy_of_a_fused_module_can_be_unfused(build: Any) -> None:
+    model = three_levels(build)
+    want = outcome(model, (1, 2, 3), torch.float32)[0]
+    with fuse(model):
+        copied = deepcopy(model)
+        assert is_fused(copied)
+        near(outcome(copied, (1, 2, 3), torch.float32)[0], want, 1e-5)
+    assert unfuse(copied) is copied
+    assert not is_fused(copied)
+    assert not any(isinstance(m, StandIn) for m in copied.modules())
+    assert torch.equal(outcome(copied, (1, 2, 3), torch.float32)[0], want)
+    assert copied.state_dict().keys() == model.state_dict().keys()
+    assert not {id(x) for x in copied.parameters()} & {id(x) for x in model.parameters()}
+
+
+def test_weights_changed_through_data_need_refolding(build: Any) -> None:
     model = three_levels(build)
     handle = fuse(model)
     for name, x in model.named_parameters():

@@ -57,8 +57,9 @@ def state(pipe: Any) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("choice", ["decoder", "all"])
-@pytest.mark.parametrize("name", ["sd1", "sdxl", "dit"])
+@pytest.mark.parametrize(
+    ("name", "choice"), [("sd1", "decoder"), ("sdxl", "decoder"), ("dit", "decoder"), ("sd1", "all"), ("sdxl", "all")]
+)
 def test_a_guided_run_agrees(
     pipelines: Any, made: Callable[..., Synthesizer], counted: list[bool], name: str, choice: str
 ) -> None:
@@ -77,6 +78,21 @@ def test_a_guided_run_agrees(
     assert off.max() <= 1
     assert (off > 0).float().mean() <= 1e-3
     assert digest == made("off", pipe, **told).identity(0)["model_sha256"]
+
+
+def test_all_of_a_prior_without_a_unet_is_refused(pipelines: Any, made: Callable[..., Synthesizer]) -> None:
+    with pytest.raises(SynthkdError, match="fuse 'all': this prior has no UNet2DConditionModel; use 'decoder'"):
+        made("all", pipelines["dit"], prompts=("{class}",))
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_the_key_knows_what_the_owner_fused(pipeline: Any, made: Callable[..., Synthesizer], choice: str) -> None:
+    """Its stand-ins stay in, so the images are a fused decoder's whatever was asked for."""
+    with fuse(pipeline.vae):
+        assert made(choice, pipeline).fused == "decoder"
+        image(made(choice, pipeline))
+        assert is_fused(pipeline.vae)
+    assert made(choice, pipeline).fused == ""
 
 
 def test_a_tiny_decoder_of_guidance_is_fused_too(
