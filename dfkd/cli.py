@@ -96,7 +96,7 @@ def synth(
     classes: Annotated[Path | None, typer.Option(help="File of class names, one a line (or the teacher's).")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompt templates, one a line, with {class}.")] = None,
     targets: Annotated[Path | None, typer.Option(help="TOML of class weights, exclusions and prompt words.")] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="LoRA to fuse into the model, PATH[@WEIGHT].")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="LoRA to fuse into the model, PATH or PATH@WEIGHT.")] = None,
     scale: Annotated[float | None, typer.Option(help="Teacher guidance scale; 0 draws the unguided control.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Weight of the BatchNorm term.")] = None,
     beta: Annotated[float | None, typer.Option(help="Weight of the class term.")] = None,
