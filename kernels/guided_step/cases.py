@@ -8,7 +8,7 @@ import torch
 from synthkd.kernels.case import Arguments, Case, Maker, Suite, Tolerance
 from synthkd.kernels.guided_step import guided_step, reference
 
-_EXTRAS = ("noise", "before", "grad", "map", "steps", "views", "rederive", "keep")
+_EXTRAS = ("noise", "before", "grad", "map", "steps", "views", "wide", "rederive", "keep")
 
 
 def _arguments(shape: tuple[int, ...], extras: str, last: bool, step: float) -> Callable[[Maker], Arguments]:
@@ -22,7 +22,7 @@ def _arguments(shape: tuple[int, ...], extras: str, last: bool, step: float) -> 
         if "before" in has:
             out |= {"before": m.randn(*shape), "to_history": m.scalar(-0.4)}  # contiguous whatever z is
         if "grad" in has:
-            grad = m.randn(*shape, channels_last=last, scale=1e-3)
+            grad = m.randn(*shape, channels_last=last, scale=1e-3, dtype=torch.float32 if "wide" in has else None)
             size = m.place(torch.linspace(0.1, step, b, dtype=torch.float32)) if "steps" in has else m.scalar(step)
             sumsq = m.place(grad.double().square().sum(dim=(1, 2, 3)).float().cpu())
             if "views" in has:  # every second of memory, and one number for all
@@ -62,6 +62,7 @@ SUITE = Suite(
         _case("eps from the shifted x0", (3, 5, 7, 9), "grad rederive map"),
         _case("2M, exchanged", (5, 4, 9, 7), "grad map before keep"),
         _case("ancestral, exchanged", (5, 4, 9, 7), "grad map noise"),
+        _case("a float32 gradient, as beside float16 latents", (3, 4, 5, 9), "grad wide map keep"),
         _case("a step per sample, views", (6, 3, 4, 5), "grad views map"),
         _case("everything, many channels", (3, 37, 5, 3), "grad map noise before keep steps"),
         _case("channels_last", (3, 5, 17, 9), "grad map keep before", last=True),
