@@ -7,9 +7,6 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from synthkd.engine.plan import Plan, WorkUnit, sample_key
-from synthkd.kernels import to_uint8
-
-__all__ = ["Batch", "SampleStream", "to_uint8"]
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class Fuser:
         return [m for m in self._chosen() if not is_fused(m) and _Scan(m).found]
 
     def applies(self, device: torch.device) -> str:
-        """What is fused on this device, by whom ever: "", `decoder`, `denoiser`, or `decoder and denoiser`."""
+        """What is fused on this device, by whomever: "", `decoder`, `denoiser`, or `decoder and denoiser`."""
         todo = self._todo(device)
         fused = [name for name, part in self._parts.items() if any(is_fused(m) or m in todo for m in part)]
         return " and ".join(fused)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from synthkd.engine import augment, rng
-from synthkd.engine.batch import Batch, to_uint8
+from synthkd.engine.batch import Batch
 from synthkd.engine.clock import StageClock
 from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
@@ -26,6 +26,7 @@ from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest,
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.sampler import Steering, sample
 from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
+from synthkd.kernels import to_uint8
 
 
 @dataclass(frozen=True)

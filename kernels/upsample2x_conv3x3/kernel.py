@@ -113,28 +113,14 @@ def interleave(t: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bx, bc = _blocks(co, 128)
         bx = min(bx, next_power_of_2(2 * w))
         across = cdiv(2 * w, bx)
-        launch(
-            _interleave_pixels,
-            (n * 2 * h * across, cdiv(co, bc)),
-            t,
-            other,
-            out,
-            co,
-            h,
-            w,
-            across,
-            BIAS=add,
-            BX=bx,
-            BC=bc,
-        )
+        grid = (n * 2 * h * across, cdiv(co, bc))
+        launch(_interleave_pixels, grid, t, other, out, co, h, w, across, BIAS=add, BX=bx, BC=bc)
     else:
         by, bj = _blocks(w, 256)
         by = min(by // 2, next_power_of_2(2 * h))
         across, down = cdiv(w, bj), cdiv(2 * h, by)
-        grid = (n * co * across * down,)
-        launch(
-            _interleave_planes, grid, t, other, out, co, h, w, (h + 1) * (w + 1), across, down, BIAS=add, BY=by, BJ=bj
-        )
+        grid, size = (n * co * across * down, 1), (h + 1) * (w + 1)
+        launch(_interleave_planes, grid, t, other, out, co, h, w, size, across, down, BIAS=add, BY=by, BJ=bj)
 
 
 def deinterleave(grad: Tensor, out: Tensor) -> None:
@@ -144,24 +130,11 @@ def deinterleave(grad: Tensor, out: Tensor) -> None:
         bx, bc = _blocks(co, 128)
         bx = min(bx, next_power_of_2(w + 1))
         across, tiles = cdiv(w + 1, bx), cdiv(co, bc)
-        launch(
-            _deinterleave_pixels, (n * (h + 1) * across, 4 * tiles), grad, out, co, h, w, across, tiles, BX=bx, BC=bc
-        )
+        grid = (n * (h + 1) * across, 4 * tiles)
+        launch(_deinterleave_pixels, grid, grad, out, co, h, w, across, tiles, BX=bx, BC=bc)
     else:
         by, bj = _blocks(w, 256)
         by = min(by // 2, next_power_of_2(2 * h + 2))
         across, down = cdiv(w, bj), cdiv(2 * h + 2, by)
-        launch(
-            _deinterleave_planes,
-            (n * co * across * down,),
-            grad,
-            out,
-            co,
-            h,
-            w,
-            (h + 1) * (w + 1),
-            across,
-            down,
-            BY=by,
-            BJ=bj,
-        )
+        grid, size = (n * co * across * down, 1), (h + 1) * (w + 1)
+        launch(_deinterleave_planes, grid, grad, out, co, h, w, size, across, down, BY=by, BJ=bj)

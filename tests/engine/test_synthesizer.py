@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from synthkd.engine import GuidanceSpec, NonFiniteError, Request, Synthesizer, rng, write_shards
-from synthkd.engine.batch import to_uint8
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.priors import StableDiffusion
+from synthkd.kernels import to_uint8
 
 Stored = Callable[[Path], dict[str, bytes]]
 NAN = float("nan")
