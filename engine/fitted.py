@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from synthkd.engine.decoders import Decoder, latent_layout
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
+from synthkd.engine.index import DECODER_FILES, write_atomically
 from synthkd.engine.models import EMBEDDED, weights_digest
 
-WEIGHTS, CARD = "decoder.safetensors", "decoder.json"
+CARD, WEIGHTS = DECODER_FILES
 FORMAT = 1
 # Upper ends of the fields of a shape: 40 times the default's weights at the most, so that no file can ask for more.
 _LARGEST = {"latent_channels": 128, "factor": 64, "height": 4096, "width": 4096, "hidden": 512, "blocks": 32}
@@ -184,16 +184,6 @@ def fitted_path(reference: str) -> Path:
     from synthkd.engine.assets import embedded_path
 
     return embedded_path(reference.removeprefix(EMBEDDED)) / "decoder"
-
-
-def artifact_digest(folder: Path) -> str | None:
-    """SHA-256 over both files of an artifact; None where one is missing."""
-    digest = hashlib.sha256()
-    for name in (WEIGHTS, CARD):
-        if not (folder / name).is_file():
-            return None
-        digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def read_card(reference: str) -> tuple[FittedShape, dict[str, Any]]:
