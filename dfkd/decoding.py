@@ -1,26 +1,24 @@
 """What a set's guidance looks through: fitted where the recipe leaves it to the set, tried on a group, then frozen.
 
-The decision and the digest of a fitted decoder stand in the manifest; the decoder lies in the set's `decoder/` folder. A
-fingerprint knows neither: both are functions of what was declared. A decoder that is lost is fitted anew, and must come
-out the same.
+The decision and the digest of a fitted decoder stand in the manifest; the decoder lies in the set's `decoder/` folder.
+A fingerprint knows neither: both are functions of what was declared. A decoder that is lost is fitted anew, and must
+come out the same.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from synthkd.dfkd.fields import TABLE, TEXT, check_value
 from synthkd.dfkd.fit_decoder import FitSpec, Source, Stopped, about, fit_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.progress import Progress
-from synthkd.engine import Request, SynthkdError, Synthesizer
+from synthkd.engine import Request, Synthesizer, SynthkdError
 from synthkd.engine.calibration import calibrate
 from synthkd.engine.fitted import load_fitted_decoder, save_fitted
 from synthkd.engine.index import (

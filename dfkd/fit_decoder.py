@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, Kind, check_fields, is_number, is_whole, whole
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
-from synthkd.engine.calibration import Trajectory, cosines, own_seed, record
+from synthkd.engine.calibration import Trajectory, cosines, own_seed, pixels_at_once, record
 from synthkd.engine.decoders import latent_layout
 from synthkd.engine.fitted import FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
@@ -193,16 +193,27 @@ def _lessons(source: Source, run: Trajectory, spec: FitSpec, group: int, steered
 
 
 def _lesson(source: Source, x0: Tensor, targets: Tensor, slope: bool) -> Lessons:
-    guidance, vae = source.guidance, source.model.decoder
-    empty = torch.empty(0)
-    leaf = x0.detach().requires_grad_(guidance is not None and slope)
-    with torch.set_grad_enabled(leaf.requires_grad), frozen(source.model.modules()):
-        images = resized(vae(leaf).float(), source.size)
-        if not leaf.requires_grad or guidance is None:
-            return Lessons(_kept(x0), _kept(images), empty, empty)
+    """Of one call; in parts where images are large, each decoded again then for its gradient."""
+    guidance, recipe, empty = source.guidance, source.recipe, torch.empty(0)
+    parts = torch.split(x0, pixels_at_once(len(x0), recipe.height, recipe.width))
+    with frozen(source.model.modules()):
+        if guidance is None or not slope:
+            with torch.no_grad():
+                return Lessons(_kept(x0), _kept(torch.cat([_seen(source, z) for z in parts])), empty, empty)
+        leaves = [z.detach().requires_grad_() for z in parts]
+        whole = len(parts) == 1
+        with torch.set_grad_enabled(whole):
+            images = torch.cat([_seen(source, z) for z in leaves])
         pulls = _pulls(guidance, images.detach(), targets)
-        (slopes,) = torch.autograd.grad(images, leaf, pulls)
-    return Lessons(_kept(x0), _kept(images), _kept(pulls), slopes.detach().float().cpu())
+        slopes: list[Tensor] = []
+        for z, pull in zip(leaves, torch.split(pulls, len(leaves[0])), strict=True):
+            slopes += torch.autograd.grad(images if whole else _seen(source, z), z, pull)
+    return Lessons(_kept(x0), _kept(images), _kept(pulls), torch.cat(slopes).detach().float().cpu())
+
+
+def _seen(source: Source, z: Tensor) -> Tensor:
+    """The VAE's images of latents at the decoder's size, float32."""
+    return resized(source.model.decoder(z).float(), source.size)
 
 
 def _pulls(guidance: Guidance, images: Tensor, targets: Tensor) -> Tensor:
@@ -284,14 +295,14 @@ def _errors(source: Source, net: FittedNet, spec: FitSpec) -> dict[str, Any]:
     rmse, psnr: of images in [0,1]; cosine: of the guidance's gradients with respect to the latent.
     """
     run = record(source.model, source.plain, None, None, own_seed(spec.seed, _HELD_OUT), 0)
-    full, fitted = source.model.decoder, FittedDecoder(net)
-    rmse, agree = [], []
+    pair, rmse, agree = (FittedDecoder(net), source.model.decoder), [], []
+    chunk = pixels_at_once(run.latents.shape[1], source.recipe.height, source.recipe.width)
     for x0, targets in zip(run.latents, run.targets, strict=True):
         with torch.no_grad():
-            wanted = resized(full(x0).float(), source.size).clamp(0, 1)
-            rmse.append(float((fitted(x0).float().clamp(0, 1) - wanted).square().mean().sqrt()))
+            off = [(pair[0](z).clamp(0, 1) - _seen(source, z).clamp(0, 1)).square() for z in torch.split(x0, chunk)]
+        rmse.append(float(torch.cat(off).mean().sqrt()))
         if source.guidance is not None:
-            agree.append(float(cosines(source.guidance, (fitted, full), x0, targets).mean()))
+            agree.append(float(cosines(source.guidance, pair, x0, targets, chunk).mean()))
     out: dict[str, Any] = {"rmse": [round(e, 5) for e in rmse]}
     out["psnr"] = [round(-20 * math.log10(max(e, 1e-9)), 2) for e in rmse]
     if agree:

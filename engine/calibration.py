@@ -12,7 +12,7 @@ from torch import Tensor
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.decoders import Decoder
 from synthkd.engine.errors import NonFiniteError
-from synthkd.engine.guidance import Guidance, frozen, guidance_gradient
+from synthkd.engine.guidance import GroupGuidance, Guidance, chunked_gradient, frozen, guidance_gradient
 from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.plan import Plan
 from synthkd.engine.schedule import Tables, solver_tables
@@ -45,11 +45,12 @@ def own_seed(seed: int, purpose: str) -> int:
 
 
 class _Recorded:
-    """A prior that keeps the clean latent that each of its calls predicts."""
+    """A prior that keeps the clean latents that its calls predict, call by call, in runs of samples as they come."""
 
     def __init__(self, model: LatentModel, recipe: Recipe, tables: Tables) -> None:
         self._model, self._recipe, self._tables = model, recipe, tables
-        self.latents: list[Tensor] = []
+        self._at: float | None = None
+        self.calls: list[list[Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -58,14 +59,22 @@ class _Recorded:
         self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
     ) -> tuple[Tensor, Tensor | None]:
         found, other = self._model.denoise(z, t, cond, uncond)
-        c, recipe = self._tables.at(len(self.latents) % self._recipe.steps), self._recipe
+        if float(t) != self._at:
+            self._at = float(t)
+            self.calls.append([])
         with torch.no_grad():
-            x0 = predict_x0(
-                z.detach(), found.detach(), None if other is None else other.detach(), recipe.guidance_scale,
-                c.alpha, c.sigma, self._tables.prediction_type, recipe.guidance_rescale,
-            )  # fmt: skip
-        self.latents.append(x0)
+            self.calls[-1].append(self._predicted(z, found, other))
         return found, other
+
+    def _predicted(self, z: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        c, recipe = self._tables.at((len(self.calls) - 1) % self._recipe.steps), self._recipe
+        kind, rescale = self._tables.prediction_type, recipe.guidance_rescale
+        return predict_x0(z, cond, uncond, recipe.guidance_scale, c.alpha, c.sigma, kind, rescale)
+
+    def latents(self) -> Tensor:
+        """Of the last run, [n,B,C,h,w]; what a call evaluated again, for its gradient, comes after the group."""
+        size = self._recipe.group_size
+        return torch.stack([torch.cat(parts)[:size] for parts in self.calls[-self._recipe.steps :]])
 
 
 def record(
@@ -81,23 +90,35 @@ def record(
         sampler=recipe.sampler, eta=recipe.eta, spacing=recipe.spacing,
     )  # fmt: skip
     recorded = _Recorded(model, recipe, tables)
-    synth = Synthesizer(cast(LatentModel, recorded), recipe, guidance, decoder, "off")
+    synth = Synthesizer(cast(LatentModel, recorded), recipe, guidance, decoder, "off", "off")
     unit = Plan(recipe, Request(num_samples=(group + 1) * recipe.group_size, seed=seed)).unit(group)
     batch = synth.run(unit, seed)
     targets = synth._steering(unit, seed, batch.attempt).targets[: recipe.steps]
-    return Trajectory(torch.stack(recorded.latents[-recipe.steps :]), torch.stack(list(targets)))
+    return Trajectory(recorded.latents(), torch.stack(list(targets)))
 
 
-def gradient_of(guidance: Guidance, decoder: Decoder, x0: Tensor, targets: Tensor) -> Tensor:
-    """Gradient of the guidance with respect to the clean latent x0 [B,C,h,w] through a decoder, targets [B,K]."""
-    leaf = x0.detach().clone().requires_grad_()
+def pixels_at_once(images: int, height: int, width: int) -> int:
+    """How many of so many images of a size are decoded at once with their gradient: 2 megapixels, one at the least."""
+    return max(1, min(images, 2**21 // (height * width)))
+
+
+def gradient_of(guidance: Guidance, decoder: Decoder, x0: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+    """Gradient of the guidance with respect to the clean latent x0 [B,C,h,w] through a decoder, targets [B,K].
+
+    chunk: samples at a time, where the guidance can judge a group from its parts; 0 for all.
+    """
+    x0, zero = x0.detach(), torch.zeros_like(x0).requires_grad_()
+    memory = guidance.begin() if isinstance(guidance, GroupGuidance) else None
     with torch.enable_grad(), frozen([decoder.module]), frozen(guidance.modules()):
-        return guidance_gradient(guidance, decoder, leaf, leaf, targets)[0]
+        if isinstance(guidance, GroupGuidance) and 0 < chunk < len(x0):
+            steps = chunked_gradient(guidance, decoder, lambda p, z: x0[p] + z, zero, targets, (), memory, chunk)
+            return steps.grad
+        return guidance_gradient(guidance, decoder, x0 + zero, zero, targets, (), memory).grad
 
 
-def cosines(guidance: Guidance, pair: Sequence[Decoder], x0: Tensor, targets: Tensor) -> Tensor:
+def cosines(guidance: Guidance, pair: Sequence[Decoder], x0: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
     """Cosine [B] between the gradients through two decoders, per sample; 0 where one is zero or not finite."""
-    one, other = (gradient_of(guidance, decoder, x0, targets).float().flatten(1) for decoder in pair)
+    one, other = (gradient_of(guidance, decoder, x0, targets, chunk).float().flatten(1) for decoder in pair)
     return F.cosine_similarity(one, other, dim=1).nan_to_num(0.0, 0.0, 0.0)
 
 
@@ -110,13 +131,15 @@ def calibrate(synthesizer: Synthesizer, cheap: Decoder, full: Decoder, seed: int
     recipe, guidance = synthesizer.recipe, synthesizer.guidance
     assert guidance is not None, "nothing to compare without a guidance"
     threshold, found = recipe.guidance.min_cosine, []
+    chunk = pixels_at_once(recipe.group_size, recipe.height, recipe.width)
     try:
         run = record(synthesizer.model, recipe, guidance, cheap, own_seed(seed, "calibration"), 0)
     except NonFiniteError:
         return Calibration((), 0.0, threshold, "vae")
     for call in range(recipe.steps):
         if recipe.guidance.active(call, recipe.steps):
-            found.append(float(cosines(guidance, (cheap, full), run.latents[call], run.targets[call]).mean()))
+            one = cosines(guidance, (cheap, full), run.latents[call], run.targets[call], chunk)
+            found.append(float(one.mean()))
     rounded = tuple(round(c, 4) for c in found)
     mean = round(sum(found) / len(found), 4)
     return Calibration(rounded, mean, threshold, "cheap" if mean >= threshold else "vae")

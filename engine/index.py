@@ -263,7 +263,7 @@ def decoder_note(manifest: Mapping[str, Any]) -> dict[str, Any]:
     note = manifest.get(DECODER, {})
     texts = ("asked", "chosen", "sha256")
     if not isinstance(note, Mapping) or not all(isinstance(note.get(name, ""), str) for name in texts):
-        raise SynthkdError(f"{MANIFEST}: decoder is {note!r:.100}; expected a table of asked, chosen and sha256 as texts")
+        raise SynthkdError(f"{MANIFEST}: decoder is {note!r:.100}; expected a table of the texts asked, chosen, sha256")
     if "chosen" in note and "asked" not in note:
         raise SynthkdError(f"{MANIFEST}: decoder says what was chosen, but not what was asked for")
     return dict(note)
