@@ -32,6 +32,7 @@ from synthkd.engine.index import (
 )
 from synthkd.engine.shards import folder_lock
 
+FIT = FitSpec()  # of a set's own decoder, with the set's seed
 _log = logging.getLogger("synthkd")
 
 
@@ -120,9 +121,9 @@ def _ensure_fitted(
         return
     guidance = synth.guidance
     assert isinstance(guidance, TeacherGuidance)
-    source, spec = Source(synth.model, job.recipe, guidance.teacher.input_size, guidance), FitSpec(seed=seed)
-    fitted = fit_decoder(source, spec, progress, should_stop)
-    save_fitted(fitted.net, decoder_folder(folder), about(source, spec, fitted))
+    source = Source(synth.model, job.recipe, guidance.teacher.input_size, guidance)
+    fitted = fit_decoder(source, replace(FIT, seed=seed), progress, should_stop)
+    save_fitted(fitted.net, decoder_folder(folder), about(source, fitted))
     found = found_decoder(folder)
     if known is not None and found != known:
         raise SynthkdError(

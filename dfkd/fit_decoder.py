@@ -20,12 +20,12 @@ from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
 from synthkd.engine.calibration import Trajectory, cosines, own_seed, pixels_at_once, record
 from synthkd.engine.decoders import latent_layout
-from synthkd.engine.fitted import FittedDecoder, FittedNet, resized, shape_for, vae_digest
+from synthkd.engine.fitted import SMALL, FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
 from synthkd.engine.latent_model import LatentModel
 
 _KINDS: Mapping[str, Kind] = {
-    "samples": whole(1),
+    "samples": whole(0),
     "steps": whole(1),
     "batch_size": whole(1),
     "learning_rate": ABOVE_ZERO,
@@ -43,13 +43,14 @@ _PLAIN, _STEERED, _HELD_OUT = "fit-decoder plain", "fit-decoder steered", "fit-d
 class FitSpec:
     """How a guidance decoder is fitted.
 
-    samples: latents to learn from, rounded up to whole groups, all calls of each; steered: the share of them that
+    samples: latents to learn from, rounded up to whole groups, all calls of each; 0 for 11,000, or 3,000 where a latent
+    has many positions, each of which is a lesson; steered: the share of them that
     comes from guided runs; steps of batch_size latents under AdamW, learning_rate with a cosine to 0; slope: weight of
     1 - cosine of the gradients beside the mean squared error of the images; jitter: root-mean-square of the Gaussian
     noise on every other call's latents; hidden, blocks: size of the network, 0 for what `shape_for` says.
     """
 
-    samples: int = 11_000
+    samples: int = 0
     steps: int = 1200
     batch_size: int = 40
     learning_rate: float = 2e-3
@@ -63,6 +64,11 @@ class FitSpec:
     def __post_init__(self) -> None:
         """Raise SynthkdError for a value of the wrong type or outside its range."""
         check_fields("fit-decoder", {f.name: getattr(self, f.name) for f in fields(self)}, _KINDS)
+
+
+    def for_latents(self, shape: tuple[int, int, int]) -> "FitSpec":
+        """With the samples that latents (C, h, w) need, where it says 0."""
+        return replace(self, samples=self.samples or (11_000 if shape[1] * shape[2] <= SMALL else 3_000))
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -104,9 +110,10 @@ class Lessons(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fitted network, its training curve, and its errors on latents that it was not fitted to."""
+    """A fitted network, how it was fitted, its training curve, and its errors on latents that it was not fitted to."""
 
     net: FittedNet
+    spec: FitSpec
     curve: list[dict[str, float]]
     errors: dict[str, Any]
 
@@ -121,10 +128,11 @@ def fit_decoder(
 
     Raises SynthkdError where the loss is not finite, and Stopped where `should_stop` says so.
     """
-    told = progress or Silent()
+    told, recipe = progress or Silent(), source.recipe
+    spec = spec.for_latents(source.model.latent_shape(recipe.height, recipe.width))
     steered = source.steers is not None and spec.steered > 0
     shares = (1 - spec.steered, spec.steered) if steered else (1.0,)
-    per_group = source.recipe.group_size * source.recipe.steps
+    per_group = recipe.group_size * recipe.steps
     groups = [max(1, math.ceil(spec.samples * share / per_group)) for share in shares]
     with _deterministic(source.model.device):
         net = _fresh(source, spec)
@@ -142,16 +150,16 @@ def fit_decoder(
             steps = spec.steps if last else max(1, spec.steps // 4)
             curve += _train(net, lessons, replace(spec, steps=steps), f"decoder, part {sitting + 1}", told, should_stop)
         told.end("decoder runs")
-        return Fitted(net, curve, _errors(source, net, spec))
+        return Fitted(net, spec, curve, _errors(source, net, spec))
 
 
-def about(source: Source, spec: FitSpec, fitted: Fitted) -> dict[str, Any]:
+def about(source: Source, fitted: Fitted) -> dict[str, Any]:
     """What an artifact's card says beside its network: what it was fitted to, how, and how far it is off."""
     described = {"guidance": source.guidance.describe()} if source.guidance else {}
     runs = source.recipe.to_dict()
     return {
         "fitted_to": {"vae_sha256": vae_digest(source.model.decoder), "recipe": runs, **described},
-        "spec": asdict(spec),
+        "spec": asdict(fitted.spec),
         "curve": fitted.curve,
         "held_out": fitted.errors,
     }

@@ -26,6 +26,7 @@ from synthkd.engine.models import EMBEDDED, weights_digest
 
 CARD, WEIGHTS = DECODER_FILES
 FORMAT = 1
+SMALL = 256  # latent positions of an image, up to which a small network will do
 # Upper ends of the fields of a shape: 40 times the default's weights at the most, so that no file can ask for more.
 _LARGEST = {"latent_channels": 128, "factor": 64, "height": 4096, "width": 4096, "hidden": 512, "blocks": 32}
 _log = logging.getLogger("synthkd")
@@ -133,11 +134,11 @@ def shape_for(
 ) -> FittedShape:
     """The network for latents (C, h, w) and images of `size` (height, width).
 
-    hidden, blocks: 0 for 48 and 2 up to 256 latent positions, and 96 and 3 above, where a VAE costs far more. The head
+    hidden, blocks: 0 for 48 and 2 up to SMALL latent positions, and 128 and 4 above, where a VAE costs far more. The head
     has the fewest pixels, by doublings, that cover the size, and at most the VAE's own.
     """
     channels, high, wide = latent
-    small = high * wide <= 256
+    small = high * wide <= SMALL
     shuffle = 1
     while shuffle * 2 <= factor and (shuffle * high < size[0] or shuffle * wide < size[1]):
         shuffle *= 2
@@ -146,8 +147,8 @@ def shape_for(
         factor=factor,
         height=size[0],
         width=size[1],
-        hidden=hidden or (48 if small else 96),
-        blocks=blocks or (2 if small else 3),
+        hidden=hidden or (48 if small else 128),
+        blocks=blocks or (2 if small else 4),
         shuffle=shuffle,
     )
 
