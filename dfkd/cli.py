@@ -15,6 +15,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(teacher_app, name="teacher")
+app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
 

@@ -20,6 +20,7 @@ from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder, PooledDecoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
+from synthkd.engine.fitted import load_fitted_decoder
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, step_sizes
 from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
@@ -73,9 +74,12 @@ class Synthesizer:
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
+        look: str | None = None,
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
+        look: what it looks through in fact, in the recipe's vocabulary, where a set's calibration decided so; this is
+        no part of the identity, which knows what was declared.
         compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto` on a GPU, `off` elsewhere.
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
@@ -87,7 +91,8 @@ class Synthesizer:
         self.model, self.recipe, self.guidance = model, recipe, guidance
         for network in guidance.modules() if guidance else ():
             network.to(model.device)
-        self._look = decoder or looked_through(model, recipe)
+        self._declared = decoder or looked_through(model, recipe)
+        self._look = looked_through(model, recipe, look) if look else self._declared
         self._compiled = CompiledCall(compile, model.device)
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
@@ -107,14 +112,15 @@ class Synthesizer:
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
+        look: str | None = None,
     ) -> "Synthesizer":
         """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
 
-        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`); fuse: see `__init__`.
+        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`); the rest: see `__init__`.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        return cls(prior, recipe, guidance, decoder, fuse, compile)
+        return cls(prior, recipe, guidance, decoder, fuse, compile, look)
 
     @classmethod
     def from_pipeline(
@@ -129,6 +135,11 @@ class Synthesizer:
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
         return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile)
+
+    @property
+    def look(self) -> Decoder:
+        """What guidance looks through."""
+        return self._look
 
     @property
     def how(self) -> dict[str, Any]:
@@ -170,9 +181,9 @@ class Synthesizer:
         }
 
     def _model_digest(self) -> str:
-        """Over weights, configs and noise schedule, and those of the decoder that guidance looks through."""
-        own = self._look is self.model.decoder
-        look, settings = () if own else (self._look.module,), {} if own else self._look.settings
+        """Over weights, configs and noise schedule, and those of the decoder that was declared for guidance."""
+        own = self._declared is self.model.decoder
+        look, settings = () if own else (self._declared.module,), {} if own else self._declared.settings
         parts = weights_digest([*self.model.modules(), *look]) + schedule_identity(self.model.scheduler_config)
         parts += json.dumps([self.model.settings(), settings], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
@@ -381,4 +392,6 @@ def looked_through(prior: LatentModel, recipe: Recipe, decoder: str | None = Non
         return prior.decoder
     if kind == "pooled":
         return PooledDecoder(prior.decoder, int(rest))
+    if kind == "fitted":
+        return load_fitted_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)
     return load_tiny_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)
