@@ -1,8 +1,8 @@
 """How much of a group is computed at once: the largest parts whose measured cost fits the free memory.
 
 Costs are measured on fake tensors, which have shapes but no values: nothing is allocated and no kernel runs. A pass
-is counted by the most bytes that its tensors hold at one moment, weights and inputs aside, as a line through batches
-of one and of two. What a library allocates for itself (cuDNN's workspaces, an allocator's gaps) is not seen: a tenth
+is counted by the most bytes that its tensors hold at one moment, weights aside, as a line through batches of one and
+of two. What a library allocates for itself (cuDNN's workspaces, an allocator's gaps) is not seen: a tenth
 of the free memory is left for it.
 """
 
@@ -134,6 +134,12 @@ def choose_plan(costs: Costs, group: int, free: int, splits: bool = True, size: 
     return MemoryPlan(group, denoise, guide, decode, checkpoint, max(needs.values()), free)
 
 
+def _fits_whole(costs: Costs, group: int, free: int) -> bool:
+    """Whether no pass needs to be taken in parts."""
+    most = max(costs.denoise.at(group), costs.graph.at(group) + costs.guide.at(group), costs.decode.at(group))
+    return costs.held.at(group) + most <= free
+
+
 _ADVICE = {
     "denoiser": "lower height and width or classes_per_group, take guidance.gradient 'x0', or dtype 'bfloat16'",
     "guidance": "take a smaller guidance.decoder ('pooled:2', 'fitted:PATH', 'tiny:PATH'), guidance.looks 1, or "
@@ -228,9 +234,10 @@ def saved_bytes(work: Callable[[], object]) -> int:
     return sum(storages.values())
 
 
-def line(bytes_of: Callable[[int], int]) -> Cost:
-    """Bytes as a line through batches of one and of two."""
-    one, two = bytes_of(1), bytes_of(2)
+def line(bytes_of: Callable[[int], int], rough: bool = False) -> Cost:
+    """Bytes as a line through batches of one and of two; rough: through zero and one, which is never less."""
+    one = bytes_of(1)
+    two = 2 * one if rough else bytes_of(2)
     each = max(two - one, 0)
     return Cost(max(one - each, 0), each)
 
@@ -297,18 +304,22 @@ class Passes:
 _LATENTS_HELD = 8  # z, both outputs, x0, its gradient, the solver's history and noise, and the next z
 
 
-def measure(passes: Passes) -> Costs:
-    """Costs of the passes, on fake tensors; weights stay where they are (frozen, or they count) and no kernel runs."""
+def measure(passes: Passes, rough: bool = False) -> Costs:
+    """Costs of the passes, on fake tensors; weights stay where they are (frozen, or they count) and no kernel runs.
+
+    rough: bounds from above, from batches of one alone, in half the time.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: it keeps what it made of the weights
 
     def cost(work: Callable[[int], object], count: Callable[[Callable[[], object]], int] = peak_bytes) -> Cost:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            return line(lambda batch: count(lambda: work(batch)))
+        with mode:
+            return line(lambda batch: count(lambda: work(batch)), rough)
 
     def guide(look: Decode) -> Cost:
         return cost(lambda batch: passes.guided(batch, look))
 
     again = passes.look_checkpointed
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with mode:
         image, latent = (t.numel() * t.element_size() for t in (passes.decoded(1), passes.latents(1)))
     return Costs(
         denoise=cost(passes.denoised),
@@ -333,7 +344,9 @@ def plan_memory(
     if room is None:
         return MemoryPlan(group, group, group, group, False, 0, 0, "the system does not say how much is free")
     try:
-        costs = measure(passes)
+        costs = measure(passes, rough=True)
+        if not _fits_whole(costs, group, room):
+            costs = measure(passes)
     except (RuntimeError, NotImplementedError) as error:
         said = " ".join(str(error).split())[:120]
         return MemoryPlan(group, group, group, group, False, 0, room, f"not measured ({said})")
