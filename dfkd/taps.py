@@ -3,7 +3,8 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,14 @@ class Tap(NamedTuple):
     stats: BatchNormStats
     running_mean: Tensor
     running_var: Tensor
+
+
+class Notes(NamedTuple):
+    """What one pass showed, in forward order: taps of BatchNorm layers, of stored moments, and features."""
+
+    bn: list[Tap]
+    stored: list[Tap]
+    features: list[Tensor]
 
 
 class Moments(nn.Module):
@@ -102,17 +111,19 @@ def _channel_axis(layer: nn.Module, x: Tensor) -> int:
     return axis
 
 
+def _statistics(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchNormStats:
+    """Statistics of what a norm layer is called with."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    near: Any = getattr(layer, "running_mean", None)
+    return batchnorm_stats(x.movedim(_channel_axis(layer, x), 1), near)
+
+
 @contextlib.contextmanager
 def watch(layers: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
     """`seen(name, layer, statistics)` at every use of a layer, in forward order; no hook is left behind."""
 
     def hook(name: str) -> Any:
-        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
-            near = getattr(layer, "running_mean", None)
-            seen(name, layer, batchnorm_stats(x.movedim(_channel_axis(layer, x), 1), near))
-
-        return before
+        return lambda layer, args, kwargs: seen(name, layer, _statistics(layer, args, kwargs))
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
@@ -122,20 +133,88 @@ def watch(layers: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
             handle.remove()
 
 
-@contextlib.contextmanager
-def tapped(net: nn.Module, moments: Moments | None, bn: list[Tap], stored: list[Tap]) -> Iterator[None]:
-    """Within, each forward pass fills `bn` with a tap per use of a BatchNorm layer, `stored` per use of the others."""
+class Taps:
+    """Hooks on a network's norm layers and on its last linear layer, put on once for many passes.
 
-    def own(name: str, layer: Any, stats: BatchNormStats) -> None:
-        bn.append(Tap(name, stats, layer.running_mean, layer.running_var))
+    on: whether they are. They note nothing outside of `reading`, and what `reading` returns is all that is left of a
+    pass: so one graph can hold a pass with its taps (torch.compile traces no hook that is put on inside it, and none
+    that keeps a tensor).
+    """
 
-    def other(name: str, layer: nn.Module, stats: BatchNormStats) -> None:
-        if moments is not None:
-            stored.append(Tap(name, stats, *moments.of(name)))
+    def __init__(self, net: nn.Module, moments: Moments | None, last: nn.Module | None) -> None:
+        """last: the layer whose input is noted as features."""
+        known = {name: net.get_submodule(name) for name in (moments.names if moments is not None else ())}
+        self.on, self._moments = False, moments
+        self._notes: Notes | None = None
+        self._hooks: list[tuple[nn.Module, Any]] = []
+        self._hooks += [(m, partial(self._own, n)) for n, m in batchnorm_layers(net).items()]
+        self._hooks += [(m, partial(self._stored, n)) for n, m in known.items()]
+        if last is not None:
+            self._hooks.append((last, self._features))
 
-    known = moments.names if moments is not None else ()
-    with watch(batchnorm_layers(net), own), watch({name: net.get_submodule(name) for name in known}, other):
-        yield
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within it the hooks are on; afterwards none is left. Nothing where they are on already."""
+        if self.on:
+            yield
+            return
+        handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer, hook in self._hooks]
+        self.on = True
+        try:
+            yield
+        finally:
+            self.on = False
+            for handle in handles:
+                handle.remove()
+
+    def reading(self, forward: Callable[[], Tensor]) -> tuple[Tensor, Notes]:
+        """What a pass returns, and what the hooks, which must be on, note in it."""
+        notes = Notes([], [], [])
+        self._notes = notes
+        try:
+            return forward(), notes
+        finally:
+            self._notes = None
+
+    def _own(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        if self._notes is not None:
+            stats = _statistics(layer, args, kwargs)
+            buffers: Any = layer
+            self._notes.bn.append(Tap(name, stats, buffers.running_mean, buffers.running_var))
+
+    def _stored(self, name: str, layer: Any, args: Any, kwargs: Any) -> None:
+        if self._notes is not None and self._moments is not None:
+            self._notes.stored.append(Tap(name, _statistics(layer, args, kwargs), *self._moments.of(name)))
+
+    def _features(self, layer: Any, args: Any, kwargs: Any) -> None:
+        if self._notes is not None:
+            self._notes.features.append(args[0] if args else next(iter(kwargs.values())))
+
+
+def merged_taps(parts: Sequence[list[Tap]]) -> list[Tap]:
+    """Taps of a group from those of its runs, exactly (see `kernels.merge_stats`)."""
+    return [taps[0]._replace(stats=reduce(merge_stats, [t.stats for t in taps])) for taps in zip(*parts, strict=True)]
+
+
+def averaged(
+    taps: list[Tap], memory: tuple[tuple[Tensor, Tensor], ...], momentum: float
+) -> tuple[list[Tap], tuple[tuple[Tensor, Tensor], ...]]:
+    """Taps whose means and variances are momentum parts of memory, the rest the group's; and the new memory.
+
+    memory: (mean, variance) of each tap, [C] each; empty: the taps as they are. A layer that a pass uses more than
+    once, or not at all, has no memory of its own: then ValueError.
+    """
+    if not memory:
+        return taps, memory
+    if len(memory) != len(taps):
+        raise ValueError(f"{len(taps)} taps, {len(memory)} in memory: bn_momentum needs each layer used once")
+    def mixed(now: Tensor, before: Tensor) -> Tensor:
+        return torch.lerp(now, before.to(now), momentum)
+
+    pairs = zip(taps, memory, strict=True)
+    after = tuple((mixed(t.stats.mean, mean), mixed(t.stats.var, var)) for t, (mean, var) in pairs)
+    made = [t._replace(stats=BatchNormStats(1, mean, var)) for t, (mean, var) in zip(taps, after, strict=True)]
+    return made, after
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Classifiers from a TOML card: frozen, with preprocessing, taps and features. No code runs unless allowed."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, card_path, load_weights, read_card
 from synthkd.dfkd.model_zoo import build_classifier
 from synthkd.dfkd.nets import count_parameters
-from synthkd.dfkd.taps import Moments, Tap, batchnorm_layers, read_moments, tapped
+from synthkd.dfkd.taps import Moments, Tap, Taps, batchnorm_layers, merged_taps, read_moments
 from synthkd.engine.errors import SynthkdError
 
 
@@ -49,6 +49,7 @@ class Teacher(nn.Module):
         self.net = net.eval().requires_grad_(False)
         self.moments = moments
         self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
+        self._taps = Taps(self.net, moments, self.classifier)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -78,40 +79,44 @@ class Teacher(nn.Module):
         logits: Tensor = self.net(self.preprocess(images))
         return logits
 
+    def attached(self) -> AbstractContextManager[None]:
+        """Within it the taps stay on, so that `look` can be traced into one graph; no hook is left behind."""
+        return self._taps.attached()
+
     def look(self, images: Tensor) -> Look:
         """images [B,3,H,W] in [0,1] -> logits, statistics and features of one forward pass."""
-        bn: list[Tap] = []
-        stored: list[Tap] = []
-        with self._reading() as read, tapped(self.net, self.moments, bn, stored):
-            logits = self(images)
-        return Look(logits, bn, stored, _pooled(read[-1]) if read else None)
+        if not self._taps.on:
+            with self.attached():
+                return self.look(images)
+        logits, seen = self._taps.reading(lambda: self(images))
+        return Look(logits, seen.bn, seen.stored, _pooled(seen.features[-1]) if seen.features else None)
 
     def features(self, images: Tensor) -> Tensor:
         """images [B,3,H,W] in [0,1] -> what the last linear layer reads, [B,D].
 
         Raises SynthkdError for a network without a linear layer.
         """
-        with self._reading() as read:
-            self(images)
-        if not read:
+        features = self.look(images).features
+        if features is None:
             raise SynthkdError("teacher: its network has no linear layer, so it has no features to compare")
-        return _pooled(read[-1])
-
-    @contextmanager
-    def _reading(self) -> Iterator[list[Tensor]]:
-        """Within it every forward pass adds what the last linear layer read."""
-        read: list[Tensor] = []
-        last = self.classifier
-        handle = last.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0])) if last else None
-        try:
-            yield read
-        finally:
-            if handle:
-                handle.remove()
+        return features
 
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
         return super().train(False)
+
+
+def merged_looks(parts: Sequence[Look]) -> Look:
+    """The look at a group from looks at its runs, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    features = [x.features for x in parts if x.features is not None]
+    return Look(
+        torch.cat([x.logits for x in parts]),
+        merged_taps([x.taps for x in parts]),
+        merged_taps([x.stored for x in parts]),
+        torch.cat(features) if len(features) == len(parts) else None,
+    )
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints
 
 from synthkd.engine.errors import SynthkdError, suggest
@@ -16,6 +17,7 @@ SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 SPACINGS = ("model", "leading", "trailing", "linspace", "karras")
 PREDICTIONS = ("model", "epsilon", "v_prediction", "sample")
 FORMATS = ("png", "jpg", "webp")
+AUTO_PIXELS = 64  # a side; up to here a full VAE costs little beside a run of its own to fit another
 
 
 def _check(ok: bool, where: str, found: object, expected: str) -> None:
@@ -26,6 +28,19 @@ def _check(ok: bool, where: str, found: object, expected: str) -> None:
 def _one_of(where: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
         raise SynthkdError(f"recipe: {where} is {found!r}; {suggest(str(found), known)}")
+
+
+def _check_decoder(decoder: str) -> None:
+    kind, _, rest = decoder.partition(":")
+    pooled = kind == "pooled" and rest.isdecimal() and 2 <= int(rest) <= 8
+    ok = decoder in ("auto", "vae") or pooled or (kind in ("tiny", "fitted") and bool(rest))
+    known = "'auto', 'vae', 'pooled:N' with N from 2 to 8, 'tiny:PATH' or 'fitted:PATH'"
+    _check(ok, "guidance.decoder", decoder, known)
+
+
+def within(start: float, stop: float, step: int, steps: int) -> bool:
+    """Whether denoiser call `step` of `steps` lies in a share of the run."""
+    return round(start * steps) <= step < round(stop * steps)
 
 
 def _floats(spec: Any) -> None:
@@ -45,7 +60,11 @@ class GuidanceSpec:
     (and no step where the loss is below 0, as an adversarial term can make it).
     start, stop: guided share of the steps, as fractions of the run; every: guide each n-th step of it.
     gradient: `x0` differentiates the decoder and the loss only; `unet` goes through the denoiser to z_t.
-    decoder: what the loss looks through: `vae`, or `tiny:PATH` for an AutoencoderTiny folder.
+    decoder: what the loss looks through: `vae`, the prior's own; `pooled:N`, the same on the latent averaged over N x N
+    cells; `tiny:PATH`, an AutoencoderTiny folder; `fitted:PATH`, what `synthkd fit-decoder` wrote; `auto`: `vae` for
+    images of at most AUTO_PIXELS a side, above that one that a set fits for itself before it is drawn.
+    min_cosine: a calibration group's mean cosine between the gradient through a cheaper decoder and that through the
+    VAE, below which a set is drawn with the VAE instead; 0 trusts any decoder.
     rederive_eps: the solver's eps from the shifted x0 (True) or from the denoiser's own x0 (False, MPGD).
     looks: views over which the loss is a mean, the plain image and looks - 1 random ones (arXiv 2403.12404), each
     shifted by up to look_shift of its size and, with look_flip, mirrored half of the time.
@@ -57,7 +76,8 @@ class GuidanceSpec:
     stop: float = 1.0
     every: int = 1
     gradient: str = "x0"
-    decoder: str = "vae"
+    decoder: str = "auto"
+    min_cosine: float = 0.3
     rederive_eps: bool = False
     looks: int = 1
     look_shift: float = 0.1
@@ -72,15 +92,15 @@ class GuidanceSpec:
         interval = 0.0 <= self.start < self.stop <= 1.0
         _check(interval, "guidance.start, stop", (self.start, self.stop), "0 <= start < stop <= 1")
         _check(self.every >= 1, "guidance.every", self.every, "a whole number >= 1")
-        decoder_ok = self.decoder == "vae" or self.decoder.startswith("tiny:")
-        _check(decoder_ok, "guidance.decoder", self.decoder, "'vae' or 'tiny:PATH'")
+        _check_decoder(self.decoder)
+        _check(0 <= self.min_cosine < 1, "guidance.min_cosine", self.min_cosine, "0 <= cosine < 1 (0: no calibration)")
         _check(1 <= self.looks <= 64, "guidance.looks", self.looks, "1 to 64 (1: the plain image alone)")
         _check(0 <= self.look_shift < 1, "guidance.look_shift", self.look_shift, "0 <= share < 1")
 
     def active(self, step: int, steps: int) -> bool:
         """Whether denoiser call `step` of `steps` is guided."""
-        first, last = round(self.start * steps), round(self.stop * steps)
-        return self.scale > 0 and first <= step < last and (step - first) % self.every == 0
+        first, inside = round(self.start * steps), within(self.start, self.stop, step, steps)
+        return self.scale > 0 and inside and (step - first) % self.every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +140,11 @@ class Recipe:
     sampler, steps: the solver and its denoiser calls; eta: DDIM's fresh noise; spacing: which timesteps are called,
     the prior's own by default; prediction_type: what the prior must predict (checked; `model`: whatever it does);
     guidance_scale: classifier-free guidance as in diffusers (off at 1 and below), guidance_rescale as well.
+    cfg_start, cfg_stop: the share of the run that has it (arXiv 2404.07724); elsewhere the unconditional half is not
+    computed.
     guidance: the teacher's part. A group is classes_per_group x samples_per_class samples that share batch
     statistics, Latent CutMix partners and randomness.
+    previews: shares of the run at which the clean latent is decoded into an extra, marked sample.
     rounds: parts of the set between which the guidance may learn (a student, say): the first ones have
     groups_per_round groups each (0: one shard's), the last one all the rest.
     """
@@ -140,11 +163,14 @@ class Recipe:
     prediction_type: str = "model"
     guidance_scale: float = 5.0
     guidance_rescale: float = 0.0
+    cfg_start: float = 0.0
+    cfg_stop: float = 1.0
     guidance: GuidanceSpec = field(default_factory=GuidanceSpec)
     cutmix: CutMixSpec = field(default_factory=CutMixSpec)
     classes_per_group: int = 10
     samples_per_class: int = 2
     groups_per_shard: int = 50
+    previews: tuple[float, ...] = ()
     rounds: int = 1
     groups_per_round: int = 0
     dtype: str = "float32"
@@ -172,6 +198,7 @@ class Recipe:
         window = (self.guidance.start, self.guidance.stop)
         _check(guided, "guidance.start, stop", window, f"a window that holds at least one of {self.steps} steps")
         self._check_cutmix()
+        self._check_previews()
 
     def _check_text(self) -> None:
         _check(len(self.classes) >= 1, "classes", self.classes, "at least one class name")
@@ -198,6 +225,8 @@ class Recipe:
         _check(0 <= self.eta <= 1, "eta", self.eta, "0 to 1")
         _check(self.eta == 0 or self.sampler == "ddim", "eta", self.eta, f"0 with sampler {self.sampler!r}")
         _check(0 <= self.guidance_rescale <= 1, "guidance_rescale", self.guidance_rescale, "0 to 1")
+        interval = 0.0 <= self.cfg_start <= self.cfg_stop <= 1.0
+        _check(interval, "cfg_start, cfg_stop", (self.cfg_start, self.cfg_stop), "0 <= cfg_start <= cfg_stop <= 1")
         fits = self.sampler != "dpmpp_2m" or self.steps >= 2
         _check(fits, "steps", self.steps, "at least 2 with sampler 'dpmpp_2m', which is of second order")
         levels = self.sampler in ("euler", "euler_ancestral", "dpmpp_2m")
@@ -223,6 +252,28 @@ class Recipe:
         fires = any(self.cutmix.active(i, self.steps) for i in range(self.steps))
         span = f"values that leave an exchange within {self.steps} steps (every: 0 switches it off)"
         _check(fires, "cutmix.every, last_clean", (self.cutmix.every, self.cutmix.last_clean), span)
+
+    def _check_previews(self) -> None:
+        shares = self.previews
+        _check(all(0 < p < 1 for p in shares), "previews", shares, "shares of the run above 0 and below 1")
+        calls = [self.preview_call(p) for p in shares]
+        names = [round(100 * p) for p in shares]
+        rising = all(a < b for a, b in pairwise(calls)) and all(a < b for a, b in pairwise(names))
+        _check(rising, "previews", shares, f"rising shares that name different calls of {self.steps}, a percent apart")
+
+    def preview_call(self, share: float) -> int:
+        """The denoiser call whose clean latent a preview at this share of the run shows."""
+        return max(round(share * self.steps) - 1, 0)
+
+    def cfg_active(self, step: int) -> bool:
+        """Whether denoiser call `step` has classifier-free guidance."""
+        return self.guidance_scale > 1 and within(self.cfg_start, self.cfg_stop, step, self.steps)
+
+    def resolved_decoder(self) -> str:
+        """`guidance.decoder`, with `auto` as what it stands for at this size: `vae`, or `fitted`."""
+        if self.guidance.decoder != "auto":
+            return self.guidance.decoder
+        return "vae" if max(self.height, self.width) <= AUTO_PIXELS else "fitted"
 
     @property
     def group_size(self) -> int:
@@ -273,14 +324,20 @@ def _typed(cls: type, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def _coerce(where: str, value: Any, hint: Any) -> Any:
     if get_args(hint):
-        kind = get_args(hint)[0]
-        ok = isinstance(value, (list, tuple)) and all(type(v) is kind for v in value)
-        _check(ok, where, value, "a list of strings" if kind is str else "a list of whole numbers")
-        return tuple(value)
+        return _coerce_list(where, value, get_args(hint)[0])
     if isinstance(value, int) and not isinstance(value, bool):
         _check(abs(value) < 2**63, where, "a number of many digits", "one within 64 bits")
         return float(value) if hint is float else _kept(where, value, hint)
     return _kept(where, value, hint)
+
+
+def _coerce_list(where: str, value: Any, kind: type) -> tuple[Any, ...]:
+    listed = isinstance(value, (list, tuple))
+    if listed and kind is float:
+        value = [float(v) if type(v) is int and abs(v) < 2**53 else v for v in value]
+    what = {str: "strings", float: "numbers"}.get(kind, "whole numbers")
+    _check(listed and all(type(v) is kind for v in value), where, value, f"a list of {what}")
+    return tuple(value)
 
 
 def _kept(where: str, value: Any, hint: Any) -> Any:
