@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import connection
 from typing import Any
@@ -67,14 +67,7 @@ def _start(factory: Factory, threads: int) -> None:
 
 def _run(unit: WorkUnit, seed: int) -> Batch:
     assert _worker is not None
-    batch = _worker.run(unit, seed)
-    return replace(
-        batch,
-        images=batch.images.cpu(),
-        labels=batch.labels.cpu(),
-        targets=batch.targets.cpu(),
-        notes={name: note.cpu() for name, note in batch.notes.items()},
-    )
+    return _worker.run(unit, seed).cpu()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from synthkd.engine import augment, rng
-from synthkd.engine.batch import Batch
+from synthkd.engine.batch import Batch, Preview
 from synthkd.engine.clock import StageClock
 from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
@@ -256,17 +256,20 @@ class Synthesizer:
                 clock,
                 self._compiled.advance,
             )
-            z, log = drawn.latents, drawn.log
-            with torch.no_grad(), clock("decode"):
-                images = self.model.decoder(z)
-        pixels = to_uint8(images)
-        notes = self._annotate(pixels, clock)
-        finite = torch.isfinite(images).all() & torch.isfinite(z).all()
-        for tensor in (*notes.values(), *(t for terms in log for t in terms.values())):
+            images = [self._decoded(z, clock) for z in (drawn.latents, *drawn.previews)]
+        pixels = [to_uint8(x) for x in images]
+        notes = [self._annotate(x, clock) for x in pixels]
+        finite = torch.isfinite(drawn.latents).all()
+        for tensor in (*drawn.previews, *images, *(t for terms in (*notes, *drawn.log) for t in terms.values())):
             finite = finite & torch.isfinite(tensor).all()
         if not bool(finite):  # the one wait for the device in a group
             return None
-        return self._batch(unit, seed, attempt, (pixels, steer.targets[-1], notes), log, clock)
+        targets = [steer.targets[-1], *(steer.targets[call + 1] for call in steer.keep)]
+        return self._batch(unit, seed, attempt, list(zip(pixels, targets, notes, strict=True)), drawn.log, clock)
+
+    def _decoded(self, z: Tensor, clock: StageClock) -> Tensor:
+        with torch.no_grad(), clock("decode"):
+            return self.model.decoder(z)
 
     def _attached(self) -> AbstractContextManager[None]:
         return self.guidance.attached() if isinstance(self.guidance, GroupGuidance) else nullcontext()
@@ -282,11 +285,12 @@ class Synthesizer:
         unit: WorkUnit,
         seed: int,
         attempt: int,
-        drawn: tuple[Tensor, Tensor, dict[str, Tensor]],
+        shown: list[tuple[Tensor, Tensor, dict[str, Tensor]]],
         log: list[Any],
         clock: StageClock,
     ) -> Batch:
-        pixels, targets, notes = drawn
+        """shown: pixels, targets and notes of the finished images, then of each preview."""
+        pixels, targets, notes = shown[0]
         return Batch(
             group=unit.group,
             round=unit.round,
@@ -299,6 +303,7 @@ class Synthesizer:
             notes=notes,
             curves={name: [terms[name].float().cpu().tolist() for terms in log] for name in (log[0] if log else {})},
             seconds=clock.totals(),
+            previews=tuple(Preview(p, *x) for p, x in zip(self.recipe.previews, shown[1:], strict=True)),
         )
 
     def _conditions(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:
