@@ -29,7 +29,8 @@ from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.index import MANIFEST, read_index, write_atomically
-from synthkd.engine.runner import cores, default_workers, follow_parent
+from synthkd.engine.runner import follow_parent
+from synthkd.engine.workers import cores, default_workers
 
 _FIELD = {
     "teacher": "teacher_accuracy",
