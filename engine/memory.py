@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.sampler import Chunks
 
 RESERVE = 0.1  # of the free memory
 _MEMINFO = Path("/proc/meminfo")
@@ -80,12 +79,6 @@ class MemoryPlan:
     needed: int
     free: int
     reason: str = ""
-
-    @property
-    def chunks(self) -> Chunks:
-        """What the loop is told: 0 where a pass takes the group at once."""
-        denoise, guide = (0 if part >= self.group else part for part in (self.denoise, self.guide))
-        return Chunks(denoise, guide)
 
     @property
     def whole(self) -> bool:
