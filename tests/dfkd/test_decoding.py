@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,8 +106,6 @@ def test_where_the_gradients_disagree_the_vae_is_taken(tiny_job: Any, plain: Pat
 
 
 def _pictures(folder: Path) -> dict[str, bytes]:
-    import tarfile
-
     out = {}
     for path in sorted(folder.glob("shard-*.tar")):
         with tarfile.open(path) as tar:
@@ -115,6 +115,10 @@ def _pictures(folder: Path) -> dict[str, bytes]:
 
 def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise AssertionError("not to be called")
 
 
 @pytest.mark.parametrize(
@@ -130,8 +134,6 @@ def die(*_: Any, **__: Any) -> None:
 def test_a_kill_at_any_point_changes_nothing(
     auto: Any, whole: Path, tmp_path: Path, killed: Callable[..., bool], where: str, what: str
 ) -> None:
-    import sys
-
     folder = tmp_path / "set"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[where], what, die)
@@ -154,8 +156,8 @@ def test_a_grown_set_keeps_its_decision(
     auto: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(whole, tmp_path / "set")
-    monkeypatch.setattr(decoding, "calibrate", die)
-    monkeypatch.setattr(decoding, "fit_decoder", die)
+    monkeypatch.setattr(decoding, "calibrate", refuse)
+    monkeypatch.setattr(decoding, "fit_decoder", refuse)
     draw(auto, tmp_path / "set", 12)
     assert read_manifest(tmp_path / "set")["decoder"] == read_manifest(whole)["decoder"]
     assert read_manifest(tmp_path / "set")["num_samples"] == 12
@@ -198,7 +200,7 @@ def test_a_manifest_that_says_nonsense_is_one_line(whole: Path, tmp_path: Path, 
 def test_another_set_is_refused_before_anything_is_fitted(
     auto: Any, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoding, "fit_decoder", die)
+    monkeypatch.setattr(decoding, "fit_decoder", refuse)
     other = replace(auto, recipe=replace(auto.recipe, steps=3))
     with pytest.raises(SynthkdError, match=r"holds another recipe's set \(recipe.steps"):
         draw(other, whole)
