@@ -17,6 +17,7 @@ from synthkd.dfkd import decoding
 from synthkd.dfkd.fit_decoder import FitSpec
 from synthkd.dfkd.presets import unguided
 from synthkd.dfkd.replay import replay_sample
+from synthkd.dfkd.report import write_report
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import Request, SynthkdError, config
@@ -96,6 +97,8 @@ def test_a_set_fits_its_own_decoder(whole: Path, plain: Path, tmp_path: Path) ->
     assert shards(whole) != shards(plain)
     assert verify_set(whole).problems == ()
     assert replay_sample(whole, 7, tmp_path / "7.png", "cpu")[1] == "identical to the stored image"
+    shutil.copytree(whole, tmp_path / "set")
+    assert "Here guidance looks through a fitted decoder" in write_report(tmp_path / "set").read_text()
 
 
 def test_where_the_gradients_disagree_the_vae_is_taken(tiny_job: Any, plain: Path, tmp_path: Path) -> None:
@@ -188,7 +191,7 @@ def test_another_decoder_than_the_noted_one_is_refused(
         draw(auto, tmp_path / "set", 12)
 
 
-@pytest.mark.parametrize("note", [[], {"asked": 1}, {"chosen": "vae"}, "auto"])
+@pytest.mark.parametrize("note", [[], {"asked": 1}, {"asked": "auto", "chosen": "vae"}, {"cosine": "high"}, "auto"])
 def test_a_manifest_that_says_nonsense_is_one_line(whole: Path, tmp_path: Path, note: Any) -> None:
     shutil.copytree(whole, tmp_path / "set")
     path = tmp_path / "set" / "manifest.json"
