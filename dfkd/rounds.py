@@ -29,7 +29,8 @@ from synthkd.engine.index import (
     read_manifest,
     round_folder,
 )
-from synthkd.engine.runner import default_workers, open_stream
+from synthkd.engine.runner import open_stream
+from synthkd.engine.workers import default_workers
 from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
 
 _log = logging.getLogger("synthkd")

@@ -25,7 +25,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def environment(
-    device: torch.device, micro_batch: int, threads: int | None = None, fused: str = "", compiled: str = ""
+    device: torch.device, micro_batch: int | str, threads: int | None = None, fused: str = "", compiled: str = ""
 ) -> dict[str, Any]:
     """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend.
 
