@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, Kind, check_fields, is_number, is_whole, whole
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
-from synthkd.engine.calibration import Recorder, Trajectory, cosines, own_seed, pixels_at_once
+from synthkd.engine.calibration import Recorder, Trajectory, cosines, own_seed, images_at_once
 from synthkd.engine.decoders import latent_layout
 from synthkd.engine.fitted import SMALL, FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
@@ -201,7 +201,7 @@ def _lessons(source: Source, run: Trajectory, spec: FitSpec, group: int, steered
 def _lesson(source: Source, x0: Tensor, targets: Tensor, slope: bool) -> Lessons:
     """Of one call; in parts where images are large, each decoded again then for its gradient."""
     guidance, recipe, empty = source.guidance, source.recipe, torch.empty(0)
-    parts = torch.split(x0, pixels_at_once(len(x0), recipe.height, recipe.width))
+    parts = torch.split(x0, images_at_once(len(x0), recipe.height, recipe.width))
     with frozen(source.model.modules()):
         if guidance is None or not slope:
             with torch.no_grad():
@@ -302,7 +302,7 @@ def _errors(source: Source, net: FittedNet, spec: FitSpec) -> dict[str, Any]:
     """
     run = Recorder(source.model, source.plain)(own_seed(spec.seed, _HELD_OUT), 0)
     pair, rmse, agree = (FittedDecoder(net), source.model.decoder), [], []
-    chunk = pixels_at_once(run.latents.shape[1], source.recipe.height, source.recipe.width)
+    chunk = images_at_once(run.latents.shape[1], source.recipe.height, source.recipe.width)
     for x0, targets in zip(run.latents, run.targets, strict=True):
         with torch.no_grad():
             off = [(pair[0](z).clamp(0, 1) - _seen(source, z).clamp(0, 1)).square() for z in torch.split(x0, chunk)]

@@ -112,7 +112,7 @@ class Recorder:
         return Trajectory(self._recorded.latents(), torch.stack(list(targets)))
 
 
-def pixels_at_once(images: int, height: int, width: int) -> int:
+def images_at_once(images: int, height: int, width: int) -> int:
     """How many of so many images of a size are decoded at once with their gradient: 2 megapixels, one at the least."""
     return max(1, min(images, 2**21 // (height * width)))
 
@@ -146,7 +146,7 @@ def calibrate(synthesizer: Synthesizer, cheap: Decoder, full: Decoder, seed: int
     recipe, guidance = synthesizer.recipe, synthesizer.guidance
     assert guidance is not None, "nothing to compare without a guidance"
     threshold, found = recipe.guidance.min_cosine, []
-    chunk = pixels_at_once(recipe.group_size, recipe.height, recipe.width)
+    chunk = images_at_once(recipe.group_size, recipe.height, recipe.width)
     try:
         run = Recorder(synthesizer.model, recipe, guidance, cheap)(own_seed(seed, "calibration"), 0)
     except NonFiniteError:
