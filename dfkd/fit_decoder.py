@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, Kind, check_fields, is_number, is_whole, whole
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
-from synthkd.engine.calibration import Recorder, Trajectory, cosines, own_seed, images_at_once
+from synthkd.engine.calibration import Recorder, Trajectory, cosines, images_at_once, own_seed
 from synthkd.engine.decoders import latent_layout
 from synthkd.engine.fitted import SMALL, FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
