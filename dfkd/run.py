@@ -258,7 +258,10 @@ def repeats(sets: Mapping[str, LabelledImages]) -> dict[str, Any]:
 
 
 def images_per_second(folder: Path, workers: int) -> float:
-    """Rate of a finished set from the time its groups took, scaled to `workers` processes; drawing alone."""
+    """Rate of a finished set from the time its groups took, scaled to `workers` processes; drawing alone.
+
+    Compiling is left out: it is done once, whatever the size of the set.
+    """
     groups = [g for row in read_index(folder).values() for g in row.groups]
-    spent = sum(sum(g.seconds.values()) for g in groups)
+    spent = sum(t for g in groups for stage, t in g.seconds.items() if stage != "compile")
     return round(sum(g.kept for g in groups) * workers / spent, 3) if spent else 0.0

@@ -50,7 +50,7 @@ class CompiledCall:
 
     off: never; default, reduce-overhead, max-autotune: inductor's modes, the last two with CUDA graphs; aot_eager:
     traced and differentiated, not compiled, for tests; auto: `default` on a GPU, off on a CPU. Raises SynthkdError for
-    another word. `graphs` counts what was compiled so far.
+    another word. `graphs` counts what was compiled so far; a first call of its kind is timed as `compile`, not `step`.
     """
 
     def __init__(self, choice: CompileChoice, device: torch.device) -> None:
@@ -62,6 +62,7 @@ class CompiledCall:
         self.choice, self.graphs = str(choice), 0
         self._call: Any = None
         self._parts: Any = None
+        self._kinds: set[tuple[bool | int, ...]] = set()
 
     @property
     def advance(self) -> Any:
@@ -84,9 +85,11 @@ class CompiledCall:
         if self.choice in _CUDA_GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         before = counters["stats"]["unique_graphs"]
-        with clock("step"), torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
+        kind = (zero is None, cfg, call.src_map is None, call.noise is None, state.before is None, len(state.z))
+        with clock("step" if kind in self._kinds else "compile"), torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
             out = self._call(setup, denoise, state, call, zero, cfg, _still)
         self.graphs += counters["stats"]["unique_graphs"] - before
+        self._kinds.add(kind)
         if self.choice in _CUDA_GRAPHS:  # a replay writes over what the one before returned
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
         return out

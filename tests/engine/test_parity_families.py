@@ -11,6 +11,7 @@ from torch import Tensor
 
 from synthkd.engine import Recipe, Request, Synthesizer, WorkUnit
 from synthkd.engine import synthesizer as synthesizer_module
+from synthkd.engine.steering import noise
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler", "dpmpp_2m": "DPMSolverMultistepScheduler", "euler": "EulerDiscreteScheduler",
@@ -49,7 +50,7 @@ class Case:
     def fresh_noise(self) -> Iterator[Tensor]:
         """Call by call, what the engine draws."""
         for i in range(self.recipe.steps):
-            yield self.synth._noise(self.unit.ids, SEED, f"noise {i}", 0)
+            yield noise(self.synth._shape, self.unit.ids, SEED, f"noise {i}", 0)
 
     def theirs(self) -> Tensor:
         """The last latents of diffusers' own loop."""
