@@ -10,10 +10,11 @@ from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
 from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
+from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice
 from synthkd.engine.errors import suggest
 from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 
-_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head")
+_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
 _SOURCE_KINDS: Mapping[str, Kind] = {"model": TEXT, "teacher": TEXT, "loras": TEXTS, "round_student": TABLE}
 _LARGEST_ZOOM = 4
@@ -23,10 +24,10 @@ _LARGEST_ZOOM = 4
 class SynthJob:
     """model: folder, hub id or `embedded:NAME`; loras: fused into it, `PATH[@WEIGHT]`; teacher: a card.
 
-    alpha, beta, gamma, divergence, entropy, head: weights of the guidance's terms (see `TeacherGuidance`).
+    alpha, beta, gamma, divergence, entropy, head, bn_momentum: the guidance's terms (see `TeacherGuidance`).
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
-    fuse: what is swapped for fused modules (see `Synthesizer`): execution only, so no manifest keeps it either.
+    fuse, compile: how networks run (see `Synthesizer`): execution only, so no manifest keeps them either.
     """
 
     model: str
@@ -38,6 +39,7 @@ class SynthJob:
     divergence: str = "kl"
     entropy: float | None = None
     head: float | None = None
+    bn_momentum: float = 0.0
     loras: tuple[str, ...] = ()
     round_student: DistillSpec = field(default_factory=DistillSpec)
     round: int = 0
@@ -45,6 +47,7 @@ class SynthJob:
     allow_code: bool = False
     device: str = "cpu"
     fuse: FuseChoice = "auto"
+    compile: CompileChoice = "auto"
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
@@ -52,6 +55,8 @@ class SynthJob:
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:
             raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
+        if self.compile not in COMPILE_CHOICES:
+            raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES)}")
         if len(card.classes) != len(recipe.classes):
             raise SynthkdError(
                 f"teacher {self.teacher!r} has {len(card.classes)} outputs, the recipe names "
@@ -79,8 +84,9 @@ class SynthJob:
         self.check()
         guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
         return Synthesizer.from_pretrained(
-            self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse
-        )
+            self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse,
+            compile=self.compile,
+        )  # fmt: skip
 
     def guidance(self, teacher: Teacher) -> TeacherGuidance:
         """The loss of this job's round."""

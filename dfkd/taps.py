@@ -3,8 +3,8 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,8 +136,9 @@ def watch(layers: Mapping[str, nn.Module], seen: Seen) -> Iterator[None]:
 class Taps:
     """Hooks on a network's norm layers and on its last linear layer, put on once for many passes.
 
-    on: whether they are. They note nothing outside of `reading`, and what `reading` returns is all that is left of a pass: so one graph can
-    hold a pass with its taps (torch.compile traces no hook that is put on inside it, and none that keeps a tensor).
+    on: whether they are. They note nothing outside of `reading`, and what `reading` returns is all that is left of a
+    pass: so one graph can hold a pass with its taps (torch.compile traces no hook that is put on inside it, and none
+    that keeps a tensor).
     """
 
     def __init__(self, net: nn.Module, moments: Moments | None, last: nn.Module | None) -> None:
@@ -145,7 +146,8 @@ class Taps:
         known = {name: net.get_submodule(name) for name in (moments.names if moments is not None else ())}
         self.on, self._moments = False, moments
         self._notes: Notes | None = None
-        self._hooks: list[tuple[nn.Module, Any]] = [(m, partial(self._own, n)) for n, m in batchnorm_layers(net).items()]
+        self._hooks: list[tuple[nn.Module, Any]] = []
+        self._hooks += [(m, partial(self._own, n)) for n, m in batchnorm_layers(net).items()]
         self._hooks += [(m, partial(self._stored, n)) for n, m in known.items()]
         if last is not None:
             self._hooks.append((last, self._features))
@@ -187,6 +189,32 @@ class Taps:
     def _features(self, layer: Any, args: Any, kwargs: Any) -> None:
         if self._notes is not None:
             self._notes.features.append(args[0] if args else next(iter(kwargs.values())))
+
+
+def merged_taps(parts: Sequence[list[Tap]]) -> list[Tap]:
+    """Taps of a group from those of its runs, exactly (see `kernels.merge_stats`)."""
+    return [taps[0]._replace(stats=reduce(merge_stats, [t.stats for t in taps])) for taps in zip(*parts, strict=True)]
+
+
+def averaged(
+    taps: list[Tap], memory: tuple[tuple[Tensor, Tensor], ...], momentum: float
+) -> tuple[list[Tap], tuple[tuple[Tensor, Tensor], ...]]:
+    """Taps whose means and variances are momentum parts of memory, the rest the group's; and the new memory.
+
+    memory: (mean, variance) of each tap, [C] each; empty: the taps as they are. A layer that a pass uses more than
+    once, or not at all, has no memory of its own: then ValueError.
+    """
+    if not memory:
+        return taps, memory
+    if len(memory) != len(taps):
+        raise ValueError(f"{len(taps)} taps, {len(memory)} in memory: bn_momentum needs each layer used once")
+    def mixed(now: Tensor, before: Tensor) -> Tensor:
+        return torch.lerp(now, before.to(now), momentum)
+
+    pairs = zip(taps, memory, strict=True)
+    after = tuple((mixed(t.stats.mean, mean), mixed(t.stats.var, var)) for t, (mean, var) in pairs)
+    made = [t._replace(stats=BatchNormStats(1, mean, var)) for t, (mean, var) in zip(taps, after, strict=True)]
+    return made, after
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, card_path, load_weights, read_card
 from synthkd.dfkd.model_zoo import build_classifier
 from synthkd.dfkd.nets import count_parameters
-from synthkd.dfkd.taps import Moments, Tap, Taps, batchnorm_layers, read_moments
+from synthkd.dfkd.taps import Moments, Tap, Taps, batchnorm_layers, merged_taps, read_moments
 from synthkd.engine.errors import SynthkdError
 
 
@@ -104,6 +104,19 @@ class Teacher(nn.Module):
     def train(self, mode: bool = True) -> "Teacher":
         """A teacher stays in eval mode."""
         return super().train(False)
+
+
+def merged_looks(parts: Sequence[Look]) -> Look:
+    """The look at a group from looks at its runs, in order."""
+    if len(parts) == 1:
+        return parts[0]
+    features = [x.features for x in parts if x.features is not None]
+    return Look(
+        torch.cat([x.logits for x in parts]),
+        merged_taps([x.taps for x in parts]),
+        merged_taps([x.stored for x in parts]),
+        torch.cat(features) if len(features) == len(parts) else None,
+    )
 
 
 def _pooled(x: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 And the augmented views that a guidance may see beside the plain image.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,23 +85,34 @@ def area_targets(source: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     return counts / flat.shape[1]
 
 
+class Look(NamedTuple):
+    """One random view of a group: shift [B,2], down and right as shares of the size, and mirror [B], booleans."""
+
+    shift: Tensor
+    mirror: Tensor
+
+    def part(self, samples: slice) -> "Look":
+        """The view of some of the samples."""
+        return Look(self.shift[samples], self.mirror[samples])
+
+
 def look(
     ids: Sequence[int], spec: GuidanceSpec, device: torch.device, *, seed: int, call: int, view: int, attempt: int
-) -> Callable[[Tensor], Tensor]:
-    """One random view of a group's images [B,3,H,W]: shifted (edges repeat) and perhaps mirrored, per sample."""
+) -> Look:
+    """A random view of a group's images: shifted by up to spec.look_shift and perhaps mirrored, per sample."""
     u = torch.from_numpy(np.stack([rng.uniform(seed, i, f"look {call} {view}", 3, attempt) for i in ids]))
     shift = ((2 * u[:, :2] - 1) * spec.look_shift).float().to(device)
-    mirror = ((u[:, 2] < 0.5) & spec.look_flip).to(device)
+    return Look(shift, ((u[:, 2] < 0.5) & spec.look_flip).to(device))
 
-    def view_of(images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        rows = _moved(height, shift[:, 0])
-        columns = _moved(width, shift[:, 1])
-        columns = torch.where(mirror[:, None], columns.flip(1), columns)
-        out = images.gather(2, rows[:, None, :, None].expand_as(images))
-        return out.gather(3, columns[:, None, None, :].expand_as(images))
 
-    return view_of
+def viewed(images: Tensor, look: Look) -> Tensor:
+    """images [B,3,H,W] as a view shows them: shifted, edges repeating, and mirrored."""
+    height, width = images.shape[-2:]
+    rows = _moved(height, look.shift[:, 0])
+    columns = _moved(width, look.shift[:, 1])
+    columns = torch.where(look.mirror[:, None], columns.flip(1), columns)
+    out = images.gather(2, rows[:, None, :, None].expand_as(images))
+    return out.gather(3, columns[:, None, None, :].expand_as(images))
 
 
 def _moved(size: int, share: Tensor) -> Tensor:

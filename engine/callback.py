@@ -9,7 +9,7 @@ from torch import Tensor
 
 from synthkd.engine.config import GuidanceSpec
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.guidance import Guidance, Terms, frozen, guidance_gradient, step_size, step_sizes
+from synthkd.engine.guidance import GroupGuidance, Guidance, Terms, frozen, guidance_gradient, step_size, step_sizes
 from synthkd.engine.priors import wrap_pipeline
 from synthkd.engine.schedule import Coefficients, Tables, solver_tables
 from synthkd.kernels import predict_x0, sum_of_squares
@@ -56,7 +56,7 @@ class GuidanceCallback:
                 raise SynthkdError(
                     f"callback: {name} with {field} {config[field]!r} is not supported; expected {only!r}"
                 )
-        if spec.gradient != "x0" or spec.looks != 1 or spec.decoder != "vae":
+        if spec.gradient != "x0" or spec.looks != 1 or spec.decoder not in ("auto", "vae"):
             raise SynthkdError("callback: expected guidance.gradient 'x0', looks 1 and decoder 'vae'")
         self._model, self._pipe, self._sampler = wrap_pipeline(pipe), pipe, _SAMPLERS[name]
         solver_tables(config, 2, self._model.device, self._model.dtype, sampler=self._sampler)  # refuses what it cannot
@@ -64,6 +64,7 @@ class GuidanceCallback:
         self._scheduler: Any = None
         self._seen: tuple[Tensor, Tensor] | None = None
         self._made: tuple[Tensor, Tables] | None = None
+        self._memory: Any = None
         self.log: list[Terms] = []
 
     def __enter__(self) -> "GuidanceCallback":
@@ -133,6 +134,7 @@ class GuidanceCallback:
                     "callback: the pipeline was called with timesteps or sigmas of its own; leave them out"
                 )
             self._made = theirs, tables
+            self._memory = self._guidance.begin() if isinstance(self._guidance, GroupGuidance) else None
         return self._made[1]
 
     def _shift(self, x0: Tensor, planned: Tensor) -> Tensor:
@@ -141,7 +143,9 @@ class GuidanceCallback:
         with torch.enable_grad(), frozen([self._model.decoder.module, *loss_of.modules()]):
             leaf = x0.detach().requires_grad_()
             targets = self._targets.to(x0.device)
-            grad, loss, terms = guidance_gradient(loss_of, self._model.decoder, leaf, leaf, targets)
+            grad, loss, terms, self._memory = guidance_gradient(
+                loss_of, self._model.decoder, leaf, leaf, targets, (), self._memory
+            )
         self.log.append(terms)
         sumsq = sum_of_squares(grad)
         step = step_size(spec, planned, loss, sumsq, grad[0].numel())

@@ -34,7 +34,8 @@ def _check_decoder(decoder: str) -> None:
     kind, _, rest = decoder.partition(":")
     pooled = kind == "pooled" and rest.isdecimal() and 2 <= int(rest) <= 8
     ok = decoder in ("auto", "vae") or pooled or (kind in ("tiny", "fitted") and bool(rest))
-    _check(ok, "guidance.decoder", decoder, "'auto', 'vae', 'pooled:N' with N from 2 to 8, 'tiny:PATH' or 'fitted:PATH'")
+    known = "'auto', 'vae', 'pooled:N' with N from 2 to 8, 'tiny:PATH' or 'fitted:PATH'"
+    _check(ok, "guidance.decoder", decoder, known)
 
 
 def within(start: float, stop: float, step: int, steps: int) -> bool:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synthkd.engine.settings import settings_of
@@ -72,6 +73,28 @@ class VaeDecoder:
         """Its config, and how latents are scaled before it."""
         moments = [m.flatten().tolist() for m in self._moments] if self._moments is not None else None
         return {**settings_of(self._vae), "scale": self._scale, "shift": self._shift, "moments": moments}
+
+
+class PooledDecoder:
+    """Another decoder on the latent averaged over factor x factor cells: a picture factor times smaller a side."""
+
+    def __init__(self, inner: Decoder, factor: int) -> None:
+        """factor: 2 or more; where it does not divide the latent, the last cells are smaller."""
+        self._inner, self._factor = inner, factor
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """latents [B,C,h,w] -> images [B,3,H,W] of the inner decoder on [B,C,ceil(h/factor),ceil(w/factor)]."""
+        return self._inner(F.avg_pool2d(latents, self._factor, ceil_mode=True, count_include_pad=False))
+
+    @property
+    def module(self) -> nn.Module:
+        """The inner decoder's network."""
+        return self._inner.module
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The inner decoder's, and the factor."""
+        return {**self._inner.settings, "pooled": self._factor}
 
 
 def latent_layout(vae: Any) -> tuple[int, int]:

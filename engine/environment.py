@@ -24,10 +24,12 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, micro_batch: int, threads: int | None = None, fused: str = "") -> dict[str, Any]:
+def environment(
+    device: torch.device, micro_batch: int, threads: int | None = None, fused: str = "", compiled: str = ""
+) -> dict[str, Any]:
     """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend.
 
-    fused: which networks run this project's ops in place of their own (`Synthesizer.fused`); "" for none.
+    fused: which networks run this project's ops in place of their own (`Synthesizer.fused`); "" for none; compiled: how calls are compiled (`Synthesizer.compiled`), "" for not at all.
     """
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -36,14 +38,14 @@ def environment(device: torch.device, micro_batch: int, threads: int | None = No
         "device": f"{device.type}: {processor}",
         "threads": 0 if cuda else threads or torch.get_num_threads(),
         "micro_batch": micro_batch,
-        "backend": _backend(device, fused),
+        "backend": _backend(device, fused, compiled),
         "versions": versions("triton") if backend(device) == "triton" else versions(),
     }
 
 
-def _backend(device: torch.device, fused: str) -> str:
+def _backend(device: torch.device, fused: str, compiled: str) -> str:
     ops = "triton" if backend(device) == "triton" else "eager"
-    return f"{ops}, fused {fused}" if fused else ops
+    return ops + (f", fused {fused}" if fused else "") + (f", compiled {compiled}" if compiled else "")
 
 
 def environment_key(detail: dict[str, Any]) -> str:

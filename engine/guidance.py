@@ -2,15 +2,19 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from synthkd.engine.augment import Look, viewed
 from synthkd.engine.config import GuidanceSpec
 
 Terms = dict[str, Tensor]
+Decode = Callable[[Tensor], Tensor]
+Latent = Callable[[slice, Tensor], Tensor]
 
 # float16 gradients of a mean over many pixels underflow.
 HALF_LOSS_SCALE = 1024.0
@@ -42,6 +46,31 @@ class Guidance(Protocol):
         ...
 
 
+@runtime_checkable
+class GroupGuidance(Guidance, Protocol):
+    """A guidance in two halves, which a group larger than the memory needs, and one with a memory of earlier calls.
+
+    `loss, terms, memory = judge([look(images)], targets, memory)`: `look` runs the networks on some of the group's
+    images, `judge` makes the loss of all that was seen. The memory starts as what `begin` gives; it lives for a group.
+    """
+
+    def look(self, images: Tensor) -> Any:
+        """What the networks show of images [b,3,H,W]: tensors in tuples, lists or dicts."""
+        ...
+
+    def judge(self, seen: Sequence[Any], targets: Tensor, memory: Any) -> tuple[Tensor, Terms, Any]:
+        """Loss and terms of the group, its looks in order, and the memory for the next call."""
+        ...
+
+    def begin(self) -> Any:
+        """The memory that a group starts with: tensors in tuples, or None."""
+        ...
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Within it `look` changes nothing of a network, so that it can be traced into one graph."""
+        ...
+
+
 @contextmanager
 def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Weights need no gradient inside (the backward then costs 1x forward, not 2x); restored on leaving."""
@@ -55,32 +84,132 @@ def frozen(modules: Iterable[nn.Module]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-Look = Callable[[Tensor], Tensor]
+class GuidanceStep(NamedTuple):
+    """The gradient, like its leaf (float32 where that is float16); the loss []; terms of the plain view; the memory."""
+
+    grad: Tensor
+    loss: Tensor
+    terms: Terms
+    memory: Any
 
 
 def guidance_gradient(
     loss_of: Guidance,
-    decode: Callable[[Tensor], Tensor],
+    decode: Decode,
     x0: Tensor,
     leaf: Tensor,
     targets: Tensor,
     looks: Sequence[Look] = (),
-) -> tuple[Tensor, Tensor, Terms]:
-    """Gradient of the loss of decode(x0) with respect to `leaf` (x0 itself, or the z_t it was computed from).
+    memory: Any = None,
+) -> GuidanceStep:
+    """Gradient of the loss of decode(x0) with respect to `leaf` (x0 itself, or what it was computed from).
 
-    x0, leaf: latents [B,C,H,W]; looks: further views of the decoded images (images -> images), over which and the
-    plain one the loss is a mean (arXiv 2403.12404). Returns the gradient like leaf (float32 where leaf is float16,
+    x0, leaf: latents [B,C,h,w]; looks: further views of the decoded images, over which and the plain one the loss is a
+    mean (arXiv 2403.12404); memory: of a GroupGuidance. Returns the gradient like leaf (float32 where leaf is float16,
     whose range it may leave); the loss []; and the detached terms of the plain view.
     """
     images = decode(x0).clamp(0.0, 1.0)
-    loss, terms = loss_of(images, targets)
+    loss, terms, after = _judged(loss_of, [images], targets, memory)
     for look in looks:
-        loss = loss + loss_of(look(images), targets)[0]
+        loss = loss + _judged(loss_of, [viewed(images, look)], targets, memory)[0]
     loss = loss / (1 + len(looks))
     half = x0.dtype == torch.float16
     (grad,) = torch.autograd.grad(loss * HALF_LOSS_SCALE if half else loss, leaf)
+    return _finished(grad, half, loss, terms, after)
+
+
+def _judged(loss_of: Any, images: list[Tensor], targets: Tensor, memory: Any) -> tuple[Tensor, Terms, Any]:
+    if hasattr(loss_of, "judge"):
+        judged: tuple[Tensor, Terms, Any] = loss_of.judge([loss_of.look(x) for x in images], targets, memory)
+        return judged
+    loss, terms = loss_of(images[0], targets)
+    return loss, terms, memory
+
+
+def _finished(grad: Tensor, half: bool, loss: Tensor, terms: Terms, memory: Any) -> GuidanceStep:
     grad = grad.detach().float() / HALF_LOSS_SCALE if half else grad.detach()
-    return grad, loss.detach(), {name: term.detach() for name, term in terms.items()}
+    kept = tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, memory)
+    return GuidanceStep(grad, loss.detach(), {name: term.detach() for name, term in terms.items()}, kept)
+
+
+def parts_of(size: int, chunk: int) -> list[slice]:
+    """A group in runs of at most `chunk` samples, 0 for all at once."""
+    return [slice(i, min(i + (chunk or size), size)) for i in range(0, size, chunk or size)]
+
+
+def chunked_gradient(
+    loss_of: GroupGuidance,
+    decode: Decode,
+    latent: Latent,
+    zero: Tensor,
+    targets: Tensor,
+    looks: Sequence[Look],
+    memory: Any,
+    chunk: int,
+) -> GuidanceStep:
+    """The same gradient with `chunk` samples at a time in memory, exactly, by two passes.
+
+    latent(part, zero) -> x0 [b,C,h,w] of a run of the group, with zero [b,C,h,w] added where the gradient is taken.
+    The first pass keeps what the networks show of each run, from which the group's loss and its gradient with respect
+    to all that was shown follow; the second pulls these back through each run. So statistics of the whole group, class
+    means and per-sample terms alike are those of the group at once: averaging the gradients of runs is not, since a
+    distance of statistics is no mean over samples.
+    """
+    half, parts, total = zero.dtype == torch.float16, parts_of(len(zero), chunk), None
+    found: list[tuple[Tensor, Terms, Any]] = []
+    for look in (None, *looks):
+        views = [_view_of(loss_of, decode, look, part) for part in parts]
+        with torch.no_grad():
+            seen = [view(latent(part, zero[part])) for view, part in zip(views, parts, strict=True)]
+        (loss, terms, after), cotangents = _judged_apart(loss_of, seen, targets, memory, half)
+        found.append((loss, terms, after))
+        grads = []
+        for view, part, wanted in zip(views, parts, cotangents, strict=True):
+            leaf = zero[part].detach().requires_grad_()
+            with torch.enable_grad():
+                grads.append(_pulled_back(view(latent(part, leaf)), wanted, leaf))
+        total = torch.cat(grads) if total is None else total + torch.cat(grads)
+    assert total is not None
+    loss = torch.stack([value for value, _, _ in found]).sum() / len(found)
+    return _finished(total / len(found), half, loss, *found[0][1:])
+
+
+def _view_of(loss_of: GroupGuidance, decode: Decode, look: Look | None, part: slice) -> Callable[[Tensor], Any]:
+    def view(x0: Tensor) -> Any:
+        images = decode(x0).clamp(0.0, 1.0)
+        return loss_of.look(images if look is None else viewed(images, look.part(part)))
+
+    return view
+
+
+def _judged_apart(
+    loss_of: GroupGuidance, seen: list[Any], targets: Tensor, memory: Any, half: bool
+) -> tuple[tuple[Tensor, Terms, Any], list[list[Tensor | None]]]:
+    """Loss, terms and memory of a group, and the loss's gradient with respect to every tensor that was seen."""
+    flat, spec = tree_flatten(seen)
+    leaves = [x.detach().requires_grad_() if _differentiable(x) else x for x in flat]
+    with torch.enable_grad():
+        judged = loss_of.judge(tree_unflatten(leaves, spec), targets, memory)
+        loss = judged[0] * HALF_LOSS_SCALE if half else judged[0]
+        given = [x for x in leaves if _differentiable(x)]
+        grads = iter(torch.autograd.grad(loss, given, allow_unused=True))
+    everything = [next(grads) if _differentiable(x) else None for x in leaves]
+    counts = [len(tree_flatten(x)[0]) for x in seen]
+    return judged, [everything[sum(counts[:k]) : sum(counts[: k + 1])] for k in range(len(counts))]
+
+
+def _pulled_back(seen: Any, wanted: list[Tensor | None], leaf: Tensor) -> Tensor:
+    pairs = [
+        (x, g)
+        for x, g in zip(tree_flatten(seen)[0], wanted, strict=True)
+        if g is not None and isinstance(x, Tensor) and x.requires_grad
+    ]
+    (grad,) = torch.autograd.grad([x for x, _ in pairs], leaf, [g for _, g in pairs])
+    return grad
+
+
+def _differentiable(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def step_sizes(spec: GuidanceSpec, sigma: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the engine needs of a prior."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -65,3 +66,21 @@ class LatentModel(Protocol):
     def settings(self) -> dict[str, Any]:
         """What beside weights and noise schedule decides an image, as plain values."""
         ...
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prior's denoiser with what it is told of a group."""
+
+    model: LatentModel
+    cond: Conditioning
+    uncond: Conditioning | None
+
+    def __call__(self, z: Tensor, t: Tensor, cfg: bool = True) -> tuple[Tensor, Tensor | None]:
+        """See `LatentModel.denoise`; the unconditional half only where cfg is asked for."""
+        return self.model.denoise(z, t, self.cond, self.uncond if cfg else None)
+
+    def part(self, samples: slice) -> "Prompted":
+        """The same for some of the samples."""
+        cond, uncond = ({n: x[samples] for n, x in told.items()} if told else None for told in (self.cond, self.uncond))
+        return Prompted(self.model, cond or {}, uncond)

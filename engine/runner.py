@@ -101,7 +101,7 @@ class PoolStream:
     @property
     def environment(self) -> dict[str, Any]:
         """See `SampleStream.environment`; threads are those of a worker."""
-        return environment(self._local.model.device, self.plan.recipe.group_size, self.threads, self._local.fused)
+        return environment(self._local.model.device, self.plan.recipe.group_size, self.threads, **self._local.how)
 
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order; workers stop when the iterator is closed."""

@@ -5,18 +5,39 @@ Symbols: z noisy latent, x0 clean latent, z = alpha x0 + sigma eps; the solver's
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from synthkd.engine.clock import StageClock
+from synthkd.engine.augment import Look
 from synthkd.engine.config import GuidanceSpec
-from synthkd.engine.guidance import Guidance, Look, Terms, guidance_gradient, step_size
-from synthkd.engine.schedule import Tables
+from synthkd.engine.guidance import (
+    Guidance,
+    GuidanceStep,
+    Terms,
+    chunked_gradient,
+    guidance_gradient,
+    parts_of,
+    step_size,
+)
+from synthkd.engine.schedule import Coefficients, Tables
 from synthkd.kernels import guided_step, predict_x0, sum_of_squares
 
-Denoiser = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+Denoiser = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+Clock = Callable[[str], AbstractContextManager[Any]]
+
+
+class Chunks(NamedTuple):
+    """Samples at a time through the denoiser, and through decoder and loss with their gradient; 0 for the group."""
+
+    denoise: int = 0
+    guide: int = 0
+
+
+WHOLE = Chunks()
 
 
 @dataclass(frozen=True)
@@ -24,7 +45,9 @@ class Steering:
     """What steers a group: the loss, what it looks through, when; and, made before the loop, what each call needs.
 
     sizes: [n] of `guidance.step_sizes`; targets: [B,K] per call; maps: source map [B,H,W] or None; noise: fresh noise
-    [B,C,H,W] or None; looks: the augmented views that the loss sees beside the plain image.
+    [B,C,H,W] or None; looks: the augmented views that the loss sees beside the plain image; cfg: which calls have
+    classifier-free guidance, all where empty; keep: calls whose clean latent is wanted; memory: what the loss starts
+    with; chunks: how much of the group is in memory at once.
     """
 
     loss: Guidance | None
@@ -35,6 +58,51 @@ class Steering:
     maps: Sequence[Tensor | None]
     noise: Sequence[Tensor | None]
     looks: Sequence[Sequence[Look]]
+    cfg: Sequence[bool] = ()
+    keep: tuple[int, ...] = ()
+    memory: Any = None
+    chunks: Chunks = WHOLE
+
+
+class Setup(NamedTuple):
+    """What is the same at every call of a run."""
+
+    loss: Guidance | None
+    decode: Callable[[Tensor], Tensor]
+    spec: GuidanceSpec
+    guidance_scale: float
+    guidance_rescale: float
+    prediction_type: str
+    keep: bool
+    chunks: Chunks
+
+
+class Call(NamedTuple):
+    """What a denoiser call is given beside the state: tensors alone, so that one graph serves all calls of a kind."""
+
+    t: Tensor
+    c: Coefficients
+    size: Tensor
+    targets: Tensor
+    src_map: Tensor | None
+    noise: Tensor | None
+    looks: tuple[Look, ...]
+
+
+class State(NamedTuple):
+    """What a call hands to the next: z [B,C,H,W], a multistep solver's last clean latent, the loss's memory."""
+
+    z: Tensor
+    before: Tensor | None
+    memory: Any
+
+
+class Drawn(NamedTuple):
+    """The final latent [B,C,H,W], each guided call's terms, and the clean latents x0' at the calls of `steer.keep`."""
+
+    latents: Tensor
+    log: list[Terms]
+    previews: list[Tensor]
 
 
 def sample(
@@ -43,37 +111,101 @@ def sample(
     tables: Tables,
     guidance: tuple[float, float],
     steer: Steering,
-    clock: StageClock,
-) -> tuple[Tensor, list[Terms]]:
-    """Draw a group: z [B,C,H,W] is standard normal noise; returns the final latent and each guided call's terms.
+    clock: Clock,
+    advance: "Callable[..., tuple[State, Terms, Tensor | None]] | None" = None,
+) -> Drawn:
+    """Draw a group: z [B,C,H,W] is standard normal noise.
 
-    guidance: classifier-free guidance_scale and guidance_rescale. The solver's eps comes from the unshifted x0
-    unless `spec.rederive_eps` (kernels.guided_step). Under `gradient="unet"` the direction is the gradient with
-    respect to z, and the step is taken on x0 all the same, so that both modes make steps of one size. No call waits
-    for the device.
+    guidance: classifier-free guidance_scale and guidance_rescale; advance: `one_call`, perhaps compiled. The solver's
+    eps comes from the unshifted x0 unless `spec.rederive_eps` (kernels.guided_step). Under `gradient="unet"` the
+    direction is the gradient with respect to z, and the step is taken on x0 all the same, so that both modes make
+    steps of one size. No call waits for the device.
     """
-    spec, n, log, before = steer.spec, tables.timesteps.shape[0], [], None
+    n, log, previews = tables.timesteps.shape[0], [], []
+    keep = tables.multistep or bool(steer.keep)
+    setup = Setup(steer.loss, steer.decode, steer.spec, *guidance, tables.prediction_type, keep, steer.chunks)
     z = z if tables.start == 1.0 else z * tables.start
+    zero = torch.zeros_like(z).requires_grad_() if steer.loss is not None else None
+    state = State(z, None, steer.memory)
     for i in range(n):
-        c, t, guided = tables.at(i), tables.timesteps[i], steer.loss is not None and spec.active(i, n)
-        with torch.set_grad_enabled(guided and spec.gradient == "unet"), clock("denoise"):
-            z = z.detach().requires_grad_(torch.is_grad_enabled())
-            cond, uncond = denoise(z, t)
-            x0 = predict_x0(z, cond, uncond, guidance[0], c.alpha, c.sigma, tables.prediction_type, guidance[1])
-        grad, sumsq, step = None, None, None
-        if guided and steer.loss is not None:
-            with torch.enable_grad(), clock("guide"):
-                leaf = z if spec.gradient == "unet" else x0.requires_grad_()
-                grad, loss, terms = guidance_gradient(
-                    steer.loss, steer.decode, x0, leaf, steer.targets[i], steer.looks[i]
-                )
-            sumsq = sum_of_squares(grad)
-            step = step_size(spec, steer.sizes[i], loss, sumsq, grad[0].numel())
+        guided, cfg = steer.loss is not None and steer.spec.active(i, n), not steer.cfg or steer.cfg[i]
+        call = Call(
+            tables.timesteps[i], tables.at(i), steer.sizes[i], steer.targets[i], steer.maps[i], steer.noise[i],
+            tuple(steer.looks[i]),
+        )  # fmt: skip
+        state, terms, x0 = (advance or one_call)(setup, denoise, state, call, zero if guided else None, cfg, clock)
+        if guided:
             log.append(terms)
-        with torch.no_grad():
-            z, before = guided_step(
-                z, x0, c.alpha, c.sigma, c.to_x0, c.to_eps, noise=steer.noise[i], to_noise=c.to_noise,
-                before=before, to_history=c.to_history, grad=grad, sumsq=sumsq, step=step,
-                src_map=steer.maps[i], rederive_eps=spec.rederive_eps, keep=tables.multistep,
-            )  # fmt: skip
-    return z.detach(), log
+        if i in steer.keep and x0 is not None:
+            previews.append(x0)
+        if not tables.multistep:
+            state = state._replace(before=None)
+    return Drawn(state.z, log, previews)
+
+
+def one_call(
+    setup: Setup, denoise: Denoiser, state: State, call: Call, zero: Tensor | None, cfg: bool, clock: Clock
+) -> tuple[State, Terms, Tensor | None]:
+    """One denoiser call: UNet, CFG, clean latent, decode, loss, gradient, update; a function of tensors.
+
+    zero: zeros [B,C,H,W] that require a gradient, or None where the call is not guided. The gradient is taken with
+    respect to them, added to z or to x0: a graph can differentiate its inputs, not what it makes itself. Returns the
+    next state, the terms, and the shifted clean latent where `setup.keep`.
+    """
+    z, c, terms, memory = state.z, call.c, {}, state.memory
+    grad, sumsq, step = None, None, None
+    through = zero is not None and setup.spec.gradient == "unet"
+    with clock("denoise"), torch.set_grad_enabled(through and not setup.chunks.guide):
+        x0 = clean_latent(setup, denoise, z + zero if torch.is_grad_enabled() and zero is not None else z, call, cfg)
+    if zero is not None and setup.loss is not None:
+        with clock("guide"):
+            found = _gradient(setup, denoise, x0, z, call, zero, cfg, memory)
+        grad, terms, memory = found.grad, found.terms, found.memory
+        sumsq = sum_of_squares(grad)
+        step = step_size(setup.spec, call.size, found.loss, sumsq, grad[0].numel())
+    with torch.no_grad():
+        z_next, kept = guided_step(
+            z, x0, c.alpha, c.sigma, c.to_x0, c.to_eps, noise=call.noise, to_noise=c.to_noise,
+            before=state.before, to_history=c.to_history, grad=grad, sumsq=sumsq, step=step,
+            src_map=call.src_map, rederive_eps=setup.spec.rederive_eps, keep=setup.keep,
+        )  # fmt: skip
+    return State(z_next, kept, memory), terms, kept
+
+
+def clean_latent(setup: Setup, denoise: Denoiser, z: Tensor, call: Call, cfg: bool) -> Tensor:
+    """x0 [B,C,H,W] predicted from z; in runs of `chunks.denoise` samples where no gradient goes through."""
+    whole = len(z) <= (setup.chunks.denoise or len(z)) or torch.is_grad_enabled()
+    if whole:
+        return _predicted(setup, denoise, z, call, cfg)
+    parts = parts_of(len(z), setup.chunks.denoise)
+    return torch.cat([_predicted(setup, part_of(denoise, part), z[part], call, cfg) for part in parts])
+
+
+def _predicted(setup: Setup, denoise: Denoiser, z: Tensor, call: Call, cfg: bool) -> Tensor:
+    cond, uncond = denoise(z, call.t, cfg)
+    c, scale, rescale = call.c, setup.guidance_scale, setup.guidance_rescale
+    return predict_x0(z, cond, uncond, scale, c.alpha, c.sigma, setup.prediction_type, rescale)
+
+
+def part_of(denoise: Any, part: slice) -> Denoiser:
+    """The denoiser of some of the samples."""
+    found: Denoiser = denoise.part(part)
+    return found
+
+
+def _gradient(
+    setup: Setup, denoise: Denoiser, x0: Tensor, z: Tensor, call: Call, zero: Tensor, cfg: bool, memory: Any
+) -> GuidanceStep:
+    loss: Any = setup.loss
+    through, chunk = setup.spec.gradient == "unet", setup.chunks.guide
+    if not chunk:
+        with torch.enable_grad():
+            x0 = x0 if through else x0 + zero
+            return guidance_gradient(loss, setup.decode, x0, zero, call.targets, call.looks, memory)
+
+    def latent(part: slice, zero: Tensor) -> Tensor:
+        if not through:
+            return x0[part] + zero
+        return _predicted(setup, part_of(denoise, part), z[part] + zero, call, cfg)
+
+    return chunked_gradient(loss, setup.decode, latent, zero, call.targets, call.looks, memory, chunk)

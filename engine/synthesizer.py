@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,14 @@ from torch.nn.functional import one_hot
 from synthkd.engine import augment, rng
 from synthkd.engine.batch import Batch
 from synthkd.engine.clock import StageClock
+from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
-from synthkd.engine.decoders import Decoder
+from synthkd.engine.decoders import Decoder, PooledDecoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import FuseChoice, Fuser
-from synthkd.engine.guidance import Guidance, Look, frozen, step_sizes
-from synthkd.engine.latent_model import Conditioning, LatentModel
+from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, step_sizes
+from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.sampler import Steering, sample
@@ -53,7 +54,7 @@ class Stream:
     @property
     def environment(self) -> dict[str, Any]:
         """See `SampleStream.environment`."""
-        return environment(self.synthesizer.model.device, self.plan.recipe.group_size, fused=self.synthesizer.fused)
+        return environment(self.synthesizer.model.device, self.plan.recipe.group_size, **self.synthesizer.how)
 
 
 class Synthesizer:
@@ -71,9 +72,11 @@ class Synthesizer:
         guidance: Guidance | None = None,
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
+        compile: CompileChoice = "auto",
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
+        compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto` on a GPU, `off` elsewhere.
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
         The guidance's networks are moved to the prior's device. One thread at a time may draw from a pipeline.
@@ -84,7 +87,8 @@ class Synthesizer:
         self.model, self.recipe, self.guidance = model, recipe, guidance
         for network in guidance.modules() if guidance else ():
             network.to(model.device)
-        self._look = decoder or model.decoder
+        self._look = decoder or looked_through(model, recipe)
+        self._compiled = CompiledCall(compile, model.device)
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
         _check_prompts(model, recipe)
@@ -100,7 +104,9 @@ class Synthesizer:
         guidance: Guidance | None = None,
         device: str | None = None,
         loras: Sequence[str] = (),
+        decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
+        compile: CompileChoice = "auto",
     ) -> "Synthesizer":
         """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
 
@@ -108,7 +114,7 @@ class Synthesizer:
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        return cls(prior, recipe, guidance, _looked_through(prior, recipe), fuse)
+        return cls(prior, recipe, guidance, decoder, fuse, compile)
 
     @classmethod
     def from_pipeline(
@@ -119,10 +125,25 @@ class Synthesizer:
         guidance: Guidance | None = None,
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
+        compile: CompileChoice = "auto",
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
-        prior = wrap_pipeline(pipe)
-        return cls(prior, recipe, guidance, decoder or _looked_through(prior, recipe), fuse)
+        return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What an environment says of the way networks run: what is fused, and how calls are compiled."""
+        return {"fused": self.fused, "compiled": self.compiled}
+
+    @property
+    def compiled(self) -> str:
+        """Mode in which denoiser calls are compiled, for the environment key; "" where they are not."""
+        return "" if self._compiled.choice == "off" else self._compiled.choice
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs have been compiled so far: one per kind of denoiser call."""
+        return self._compiled.graphs
 
     @property
     def fused(self) -> str:
@@ -211,17 +232,20 @@ class Synthesizer:
             stack.enter_context(frozen(self.model.modules()))
             stack.enter_context(frozen([self._look.module]))
             stack.enter_context(frozen(self.guidance.modules() if self.guidance else ()))
+            stack.enter_context(self._attached())
             with clock("encode"):
-                cond, uncond = self._conditions(self.prompts(unit, seed))
+                denoise = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
             steer = self._steering(unit, seed, attempt)
-            z, log = sample(
+            drawn = sample(
                 self.initial_latents(unit.ids, seed, attempt),
-                lambda z, t: self.model.denoise(z, t, cond, uncond),
+                denoise,
                 self._tables,
                 (self.recipe.guidance_scale, self.recipe.guidance_rescale),
                 steer,
                 clock,
+                self._compiled.advance,
             )
+            z, log = drawn.latents, drawn.log
             with torch.no_grad(), clock("decode"):
                 images = self.model.decoder(z)
         pixels = to_uint8(images)
@@ -232,6 +256,9 @@ class Synthesizer:
         if not bool(finite):  # the one wait for the device in a group
             return None
         return self._batch(unit, seed, attempt, (pixels, steer.targets[-1], notes), log, clock)
+
+    def _attached(self) -> AbstractContextManager[None]:
+        return self.guidance.attached() if isinstance(self.guidance, GroupGuidance) else nullcontext()
 
     def _annotate(self, pixels: Tensor, clock: StageClock) -> dict[str, Tensor]:
         if self.guidance is None:
@@ -293,9 +320,14 @@ class Synthesizer:
         ]
         looks = self._looks(unit, seed, attempt)
         sizes = step_sizes(recipe.guidance, self._tables.rows.sigma)
-        return Steering(self.guidance, self._look, recipe.guidance, sizes, targets, maps, fresh, looks)
+        return Steering(
+            self.guidance, self._look, recipe.guidance, sizes, targets, maps, fresh, looks,
+            cfg=tuple(recipe.cfg_active(i) for i in range(recipe.steps)),
+            keep=tuple(recipe.preview_call(p) for p in recipe.previews),
+            memory=self.guidance.begin() if isinstance(self.guidance, GroupGuidance) else None,
+        )  # fmt: skip
 
-    def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[Look]]:
+    def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[augment.Look]]:
         spec, steps = self.recipe.guidance, self.recipe.steps
         return [
             [
@@ -338,9 +370,15 @@ def _check_prompts(prior: LatentModel, recipe: Recipe) -> None:
     prior.check_prompts(prompts, recipe.negative_prompt)
 
 
-def _looked_through(prior: LatentModel, recipe: Recipe) -> Decoder | None:
-    """The recipe's own guidance decoder, None for the prior's."""
-    if recipe.guidance.decoder == "vae":
-        return None
-    path = recipe.guidance.decoder.removeprefix("tiny:")
-    return load_tiny_decoder(path, device=prior.device, dtype=prior.dtype, like=prior.decoder)
+def looked_through(prior: LatentModel, recipe: Recipe, decoder: str | None = None) -> Decoder:
+    """What guidance looks through: the recipe's decoder, or another one in its vocabulary.
+
+    `auto` is the prior's own here: only a set has a folder to keep a fitted one in.
+    """
+    asked = decoder or recipe.guidance.decoder
+    kind, _, rest = asked.partition(":")
+    if asked in ("auto", "vae") or recipe.guidance.scale == 0:
+        return prior.decoder
+    if kind == "pooled":
+        return PooledDecoder(prior.decoder, int(rest))
+    return load_tiny_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)

@@ -4,15 +4,17 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from synthkd.dfkd.losses import DIVERGENCES, bn_distance, class_scores, disagreement, entropy, head_alignment
-from synthkd.dfkd.teachers import Look, Teacher
+from synthkd.dfkd.taps import averaged, batchnorm_layers
+from synthkd.dfkd.teachers import Look, Teacher, merged_looks
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Terms
 from synthkd.engine.models import weights_digest
@@ -21,6 +23,21 @@ from synthkd.engine.settings import architecture_of
 KIND = "diffdfkd"
 # For teachers without statistics, where nothing was said. Not measured: a starting point, no recommendation.
 DEFAULT_ENTROPY, DEFAULT_HEAD = 0.1, 0.5
+
+
+Memory = tuple[tuple[Tensor, Tensor], ...]
+
+
+class Evidence(NamedTuple):
+    """What some of a group's images show: the teacher's look, and the student's logits [b,K] or None."""
+
+    look: Look
+    told: Tensor | None
+
+
+def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
+    known = [x for x in parts if x is not None]
+    return None if len(known) < len(parts) else known[0] if len(known) == 1 else torch.cat(known)
 
 
 class TeacherGuidance:
@@ -45,6 +62,7 @@ class TeacherGuidance:
         divergence: str = "kl",
         entropy: float | None = None,
         head: float | None = None,
+        bn_momentum: float = 0.0,
         student: Teacher | None = None,
         round: int = 0,
         about: Mapping[str, Any] | None = None,
@@ -52,12 +70,15 @@ class TeacherGuidance:
         """alpha, beta, gamma, entropy, head: weights >= 0; divergence: `kl` or `js`, of the adversarial term.
 
         entropy, head: None is 0 for a teacher with statistics, and DEFAULT_ENTROPY and DEFAULT_HEAD for one without.
+        bn_momentum: share of the statistics of a group's earlier calls in those compared, 0 up to below 1; they begin
+        as the teacher's running ones and never leave the group (as FastDFKD's momentum statistics do within a batch).
         about: plain values that a fingerprint must know where gamma > 0: how the student of each round is trained.
         Raises SynthkdError for a negative weight, for weights of which none steers, for an unknown divergence, for a
         student of other classes, and for `head` on a teacher without a linear layer over the classes.
         """
         known, aligned = teacher.has_statistics, _rows(teacher) is not None
         self.alpha, self.beta, self.gamma, self.divergence = alpha, beta, float(gamma), divergence
+        self.bn_momentum = float(bn_momentum)
         self.entropy = float(entropy) if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
         self.head = float(head) if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
         self.teacher, self.student, self.round, self.about = teacher, student, round, dict(about or {})
@@ -76,6 +97,8 @@ class TeacherGuidance:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise SynthkdError(f"guidance: {name} is {value}; expected a number >= 0")
+        if not 0 <= self.bn_momentum < 1:
+            raise SynthkdError(f"guidance: bn_momentum is {self.bn_momentum}; expected 0 up to below 1")
         if self.divergence not in DIVERGENCES:
             raise SynthkdError(f"guidance: divergence is {self.divergence!r}; {suggest(self.divergence, DIVERGENCES)}")
         if not any((self.alpha and has_statistics, self.beta, self.gamma, self.entropy, self.head)):
@@ -95,29 +118,53 @@ class TeacherGuidance:
 
         Group terms []: bn, moments, head; per sample [B]: ce, adv, entropy.
         """
+        return self.judge([self.look(images)], targets, self.begin())[:2]
+
+    def look(self, images: Tensor) -> Evidence:
+        """What teacher and student show of images [b,3,H,W] in [0,1]."""
+        told = self.student(images) if self.gamma > 0 and self.student is not None else None
+        return Evidence(self.teacher.look(images), told)
+
+    def begin(self) -> Memory:
+        """The running statistics themselves: what the group's are averaged with before it has any."""
+        if self.bn_momentum == 0 or self.alpha == 0:
+            return ()
+        return tuple((layer.running_mean, layer.running_var) for layer in self._normed())
+
+    def _normed(self) -> list[Any]:
+        return list(batchnorm_layers(self.teacher.net).values())
+
+    def attached(self) -> AbstractContextManager[None]:
+        """Taps stay on within it."""
+        return self.teacher.attached()
+
+    def judge(self, seen: Sequence[Evidence], targets: Tensor, memory: Memory) -> tuple[Tensor, Terms, Memory]:
+        """The loss of a group, of all of which `seen` is the looks in order; see `__call__`."""
         if targets.shape[1] != len(self.teacher.classes):
             raise SynthkdError(
                 f"guidance: the teacher has {len(self.teacher.classes)} outputs, the recipe {targets.shape[1]} classes"
             )
-        seen = self.teacher.look(images)
-        terms = self._statistics(seen)
+        look, told = merged_looks([x.look for x in seen]), _together([x.told for x in seen])
+        terms, after = self._statistics(look, memory)
         if self.beta > 0:
-            terms["ce"] = (self.beta, class_scores(seen.logits, targets.to(seen.logits.dtype)))
-        if self.gamma > 0 and self.student is not None:
-            told = self.student(images)
-            terms["adv"] = (self.gamma, -disagreement(told, seen.logits, self.divergence))
+            terms["ce"] = (self.beta, class_scores(look.logits, targets.to(look.logits.dtype)))
+        if told is not None:
+            terms["adv"] = (self.gamma, -disagreement(told, look.logits, self.divergence))
         if self.entropy > 0:
-            terms["entropy"] = (self.entropy, entropy(seen.logits))
+            terms["entropy"] = (self.entropy, entropy(look.logits))
         if self.head > 0:
-            terms["head"] = (self.head, self._head(seen, targets))
+            terms["head"] = (self.head, self._head(look, targets))
         if not terms:  # an adversary alone, before its first round: no direction, but a gradient to take
-            return seen.logits.sum() * 0.0, {}
+            return look.logits.sum() * 0.0, {}, after
         weighted = [weight * term.mean() for weight, term in terms.values()]
-        return reduce(torch.add, weighted), {name: term for name, (_, term) in terms.items()}
+        return reduce(torch.add, weighted), {name: term for name, (_, term) in terms.items()}, after
 
-    def _statistics(self, seen: Look) -> dict[str, tuple[float, Tensor]]:
-        found = {"bn": seen.taps, "moments": seen.stored} if self.alpha > 0 else {}
-        return {name: (self.alpha, bn_distance(taps)) for name, taps in found.items() if taps}
+    def _statistics(self, seen: Look, memory: Memory) -> tuple[dict[str, tuple[float, Tensor]], Memory]:
+        if self.alpha == 0:
+            return {}, memory
+        taps, after = averaged(seen.taps, memory, self.bn_momentum)
+        found = {"bn": taps, "moments": seen.stored}
+        return {name: (self.alpha, bn_distance(taps)) for name, taps in found.items() if taps}, after
 
     def _head(self, seen: Look, targets: Tensor) -> Tensor:
         rows = _rows(self.teacher)
@@ -132,6 +179,8 @@ class TeacherGuidance:
         if self.gamma > 0:
             out |= {"gamma": self.gamma, "divergence": self.divergence}
         out |= {name: value for name in ("entropy", "head") if (value := getattr(self, name)) > 0}
+        if self.alpha > 0 and self.bn_momentum > 0:
+            out["bn_momentum"] = self.bn_momentum
         if self.alpha > 0 and self.teacher.moments is not None:
             out["moments_sha256"] = self.teacher.moments.digest()
         return out

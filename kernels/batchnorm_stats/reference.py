@@ -9,7 +9,7 @@ from torch import Tensor
 class BatchNormStats(NamedTuple):
     """count: number of values per channel; mean [C]; m2 [C], the sum of squared deviations from the mean."""
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     m2: Tensor
 

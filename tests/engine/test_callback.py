@@ -31,7 +31,7 @@ def by_the_loop(synth: Synthesizer, monkeypatch: pytest.MonkeyPatch) -> tuple[Te
     seen, inner = [], synthesizer_module.sample
     monkeypatch.setattr(synthesizer_module, "sample", lambda *a, **k: seen.append(inner(*a, **k)) or seen[-1])  # type: ignore[func-returns-value]
     synth.run(synth.stream(Request(num_samples=6)).plan.unit(0), 3)
-    return seen[0]
+    return seen[0].latents, seen[0].log
 
 
 def by_the_callback(pipe: Any, synth: Synthesizer, loss: Any, spec: GuidanceSpec) -> tuple[Tensor, list[Any]]:

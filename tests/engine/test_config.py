@@ -151,6 +151,9 @@ OTHER: dict[str, Any] = {
     "width": 32,
     "steps": 5,
     "guidance_scale": 3.5,
+    "cfg_start": 0.2,
+    "cfg_stop": 0.8,
+    "previews": (0.5,),
     "guidance": GuidanceSpec(scale=0.1),
     "cutmix": MIX,
     "classes_per_group": 2,
@@ -186,6 +189,7 @@ def test_the_fingerprint_sees_every_field(recipe: Callable[..., Recipe]) -> None
                 "every": 2,
                 "gradient": "unet",
                 "decoder": "tiny:x",
+                "min_cosine": 0.4,
                 "rederive_eps": True,
                 "looks": 2,
                 "look_shift": 0.2,
@@ -218,3 +222,47 @@ def test_guided_calls() -> None:
     assert calls(10, start=0.3, stop=0.8) == [3, 4, 5, 6, 7]
     assert calls(10, start=0.3, stop=0.8, every=2) == [3, 5, 7]
     assert calls(10, scale=0.0) == []
+
+
+def test_calls_with_classifier_free_guidance(recipe: Callable[..., Recipe]) -> None:
+    def calls(**fields: Any) -> list[int]:
+        made = recipe(steps=10, **fields)
+        return [i for i in range(10) if made.cfg_active(i)]
+
+    assert calls() == list(range(10))
+    assert calls(cfg_start=0.3, cfg_stop=0.7) == [3, 4, 5, 6]
+    assert calls(cfg_start=0.5, cfg_stop=0.5) == []
+    assert calls(guidance_scale=1.0) == []
+
+
+def test_calls_that_previews_show(recipe: Callable[..., Recipe]) -> None:
+    made = recipe(steps=20, previews=[0.2, 0.4, 0.99])
+    assert [made.preview_call(p) for p in made.previews] == [3, 7, 19]
+    assert recipe(steps=4, previews=(0.1,)).preview_call(0.1) == 0
+    assert Recipe.from_dict({**made.to_dict(), "previews": [0.5]}).previews == (0.5,)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"cfg_start": 0.8, "cfg_stop": 0.2}, "cfg_start, cfg_stop is (0.8, 0.2)"),
+        ({"previews": (0.0, 0.5)}, "previews is (0.0, 0.5)"),
+        ({"previews": (0.5, 0.501)}, "previews is (0.5, 0.501)"),
+        ({"previews": ("half",)}, "previews is ['half']; expected a list of numbers"),
+        ({"guidance": {"decoder": "pooled:1"}}, "guidance.decoder is 'pooled:1'"),
+        ({"guidance": {"decoder": "fitted:"}}, "guidance.decoder is 'fitted:'"),
+        ({"guidance": {"min_cosine": 1.0}}, "guidance.min_cosine is 1.0"),
+    ],
+)
+def test_fields_of_cheaper_guidance_are_checked(
+    recipe: Callable[..., Recipe], fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(SynthkdError) as caught:
+        Recipe.from_dict({**recipe().to_dict(), **fields})
+    assert says in str(caught.value)
+
+
+def test_auto_is_the_vae_for_small_pictures_alone(recipe: Callable[..., Recipe]) -> None:
+    assert recipe(height=64, width=64).resolved_decoder() == "vae"
+    assert recipe(height=64, width=72).resolved_decoder() == "fitted"
+    assert recipe(height=512, guidance=GuidanceSpec(decoder="pooled:2")).resolved_decoder() == "pooled:2"

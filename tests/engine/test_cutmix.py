@@ -169,7 +169,7 @@ def test_the_loop_moves_latents_as_the_oracle_says(pipeline: Any, recipe: Callab
     tables = Tables(torch.arange(9), rows, (False,) * 9, False, 1.0, "epsilon")
     ids = torch.arange(6.0, dtype=torch.float64).view(-1, 1, 1, 1).expand(6, 4, H, W)
     off = replace(steer, loss=None, decode=lambda z: z, spec=GuidanceSpec(scale=0.0))
-    final, _ = sample(ids, lambda z, t: (z * 0, None), tables, (1.0, 0.0), off, StageClock(torch.device("cpu")))
+    final, *_ = sample(ids, lambda z, t, cfg: (z * 0, None), tables, (1.0, 0.0), off, StageClock(torch.device("cpu")))
     assert final[:, 0].long().tolist() == held
     assert held != _own(6)
 

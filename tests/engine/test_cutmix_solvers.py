@@ -48,7 +48,7 @@ def run(name: str, maps: Sequence[Tensor | None], fresh: Tensor | None = None) -
     t = tables(name)
     level = {int(when): (a, s) for when, a, s in zip(t.timesteps, t.rows.alpha, t.rows.sigma, strict=True)}
 
-    def denoise(z: Tensor, when: Tensor) -> tuple[Tensor, None]:
+    def denoise(z: Tensor, when: Tensor, cfg: bool) -> tuple[Tensor, None]:
         a, s = level[int(when)]
         return a * SPREAD**2 / (a**2 * SPREAD**2 + s**2) * z, None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from synthkd.engine import GuidanceSpec, Plan, Recipe, Request, Synthesizer, SynthkdError
-from synthkd.engine.augment import look
+from synthkd.engine.augment import Look, look, viewed
 from synthkd.engine.guidance import guidance_gradient, step_size, step_sizes
 from synthkd.kernels import sum_of_squares
 
@@ -18,9 +18,14 @@ CPU = torch.device("cpu")
 IDS = range(40, 44)
 
 
-def view(spec: GuidanceSpec, number: int = 1, call: int = 0, attempt: int = 0) -> Callable[[Tensor], Tensor]:
+def chosen(spec: GuidanceSpec, number: int = 1, call: int = 0, attempt: int = 0) -> Look:
     """One view of a group of four."""
     return look(IDS, spec, CPU, seed=3, call=call, view=number, attempt=attempt)
+
+
+def view(spec: GuidanceSpec, **which: int) -> Callable[[Tensor], Tensor]:
+    """The same as a function of images."""
+    return lambda x: viewed(x, chosen(spec, **which))
 
 
 def images(height: int = 6, width: int = 11) -> Tensor:
@@ -60,7 +65,7 @@ def test_looks_are_functions_of_seed_id_call_view_and_attempt() -> None:
     others = [view(spec, number=2), view(spec, call=1), view(spec, attempt=1)]
     assert all(not torch.equal(view(spec)(x), other(x)) for other in others)
     alone = look(IDS[1:2], spec, CPU, seed=3, call=0, view=1, attempt=0)
-    assert torch.equal(alone(x[1:2]), view(spec)(x)[1:2])  # the rest of the group has no say
+    assert torch.equal(viewed(x[1:2], alone), view(spec)(x)[1:2])  # the rest of the group has no say
     still = GuidanceSpec(looks=2, look_shift=0.0)
     assert torch.equal(view(still)(x), x)
 
@@ -78,8 +83,9 @@ def test_the_gradient_is_the_mean_over_the_looks() -> None:
     g = torch.Generator().manual_seed(0)
     x0 = (0.1 + 0.8 * torch.rand(4, 3, 6, 11, generator=g, dtype=torch.float64)).requires_grad_()
     spec, loss = GuidanceSpec(looks=3, look_shift=0.3, look_flip=True), Quadratic()
-    views = [view(spec, n) for n in (1, 2)]
-    got, value, terms = guidance_gradient(loss, lambda z: z, x0, x0, torch.zeros(4, 1), views)  # type: ignore[arg-type]
+    views = [view(spec, number=n) for n in (1, 2)]
+    looks = [chosen(spec, number=n) for n in (1, 2)]
+    got, value, terms, _ = guidance_gradient(loss, lambda z: z, x0, x0, torch.zeros(4, 1), looks)  # type: ignore[arg-type]
     singles = [loss(v(x0), torch.zeros(4, 1))[0] for v in (lambda x: x, *views)]
     want = sum(torch.autograd.grad(s, x0)[0] for s in singles) / 3
     torch.testing.assert_close(got, want)

@@ -99,9 +99,9 @@ def test_the_loop_with_kernels_never_waits(synthesizer: Callable[..., Synthesize
     steer, z = synth._steering(unit, 0, 0), synth.initial_latents(unit.ids, 0)
     modules = [*synth.model.modules(), *(synth.guidance.modules() if synth.guidance else ())]
     with frozen(modules), FakeTensorMode(allow_non_fake_inputs=True) as mode, recorded() as launches:
-        z, _ = sampler.sample(
+        z, *_ = sampler.sample(
             mode.from_tensor(z),
-            lambda z, t: synth.model.denoise(z, t, cond, uncond),
+            lambda z, t, cfg: synth.model.denoise(z, t, cond, uncond if cfg else None),
             synth._tables,
             (3.0, 0.0),
             steer,
@@ -161,7 +161,7 @@ def _step(synth: Synthesizer) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
             x0 = predict_x0(moved, a, b, 3.0, c.alpha, c.sigma, tables.prediction_type)
         with torch.enable_grad():
             x0 = x0 if through else x0 + zero
-            grad, loss, _ = guidance_gradient(loss_of, steer.decode, x0, zero, steer.targets[1])
+            grad, loss, *_ = guidance_gradient(loss_of, steer.decode, x0, zero, steer.targets[1])
         with torch.no_grad():
             sumsq = sum_of_squares(grad)
             size = step_size(spec, steer.sizes[1], loss, sumsq, grad[0].numel())

@@ -37,12 +37,12 @@ def _sample_fake(synth: Synthesizer, spoil: Callable[[Tensor], Tensor] = lambda 
     with frozen(modules), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         return sample(
             mode.from_tensor(z),
-            lambda z, t: synth.model.denoise(spoil(z), t, cond, uncond),
+            lambda z, t, cfg: synth.model.denoise(spoil(z), t, cond, uncond if cfg else None),
             synth._tables,
             (synth.recipe.guidance_scale, 0.3),
             steer,
             StageClock(torch.device("cpu")),
-        )
+        )[:2]
 
 
 @pytest.fixture

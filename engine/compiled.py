@@ -1,0 +1,67 @@
+"""One denoiser call as one graph: UNet, CFG, decode, teacher, loss, gradient and update under torch.compile."""
+
+import types
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map
+
+from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.sampler import Clock, State, one_call
+
+CompileChoice = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "aot_eager"]
+COMPILE_CHOICES = ("auto", "off", "default", "reduce-overhead", "max-autotune", "aot_eager")
+_MOST_GRAPHS = 64  # kinds of calls: guided or not, CFG or not, with Latent CutMix, noise and history or without
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def _still(stage: str) -> AbstractContextManager[None]:
+    """A clock that a graph can hold."""
+    return nullcontext()
+
+
+class CompiledCall:
+    """`sampler.one_call` under torch.compile, one graph per kind of call; nothing where it is off.
+
+    off: never; default, reduce-overhead, max-autotune: inductor's modes, the last two with CUDA graphs; aot_eager:
+    traced and differentiated, not compiled, for tests; auto: `default` on a GPU, off on a CPU. Raises SynthkdError for
+    another word. `graphs` counts what was compiled so far.
+    """
+
+    def __init__(self, choice: CompileChoice, device: torch.device) -> None:
+        """See the class."""
+        if choice not in COMPILE_CHOICES:
+            raise SynthkdError(f"compile {choice!r}: {suggest(choice, COMPILE_CHOICES)}")
+        if choice == "auto":
+            choice = "default" if device.type == "cuda" else "off"
+        self.choice, self.graphs, self._call = choice, 0, None  # type: str, int, Any
+
+    @property
+    def advance(self) -> Any:
+        """What `sampler.sample` calls; None for the plain function."""
+        return None if self.choice == "off" else self._advance
+
+    def _advance(
+        self, setup: Any, denoise: Any, state: State, call: Any, zero: Tensor | None, cfg: bool, clock: Clock
+    ) -> Any:
+        if self._call is None:
+            self._call = self._compile()
+        if self.choice in _CUDA_GRAPHS:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        before = counters["stats"]["unique_graphs"]
+        with clock("step"), torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
+            out = self._call(setup, denoise, state, call, zero, cfg, _still)
+        self.graphs += counters["stats"]["unique_graphs"] - before
+        if self.choice in _CUDA_GRAPHS:  # a replay writes over what the one before returned
+            out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
+        return out
+
+    def _compile(self) -> Any:
+        """Of a function of its own: graphs are kept, counted and limited per function."""
+        own = types.FunctionType(one_call.__code__.replace(), one_call.__globals__, "one_call")
+        mode = {"default": None, "aot_eager": None}.get(self.choice, self.choice)
+        backend = "aot_eager" if self.choice == "aot_eager" else "inductor"
+        return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, mode=mode)
