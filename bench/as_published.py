@@ -50,7 +50,8 @@ class AsPublished:
         """Draw one group; unlike the Synthesizer's, one that is not finite is not drawn again."""
         clock = StageClock(self.synth.model.device)
         with self._ready():
-            z, steer = self.latents(unit, seed, clock)
+            z, denoise, steer = self.prepared(unit, seed, clock)
+            z = self.latents(z, denoise, steer, clock)
             with torch.no_grad(), clock("decode"):
                 pixels = to_uint8(self.synth.model.decoder(z))
         targets = steer.targets[-1]
@@ -66,16 +67,18 @@ class AsPublished:
             seconds=clock.totals(),
         ).first(unit.kept)
 
-    def latents(self, unit: WorkUnit, seed: int, clock: StageClock | None = None) -> tuple[Tensor, Steering]:
-        """Final latents [B,C,h,w] of a group, and what steered it; nothing waits for the device."""
-        clock = clock or StageClock(self.synth.model.device)
+    def prepared(self, unit: WorkUnit, seed: int, clock: StageClock) -> tuple[Tensor, Prompted, Steering]:
+        """What a group starts from: noise [B,C,h,w], the denoiser with its prompts, targets and boxes of every call."""
         with clock("encode"):
             denoise = Prompted(self.synth.model, *self.synth._conditions(self.synth.prompts(unit, seed)))
-        steer = self.synth._steering(unit, seed, 0)
-        z = self.synth.initial_latents(unit.ids, seed) * self._tables.start
+        return self.synth.initial_latents(unit.ids, seed), denoise, self.synth._steering(unit, seed, 0)
+
+    def latents(self, z: Tensor, denoise: Prompted, steer: Steering, clock: StageClock) -> Tensor:
+        """Final latents [B,C,h,w] from standard normal noise; nothing waits for the device."""
+        z = z * self._tables.start
         for i in range(self.recipe.steps):
             z = self._call(i, z, denoise, steer, clock)
-        return z, steer
+        return z
 
     def _call(self, i: int, z: Tensor, denoise: Prompted, steer: Steering, clock: StageClock) -> Tensor:
         """Denoiser call i: z_t [B,C,h,w] -> z_{t-1}."""

@@ -4,15 +4,13 @@ A network's FLOPs are those of its convolutions, matrix products and attention, 
 count by the formulas that they register. Elementwise work counts nothing.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
@@ -70,7 +68,8 @@ def _refuse_unknown(name: str) -> None:
 def count(function: Callable[..., Any], *args: Tensor) -> int:
     """FLOPs of function(*args), gradients taken inside it included; args may be on the meta device."""
     with torch.no_grad():
-        return graph_flops(make_fx(function)(*args))
+        # fake inputs: one mode for all nodes, where real ones would make a mode for each
+        return graph_flops(make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*args))
 
 
 def count_step(drawer: Drawer, *, guided: bool, cfg: bool, batch: int = 1) -> int:
@@ -81,10 +80,15 @@ def count_step(drawer: Drawer, *, guided: bool, cfg: bool, batch: int = 1) -> in
     """
     one = _one_step(drawer, guided, cfg, batch)
     synth = one.synth if isinstance(one, AsPublished) else one
-    unit = next(Plan(synth.recipe, Request(num_samples=batch)).units())
+    unit = Plan(synth.recipe, Request(num_samples=batch)).unit(0)
+    clock, scales = StageClock(synth.model.device), (synth.recipe.guidance_scale, synth.recipe.guidance_rescale)
+    denoise = Prompted(synth.model, *synth._conditions(synth.prompts(unit, 0)))  # not counted: kept for each prompt
+    steer = synth._steering(unit, 0, 0)
 
     def run(z: Tensor) -> Tensor:
-        return one.latents(unit, 0)[0] if isinstance(one, AsPublished) else _latents(one, unit, z)
+        if isinstance(one, AsPublished):
+            return one.latents(z, denoise, steer, clock)
+        return sample(z, denoise, synth._tables, scales, steer, clock).latents
 
     with _ready(synth):
         return count(run, synth.initial_latents(unit.ids, 0)) // batch
@@ -103,13 +107,6 @@ def _one_step(drawer: Drawer, guided: bool, cfg: bool, batch: int) -> Drawer:
     )  # fmt: skip
     one = Synthesizer(synth.model, changed, synth.guidance, synth._look, fuse="off", compile="off")
     return AsPublished(one) if isinstance(drawer, AsPublished) else one
-
-
-def _latents(synth: Synthesizer, unit: Any, z: Tensor) -> Tensor:
-    denoise = Prompted(synth.model, *synth._conditions(synth.prompts(unit, 0)))
-    cfg = synth.recipe.guidance_scale, synth.recipe.guidance_rescale
-    clock = StageClock(synth.model.device)
-    return sample(z, denoise, synth._tables, cfg, synth._steering(unit, 0, 0), clock).latents
 
 
 def _ready(synth: Synthesizer) -> ExitStack:
