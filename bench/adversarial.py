@@ -65,7 +65,7 @@ def _students(made: Mapping[str, Preset], seed: int, out: Path) -> dict[str, dic
 def _scores(preset: Preset, shards: Path, cards: Mapping[str, Path]) -> dict[str, float]:
     """Accuracies on the real test images, percent read as intended by teacher and judge, near-copies in the set."""
     teacher = load_teacher(preset.job.teacher, preset.job.device)
-    images = load_synthetic(shards, None, teacher.input_size)
+    images = load_synthetic(shards, None, teacher.input_size, previews=False)
     out: dict[str, float] = {"teacher_agreement": reading(teacher, images)}
     if preset.test_set:
         test = load_test_set(preset.test_set, teacher.classes, teacher.input_size)

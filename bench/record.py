@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from synthkd.engine.runner import cores
+from synthkd.engine.workers import cores
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -15,6 +15,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -30,6 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(teacher_app, name="teacher")
+app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
 
@@ -140,6 +142,7 @@ def distill(
     temperature: Annotated[float | None, typer.Option(help="Softmax temperature of the KL loss.")] = None,
     spec_file: Annotated[Path | None, typer.Option("--spec", help="TOML file of DistillSpec fields.")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
+    previews: Annotated[bool, typer.Option(help="Train on the set's clean-latent previews too, if it has any.")] = True,
     seed: options.Seed = 0,
     allow_code: options.AllowCode = False,
     device: options.Device = None,
@@ -154,7 +157,7 @@ def distill(
     card = teacher or options.set_teacher(set_dir)
     chosen = load_teacher(card, options.pick_device(device), allow_code=allow_code)
     options.check_limit(limit, options.set_size(set_dir))
-    data = load_synthetic(set_dir, limit, chosen.input_size)
+    data = load_synthetic(set_dir, limit, chosen.input_size, previews)
     ours, theirs = len(data.classes), len(chosen.classes)
     if ours != theirs:
         raise SynthkdError(f"teacher {card!r} has {theirs} outputs, the set has {ours} classes")

@@ -22,36 +22,58 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """images: uint8 [N,3,H,W]; labels: int64 [N]; classes: names in label order."""
+    """images: uint8 [N,3,H,W]; labels: int64 [N]; classes: names in label order; previews: bool [N], which images are.
+
+    None where none is.
+    """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    previews: Tensor | None = None
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.labels)
 
+    def held_out(self, share: float) -> tuple[Tensor, Tensor]:
+        """Images to train on, and the finished ones of the last share of the samples, which leave with their previews.
 
-def load_synthetic(folder: Path, limit: int | None = None, size: tuple[int, int] | None = None) -> LabelledImages:
+        Fewer than two images to train on mean that the set is too small.
+        """
+        finals = torch.arange(len(self)) if self.previews is None else (~self.previews).nonzero()[:, 0]
+        count = len(finals) - max(1, round(len(finals) * share))
+        if count < 1:
+            return self.images[:0], self.images
+        return self.images[: int(finals[count])], self.images[finals[count:]]
+
+
+def load_synthetic(
+    folder: Path, limit: int | None = None, size: tuple[int, int] | None = None, previews: bool = True
+) -> LabelledImages:
     """The first `limit` samples of a synthetic set (all by default) in id order, resized to `size` pixels if given.
 
+    previews: with the clean-latent previews of these samples, where the set has them, each after its sample.
     Raises SynthkdError where a shard is damaged or unfinished.
     """
     manifest = read_manifest(folder)
-    wanted, labels = min(limit or manifest["num_samples"], manifest["num_samples"]), []
-    images: Tensor | None = None
-    for position, sample in enumerate(islice(read_set(folder), wanted)):
+    each = 1 + (len(manifest["recipe"].get("previews", ())) if previews else 0)
+    wanted, labels = each * min(limit or manifest["num_samples"], manifest["num_samples"]), []
+    shown = (sample for sample in read_set(folder) if previews or sample.preview is None)
+    images, marks = None, []
+    for position, sample in enumerate(islice(shown, wanted)):
         image = _fitted(sample.pixels, size)
         images = torch.empty(wanted, *image.shape, dtype=torch.uint8) if images is None else images
         images[position] = image
         labels.append(int(sample.meta["label"]))
+        marks.append(sample.preview is not None)
     if images is None or len(labels) < wanted:
         raise SynthkdError(
             f"{folder}: {len(labels)} of {wanted} images are in finished shards; finish the set with the command that "
             "began it, or use fewer"
         )
-    return LabelledImages(images, torch.tensor(labels), tuple(manifest["recipe"]["classes"]))
+    marked = torch.tensor(marks) if any(marks) else None
+    return LabelledImages(images, torch.tensor(labels), tuple(manifest["recipe"]["classes"]), marked)
 
 
 def _fitted(pixels: NDArray[np.uint8], size: tuple[int, int] | None) -> Tensor:

@@ -28,6 +28,7 @@ class SynthJob:
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
     fuse, compile: how networks run (see `Synthesizer`): execution only, so no manifest keeps them either.
+    look: what guidance looks through where the set's calibration decided (see `dfkd.decoding`), None for the recipe's.
     """
 
     model: str
@@ -48,6 +49,7 @@ class SynthJob:
     device: str = "cpu"
     fuse: FuseChoice = "auto"
     compile: CompileChoice = "auto"
+    look: str | None = None
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
@@ -85,7 +87,7 @@ class SynthJob:
         guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
         return Synthesizer.from_pretrained(
             self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse,
-            compile=self.compile,
+            compile=self.compile, look=self.look,
         )  # fmt: skip
 
     def guidance(self, teacher: Teacher) -> TeacherGuidance:

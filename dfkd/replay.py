@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from synthkd.dfkd.decoding import obey
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.rounds import student_card
 from synthkd.engine.config import Recipe, Request
@@ -43,7 +44,7 @@ def replay_sample(
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
     job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
     chosen: Any = fuse or _fused(set_dir, group, group // recipe.groups_per_shard)  # checked when the job is built
-    job = replace(job, fuse=chosen)
+    job = obey(replace(job, fuse=chosen), set_dir)
     stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
     for name in ("model_sha256", "fingerprint"):
         if stream.identity[name] != manifest[name]:

@@ -24,7 +24,10 @@ CLASSES_SHOWN, COLUMNS, POINTS = 20, 8, 150
 
 @dataclass
 class DrawnSet:
-    """What a pass over a set keeps of it: counts, the teacher's view, and the pixels of a few samples."""
+    """What a pass over a set keeps of it: counts, the teacher's view, and the pixels of a few samples.
+
+    All but `previews` (of the first sample of each class) is about finished images.
+    """
 
     folder: Path
     recipe: Recipe
@@ -38,6 +41,7 @@ class DrawnSet:
     keys: dict[int, list[str]] = field(default_factory=dict)
     pixels: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     copied: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    previews: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -72,6 +76,10 @@ def load_set(folder: Path, chosen: Collection[str] | None = None, copied: Collec
     drawn = DrawnSet(folder, recipe, manifest, rows, [0] * len(recipe.classes))
     for sample in read_set(folder):
         try:
+            if sample.preview is not None:
+                if any(row[:1] == [sample.meta["of"]] for row in drawn.keys.values()):
+                    drawn.previews[sample.key] = sample.pixels
+                continue
             _take(drawn, sample, chosen)
             if sample.key in copied:
                 drawn.copied[sample.key] = sample.pixels

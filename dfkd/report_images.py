@@ -9,9 +9,10 @@ from PIL import Image
 
 from synthkd.dfkd import report_html as h
 from synthkd.dfkd.report_data import CLASSES_SHOWN, DrawnSet, Run
+from synthkd.engine.plan import preview_key
 
 NO_CONTROL = "This run has no unguided control to compare with."
-PAIRS_SHOWN, _CELL = 4, 80
+PAIRS_SHOWN, STRIPS_SHOWN, _CELL = 4, 6, 80
 
 
 def images(run: Run) -> h.Section:
@@ -34,7 +35,25 @@ def images(run: Run) -> h.Section:
         text += f" {NO_CONTROL}"
     if len(run.main.counts) > len(shown):
         text += f" Shown: {len(shown)} of {len(run.main.counts):,} classes."
-    return h.Section("images", "Images", _images_sentence(run), [h.grid(sheets, wide=True), h.note(text)])
+    body = [h.grid(sheets, wide=True), h.note(text), *_forming(run)]
+    return h.Section("images", "Images", _images_sentence(run), body)
+
+
+def _forming(run: Run) -> list[h.Html]:
+    """The previews of the first image of some classes, in the order of the run, and the image itself."""
+    sheets = []
+    for drawn in run.sets:
+        shown = [c for c in sorted(drawn.keys) if drawn.keys[c]][:STRIPS_SHOWN] if drawn.previews else []
+        shares, names = drawn.recipe.previews, [drawn.recipe.classes[c] for c in shown]
+        first = [drawn.keys[c][0] for c in shown]
+        rows = [[*(preview_key(key, share) for share in shares), key] for key in first]
+        if rows:
+            png, crisp = _sheet_png({**drawn.pixels, **drawn.previews}, rows)
+            at = ", ".join(h.percent(100 * share) for share in shares)
+            alt = f"How {drawn.tone} images form: the clean latent at {at} of the run, and the finished image."
+            sheets.append(h.sheet(names, png, alt, drawn.tone, len(rows[0]), crisp))
+    text = "Previews, samples of their own in the set: the clean latent in the run, decoded; last the finished image."
+    return [h.grid(sheets, wide=True), h.note(text)] if sheets else []
 
 
 def _images_sentence(run: Run) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from synthkd.dfkd.data import load_synthetic
+from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.student import distill, save_student
@@ -28,7 +29,8 @@ from synthkd.engine.index import (
     read_manifest,
     round_folder,
 )
-from synthkd.engine.runner import default_workers, open_stream
+from synthkd.engine.runner import open_stream
+from synthkd.engine.workers import default_workers
 from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
 
 _log = logging.getLogger("synthkd")
@@ -51,6 +53,10 @@ def draw_set(
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
+    settled = settle_decoder(job, folder, request, told, should_stop)
+    if settled is None:
+        return WriteSummary(0, 0, True)
+    job = settled
     order = list(range(plan.num_shards)) if shards is None else shards
     _say_what_gamma_does(job, plan)
     if not set(order) & set(plan.round_shards(0)):

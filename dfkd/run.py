@@ -29,7 +29,8 @@ from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.index import MANIFEST, read_index, write_atomically
-from synthkd.engine.runner import cores, default_workers, follow_parent
+from synthkd.engine.runner import follow_parent
+from synthkd.engine.workers import cores, default_workers
 
 _FIELD = {
     "teacher": "teacher_accuracy",
@@ -137,7 +138,7 @@ class Run:
         self, teacher: Teacher, scores: Mapping[str, Score], count: int, cards: Mapping[str, Path]
     ) -> dict[str, Any]:
         sets = {"guided": self.out / "shards", "unguided": self.out / "control" / "shards"}
-        images = {name: load_synthetic(folder, count, teacher.input_size) for name, folder in sets.items()}
+        images = {name: load_synthetic(f, count, teacher.input_size, previews=False) for name, f in sets.items()}
         judge = load_teacher(self.preset.judge, self.preset.job.device) if self.preset.judge else None
         real = self._test_set(teacher)
         return {
@@ -173,7 +174,10 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentJob:
-    """A student to train: from which set (its first `limit` images), under which teacher, into which folder."""
+    """A student to train: from which set (its first `limit` images), under which teacher, into which folder.
+
+    previews: whether it is shown the set's clean-latent previews too.
+    """
 
     set_dir: Path
     out_dir: Path
@@ -182,6 +186,7 @@ class StudentJob:
     device: str
     limit: int | None = None
     allow_code: bool = False
+    previews: bool = True
 
     @property
     def stamp(self) -> str:
@@ -191,7 +196,7 @@ class StudentJob:
             "set": _set_digest(self.set_dir),
             "limit": self.limit,
             "teacher": self.teacher,
-        }
+        } | ({} if self.previews else {"previews": False})
         return json.dumps(parts, sort_keys=True)
 
 
@@ -203,7 +208,7 @@ def train_student(job: StudentJob) -> Path:
     if job.device == "cpu":
         torch.set_num_threads(1)
     teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
-    data = load_synthetic(job.set_dir, job.limit, teacher.input_size)
+    data = load_synthetic(job.set_dir, job.limit, teacher.input_size, job.previews)
     student = distill(data, teacher, job.spec)
     about = {"teacher": job.teacher, "images": len(data)}
     save_student(student, job.spec, job.out_dir, about)

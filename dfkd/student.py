@@ -140,11 +140,13 @@ def distill(
 ) -> Student:
     """Train a fresh student on synthetic images [0,1] under the teacher's outputs; the log has a row every 25 steps.
 
+    Previews are trained on like any image; agreement is measured on finished images alone.
+
     on_step is called with the number of finished steps. Raises SynthkdError for a set too small to split, for an arch
     that does not take the teacher's images, and for a loss that is not finite.
     """
-    keep = len(data) - max(1, round(len(data) * spec.held_out))
-    if keep < 2:
+    kept, held = data.held_out(spec.held_out)
+    if len(kept) < 2:
         raise SynthkdError(f"distill: the set has {len(data)} images; expected at least 4")
     device = teacher.get_buffer("mean").device
     generator = torch.Generator().manual_seed(spec.seed)
@@ -159,7 +161,7 @@ def distill(
     ).to(device)
     _try_out(student, spec)
     log: list[dict[str, float | None]] = []
-    _fit(student, teacher, data.images[:keep].to(device), data.images[keep:], spec, generator, log, on_step)
+    _fit(student, teacher, kept.to(device), held, spec, generator, log, on_step)
     return Student(student, log, float(log[-1]["agreement"] or 0.0))
 
 

@@ -2,6 +2,7 @@
 
 import types
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,26 @@ def _still(stage: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
+def _denoised(denoise: Any, z: Tensor, t: Tensor, cfg: bool) -> Any:
+    return denoise(z, t, cfg)
+
+
+@dataclass(frozen=True)
+class _CompiledParts:
+    """A denoiser through a compiled function."""
+
+    function: Any
+    denoise: Any
+
+    def __call__(self, z: Tensor, t: Tensor, cfg: bool) -> Any:
+        """See `latent_model.Prompted`."""
+        return self.function(self.denoise, z, t, cfg)
+
+    def part(self, samples: slice) -> "_CompiledParts":
+        """The same for some of the samples."""
+        return _CompiledParts(self.function, self.denoise.part(samples))
+
+
 class CompiledCall:
     """`sampler.one_call` under torch.compile, one graph per kind of call; nothing where it is off.
 
@@ -37,18 +58,28 @@ class CompiledCall:
             raise SynthkdError(f"compile {choice!r}: {suggest(choice, COMPILE_CHOICES)}")
         if choice == "auto":
             choice = "default" if device.type == "cuda" else "off"
-        self.choice, self.graphs, self._call = choice, 0, None  # type: str, int, Any
+        self.choice, self.graphs = str(choice), 0
+        self._call: Any = None
+        self._parts: Any = None
 
     @property
     def advance(self) -> Any:
         """What `sampler.sample` calls; None for the plain function."""
         return None if self.choice == "off" else self._advance
 
+    def in_parts(self, denoise: Any) -> Any:
+        """A denoiser for a group that is computed in parts: its calls alone are compiled, one graph per part's size."""
+        if self.choice == "off":
+            return denoise
+        if self._parts is None:
+            self._parts = self._compile(_denoised)
+        return _CompiledParts(self._parts, denoise)
+
     def _advance(
         self, setup: Any, denoise: Any, state: State, call: Any, zero: Tensor | None, cfg: bool, clock: Clock
     ) -> Any:
         if self._call is None:
-            self._call = self._compile()
+            self._call = self._compile(one_call)
         if self.choice in _CUDA_GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         before = counters["stats"]["unique_graphs"]
@@ -59,9 +90,9 @@ class CompiledCall:
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
         return out
 
-    def _compile(self) -> Any:
+    def _compile(self, function: Any) -> Any:
         """Of a function of its own: graphs are kept, counted and limited per function."""
-        own = types.FunctionType(one_call.__code__.replace(), one_call.__globals__, "one_call")
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
         mode = {"default": None, "aot_eager": None}.get(self.choice, self.choice)
         backend = "aot_eager" if self.choice == "aot_eager" else "inductor"
         return torch.compile(own, fullgraph=True, dynamic=False, backend=backend, mode=mode)

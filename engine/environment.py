@@ -25,11 +25,12 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def environment(
-    device: torch.device, micro_batch: int, threads: int | None = None, fused: str = "", compiled: str = ""
+    device: torch.device, micro_batch: int | str, threads: int | None = None, fused: str = "", compiled: str = ""
 ) -> dict[str, Any]:
     """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend.
 
-    fused: which networks run this project's ops in place of their own (`Synthesizer.fused`); "" for none; compiled: how calls are compiled (`Synthesizer.compiled`), "" for not at all.
+    fused: which networks run this project's ops in place of their own (`Synthesizer.fused`), compiled: how calls are
+    compiled (`Synthesizer.compiled`); "" for not at all.
     """
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()

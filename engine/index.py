@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from synthkd.engine.errors import SynthkdError
 
 MANIFEST, INDEX, ENVIRONMENTS, LOCK = "manifest.json", "index.jsonl", "environments.json", ".lock"
 CHECKPOINTS, CHECKPOINT_FILES = "checkpoints", ("student.toml", "student.safetensors")
+DECODER, DECODER_FILES = "decoder", ("decoder.json", "decoder.safetensors")
 FORMAT = 1
 
 
@@ -207,6 +208,7 @@ def claim_folder(folder: Path, identity: Mapping[str, Any], num_samples: int, so
     manifest = {"format": FORMAT, **identity, "num_samples": num_samples, "source": dict(source)}
     if (folder / MANIFEST).exists():
         manifest[CHECKPOINTS] = have.get(CHECKPOINTS, {})
+        manifest |= {DECODER: have[DECODER]} if DECODER in have else {}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 
@@ -217,12 +219,15 @@ def round_folder(folder: Path, round_: int) -> Path:
 
 def found_checkpoint(folder: Path, round_: int) -> str | None:
     """SHA-256 over the files of a round's checkpoint, its card among them; None where one is missing."""
+    return _files_digest(round_folder(folder, round_), CHECKPOINT_FILES)
+
+
+def _files_digest(where: Path, names: Iterable[str]) -> str | None:
     digest = hashlib.sha256()
-    for name in CHECKPOINT_FILES:
-        path = round_folder(folder, round_) / name
-        if not path.is_file():
+    for name in names:
+        if not (where / name).is_file():
             return None
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256((where / name).read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -237,6 +242,36 @@ def note_checkpoint(folder: Path, round_: int, sha256: str) -> None:
     """Write a round's checkpoint digest into the manifest."""
     manifest = read_manifest(folder)
     manifest[CHECKPOINTS] = {**manifest.get(CHECKPOINTS, {}), str(round_): sha256}
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def decoder_folder(folder: Path) -> Path:
+    """Where a set keeps the guidance decoder that was fitted for it."""
+    return folder / DECODER
+
+
+def found_decoder(folder: Path) -> str | None:
+    """SHA-256 over the files of a set's own decoder, its card among them; None where one is missing."""
+    return _files_digest(decoder_folder(folder), DECODER_FILES)
+
+
+def decoder_note(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says of the guidance decoder: asked, chosen, sha256, cosine; {} where it says nothing.
+
+    Raises SynthkdError for a note that is not one of ours.
+    """
+    note = manifest.get(DECODER, {})
+    texts = ("asked", "chosen", "sha256")
+    if not isinstance(note, Mapping) or not all(isinstance(note.get(name, ""), str) for name in texts):
+        raise SynthkdError(f"{MANIFEST}: decoder is {note!r:.100}; expected a table of the texts asked, chosen, sha256")
+    if "chosen" in note and "asked" not in note:
+        raise SynthkdError(f"{MANIFEST}: decoder says what was chosen, but not what was asked for")
+    return dict(note)
+
+
+def note_decoder(folder: Path, note: Mapping[str, Any]) -> None:
+    """Write what is known of the guidance decoder into the manifest."""
+    manifest = {**read_manifest(folder), DECODER: dict(note)}
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
 
 

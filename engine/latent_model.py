@@ -80,6 +80,14 @@ class Prompted:
         """See `LatentModel.denoise`; the unconditional half only where cfg is asked for."""
         return self.model.denoise(z, t, self.cond, self.uncond if cfg else None)
 
+    def repeated(self, count: int) -> "Prompted":
+        """What one sample is told, told to `count` of them."""
+        cond, uncond = (
+            {n: x[:1].expand(count, *x.shape[1:]) for n, x in told.items()} if told else None
+            for told in (self.cond, self.uncond)
+        )
+        return Prompted(self.model, cond or {}, uncond)
+
     def part(self, samples: slice) -> "Prompted":
         """The same for some of the samples."""
         cond, uncond = ({n: x[samples] for n, x in told.items()} if told else None for told in (self.cond, self.uncond))

@@ -92,3 +92,8 @@ def _class_order(seed: int, epoch: int, num_classes: int) -> tuple[int, ...]:
 def sample_key(sample_id: int) -> str:
     """The name of a sample in its shard: nine digits at least."""
     return f"{sample_id:09d}"
+
+
+def preview_key(sample: str, share: float) -> str:
+    """The name of a sample's preview at a share of the run: the sample's, and the percent."""
+    return f"{sample}-p{round(100 * share):02d}"

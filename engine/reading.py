@@ -30,6 +30,12 @@ class Sample:
     meta: dict[str, Any]
     where: str
 
+    @property
+    def preview(self) -> float | None:
+        """The share of the run at which a preview was taken; None for a finished image."""
+        share = self.meta.get("preview")
+        return float(share) if isinstance(share, float) else None
+
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
         """uint8 [H,W,3]; raises SynthkdError for what is no image."""
@@ -77,7 +83,7 @@ def _decode_meta(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read_set(folder: Path) -> Iterator[Sample]:
-    """All samples of a set in id order, each member checked against the index.
+    """All samples of a set in id order, each member checked against the index; previews follow their sample.
 
     Raises SynthkdError naming the shard and member that is damaged or missing.
     """

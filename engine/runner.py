@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import connection
 from typing import Any
@@ -23,24 +23,12 @@ import torch
 from synthkd.engine.batch import Batch
 from synthkd.engine.environment import environment
 from synthkd.engine.errors import WorkerLostError
+from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.synthesizer import Synthesizer
 
 Factory = Callable[[], Synthesizer]
 _worker: Synthesizer | None = None
-
-
-MOST_WORKERS = 8  # each holds a copy of the prior
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_workers(device: str) -> int:
-    """One process per core on a CPU, eight at most; one in all on a GPU."""
-    return 1 if device == "cuda" else min(cores(), MOST_WORKERS)
 
 
 def follow_parent() -> None:
@@ -57,24 +45,18 @@ def _end_with(sentinel: int) -> None:
     os._exit(1)
 
 
-def _start(factory: Factory, threads: int) -> None:
+def _start(factory: Factory, threads: int, memory: MemoryPlan) -> None:
     global _worker
     follow_parent()
     logging.getLogger("synthkd").setLevel(logging.ERROR)  # the caller's own synthesizer has said it
     torch.set_num_threads(threads)
     _worker = factory()
+    _worker.memory = memory  # one plan for all: it is in the environment key
 
 
 def _run(unit: WorkUnit, seed: int) -> Batch:
     assert _worker is not None
-    batch = _worker.run(unit, seed)
-    return replace(
-        batch,
-        images=batch.images.cpu(),
-        labels=batch.labels.cpu(),
-        targets=batch.targets.cpu(),
-        notes={name: note.cpu() for name, note in batch.notes.items()},
-    )
+    return _worker.run(unit, seed).cpu()
 
 
 @dataclass(frozen=True)
@@ -101,7 +83,7 @@ class PoolStream:
     @property
     def environment(self) -> dict[str, Any]:
         """See `SampleStream.environment`; threads are those of a worker."""
-        return environment(self._local.model.device, self.plan.recipe.group_size, self.threads, **self._local.how)
+        return environment(self._local.model.device, threads=self.threads, **self._local.how)
 
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order; workers stop when the iterator is closed."""
@@ -111,7 +93,7 @@ class PoolStream:
         if first is None:
             return
         pool = ProcessPoolExecutor(
-            self.workers, mp.get_context("spawn"), initializer=_start, initargs=(self.factory, self.threads)
+            self.workers, mp.get_context("spawn"), initializer=_start, initargs=(self.factory, self.threads, self._local.memory)
         )
         try:
             waiting.append(pool.submit(_run, first, seed))

@@ -15,12 +15,13 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from synthkd.engine.batch import Batch, SampleStream
+from synthkd.engine.batch import Batch, Preview, SampleStream
 from synthkd.engine.errors import SynthkdError, WorkerLostError
 from synthkd.engine.index import (
     INDEX,
@@ -37,7 +38,7 @@ from synthkd.engine.index import (
     shard_name,
     write_atomically,
 )
-from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.plan import Plan, WorkUnit, preview_key
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -45,7 +46,10 @@ _PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 @dataclass(frozen=True)
 class WriteSummary:
-    """What one call of `write_shards` did: samples drawn by it, samples in the set now, and whether it was stopped."""
+    """What one call of `write_shards` did: samples drawn by it, samples in the set now, and whether it was stopped.
+
+    Here and in the index a preview is no sample of its own.
+    """
 
     drawn: int
     present: int
@@ -79,13 +83,23 @@ def tar_member(name: str, data: bytes) -> bytes:
 
 
 def sample_members(batch: Batch, identity: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the image and json of each sample of a batch."""
-    recipe = identity["recipe"]
-    pixels = batch.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    notes = {name: note.float().cpu().tolist() for name, note in batch.notes.items()}
-    labels, targets = batch.labels.tolist(), batch.targets.cpu().tolist()
-    for i, key in enumerate(batch.keys):
-        last = {name: curve[-1] for name, curve in batch.curves.items()}
+    """(name, bytes) of the image and json of each sample of a batch, followed by those of its previews."""
+    views = [_view_members(batch, preview, identity) for preview in (None, *batch.previews)]
+    for sample in zip(*views, strict=True):
+        yield from chain.from_iterable(sample)
+
+
+def _view_members(
+    batch: Batch, preview: Preview | None, identity: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, bytes], tuple[str, bytes]]]:
+    """Image and json of each finished image, or of each sample's preview; that one says so, and of which sample."""
+    recipe, shown = identity["recipe"], batch if preview is None else preview
+    pixels = shown.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    notes = {name: note.float().cpu().tolist() for name, note in shown.notes.items()}
+    labels, targets, suffix = shown.labels.tolist(), shown.targets.cpu().tolist(), recipe["image_format"]
+    last = {name: curve[-1] for name, curve in batch.curves.items()}
+    for i, sample in enumerate(batch.keys):
+        key = sample if preview is None else preview_key(sample, preview.share)
         meta: dict[str, Any] = {
             "key": key,
             "label": labels[i],
@@ -94,16 +108,18 @@ def sample_members(batch: Batch, identity: Mapping[str, Any]) -> Iterator[tuple[
             "seed": identity["seed"],
             "group": batch.group,
             "attempt": batch.attempt,
-            "losses": {name: value[i] if isinstance(value, list) else value for name, value in last.items()},
-            **{name: note[i] for name, note in notes.items()},
         }
+        if preview is None:
+            meta["losses"] = {name: value[i] if isinstance(value, list) else value for name, value in last.items()}
+        meta |= {name: note[i] for name, note in notes.items()}
+        if preview is not None:
+            meta |= {"preview": preview.share, "of": sample}
         if recipe["rounds"] > 1:
             meta["round"] = batch.round
         if recipe["cutmix"]["scope"] == "any" and recipe["cutmix"]["every"]:
             meta["targets"] = targets[i]
-        suffix = recipe["image_format"]
-        yield f"{key}.{suffix}", encode_image(pixels[i], suffix, recipe["image_quality"])
-        yield f"{key}.json", json.dumps(meta, sort_keys=True).encode()
+        image = encode_image(pixels[i], suffix, recipe["image_quality"])
+        yield (f"{key}.{suffix}", image), (f"{key}.json", json.dumps(meta, sort_keys=True).encode())
 
 
 class ShardFile:
@@ -129,7 +145,8 @@ class ShardFile:
         """Write the samples of a group that are not there yet; they are safe when this returns."""
         if not self.part.exists():
             self._begin()
-        members = dict(list(sample_members(batch, identity))[2 * self.kept(batch.group) :])
+        per_sample = 2 * (1 + len(batch.previews))
+        members = dict(list(sample_members(batch, identity))[per_sample * self.kept(batch.group) :])
         with self.part.open("ab") as f:
             for name, data in members.items():
                 f.write(tar_member(name, data))

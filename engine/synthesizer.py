@@ -2,32 +2,38 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
-from synthkd.engine import augment, rng
-from synthkd.engine.batch import Batch
+from synthkd.engine import rng
+from synthkd.engine.batch import Batch, Preview
+from synthkd.engine.checkpointing import checkpointed
 from synthkd.engine.clock import StageClock
 from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder, PooledDecoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
+from synthkd.engine.fitted import load_fitted_decoder
 from synthkd.engine.fusion import FuseChoice, Fuser
-from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, step_sizes
+from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
 from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
+from synthkd.engine.memory import MemoryPlan, checked_part
 from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
+from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.sampler import Steering, sample
+from synthkd.engine.sampler import Chunks, Steering, sample
 from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
+from synthkd.engine.steering import noise, steering
 from synthkd.kernels import to_uint8
+
+_log = logging.getLogger("synthkd")
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Stream:
     @property
     def environment(self) -> dict[str, Any]:
         """See `SampleStream.environment`."""
-        return environment(self.synthesizer.model.device, self.plan.recipe.group_size, **self.synthesizer.how)
+        return environment(self.synthesizer.model.device, **self.synthesizer.how)
 
 
 class Synthesizer:
@@ -73,9 +79,15 @@ class Synthesizer:
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
+        look: str | None = None,
+        micro_batch: int | Literal["auto"] = "auto",
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
+        look: what it looks through in fact, in the recipe's vocabulary, where a set's calibration decided so; this is
+        no part of the identity, which knows what was declared.
+        micro_batch: samples at a time through every network, exactly as the group at once; `auto` plans that for the
+        free memory (see `engine.memory`).
         compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto` on a GPU, `off` elsewhere.
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
@@ -87,8 +99,13 @@ class Synthesizer:
         self.model, self.recipe, self.guidance = model, recipe, guidance
         for network in guidance.modules() if guidance else ():
             network.to(model.device)
-        self._look = decoder or looked_through(model, recipe)
-        self._compiled = CompiledCall(compile, model.device)
+        self._declared = decoder or looked_through(model, recipe)
+        self._look = looked_through(model, recipe, look) if look else self._declared
+        self._guide_through: Callable[[Tensor], Tensor] = self._look
+        self._compiled, self._micro_batch = CompiledCall(compile, model.device), checked_part(micro_batch)
+        self._memory: MemoryPlan | None = None
+        if micro_batch != "auto" and guidance is not None and not isinstance(guidance, GroupGuidance):
+            raise SynthkdError("micro_batch: this guidance sees whole groups only; expected look, judge, begin, attached")
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
         _check_prompts(model, recipe)
@@ -107,14 +124,16 @@ class Synthesizer:
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
+        look: str | None = None,
+        micro_batch: int | Literal["auto"] = "auto",
     ) -> "Synthesizer":
         """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
 
-        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`); fuse: see `__init__`.
+        loras: `PATH[@WEIGHT]` each, fused into the weights (see `engine.models.load_model`); the rest: see `__init__`.
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        return cls(prior, recipe, guidance, decoder, fuse, compile)
+        return cls(prior, recipe, guidance, decoder, fuse, compile, look, micro_batch)
 
     @classmethod
     def from_pipeline(
@@ -126,14 +145,20 @@ class Synthesizer:
         decoder: Decoder | None = None,
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
+        micro_batch: int | Literal["auto"] = "auto",
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
-        return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile)
+        return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile, None, micro_batch)
+
+    @property
+    def look(self) -> Decoder:
+        """What guidance looks through."""
+        return self._look
 
     @property
     def how(self) -> dict[str, Any]:
-        """What an environment says of the way networks run: what is fused, and how calls are compiled."""
-        return {"fused": self.fused, "compiled": self.compiled}
+        """What an environment says of the way networks run: parts of a group, what is fused, how calls are compiled."""
+        return {"micro_batch": self.memory.key, "fused": self.fused, "compiled": self.compiled}
 
     @property
     def compiled(self) -> str:
@@ -170,9 +195,9 @@ class Synthesizer:
         }
 
     def _model_digest(self) -> str:
-        """Over weights, configs and noise schedule, and those of the decoder that guidance looks through."""
-        own = self._look is self.model.decoder
-        look, settings = () if own else (self._look.module,), {} if own else self._look.settings
+        """Over weights, configs and noise schedule, and those of the decoder that was declared for guidance."""
+        own = self._declared is self.model.decoder
+        look, settings = () if own else (self._declared.module,), {} if own else self._declared.settings
         parts = weights_digest([*self.model.modules(), *look]) + schedule_identity(self.model.scheduler_config)
         parts += json.dumps([self.model.settings(), settings], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
@@ -209,13 +234,7 @@ class Synthesizer:
 
     def initial_latents(self, ids: Iterable[int], seed: int, attempt: int = 0) -> Tensor:
         """Initial noise [B,C,h,w] of samples, float32 standard normal on the host, moved to device and dtype."""
-        return self._noise(ids, seed, "latents", attempt)
-
-    def _noise(self, ids: Iterable[int], seed: int, purpose: str, attempt: int) -> Tensor:
-        count = int(np.prod(self._shape))
-        rows = [rng.normal(seed, i, purpose, count, attempt) for i in ids]
-        z = torch.from_numpy(np.stack(rows)).view(-1, *self._shape)
-        return z.to(device=self.model.device, dtype=self.model.dtype)
+        return noise(self._shape, ids, seed, "latents", attempt).to(device=self.model.device, dtype=self.model.dtype)
 
     def prompts(self, unit: WorkUnit, seed: int) -> tuple[str, ...]:
         """The prompt of each member of a group: a template drawn per sample, with its class name."""
@@ -228,14 +247,12 @@ class Synthesizer:
         """One attempt at a group; None where a latent, a term or an image is not finite."""
         clock = StageClock(self.model.device)
         with ExitStack() as stack:
-            stack.enter_context(self._fuser.on(self.model.device))
-            stack.enter_context(frozen(self.model.modules()))
-            stack.enter_context(frozen([self._look.module]))
-            stack.enter_context(frozen(self.guidance.modules() if self.guidance else ()))
-            stack.enter_context(self._attached())
+            self._settle(stack)
             with clock("encode"):
-                denoise = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
-            steer = self._steering(unit, seed, attempt)
+                denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
+            steer, parted = self._steering(unit, seed, attempt), any(self._chunks)
+            if parted:
+                denoise = self._compiled.in_parts(denoise)
             drawn = sample(
                 self.initial_latents(unit.ids, seed, attempt),
                 denoise,
@@ -243,22 +260,31 @@ class Synthesizer:
                 (self.recipe.guidance_scale, self.recipe.guidance_rescale),
                 steer,
                 clock,
-                self._compiled.advance,
+                None if parted else self._compiled.advance,
             )
-            z, log = drawn.latents, drawn.log
-            with torch.no_grad(), clock("decode"):
-                images = self.model.decoder(z)
-        pixels = to_uint8(images)
-        notes = self._annotate(pixels, clock)
-        finite = torch.isfinite(images).all() & torch.isfinite(z).all()
-        for tensor in (*notes.values(), *(t for terms in log for t in terms.values())):
+            images = [self._decoded(z, clock) for z in (drawn.latents, *drawn.previews)]
+        pixels = [to_uint8(x) for x in images]
+        notes = [self._annotate(x, clock) for x in pixels]
+        finite = torch.isfinite(drawn.latents).all()
+        for tensor in (*drawn.previews, *images, *(t for terms in (*notes, *drawn.log) for t in terms.values())):
             finite = finite & torch.isfinite(tensor).all()
         if not bool(finite):  # the one wait for the device in a group
             return None
-        return self._batch(unit, seed, attempt, (pixels, steer.targets[-1], notes), log, clock)
+        targets = [steer.targets[-1], *(steer.targets[call + 1] for call in steer.keep)]
+        return self._batch(unit, seed, attempt, list(zip(pixels, targets, notes, strict=True)), drawn.log, clock)
 
-    def _attached(self) -> AbstractContextManager[None]:
-        return self.guidance.attached() if isinstance(self.guidance, GroupGuidance) else nullcontext()
+    def _decoded(self, z: Tensor, clock: StageClock) -> Tensor:
+        with torch.no_grad(), clock("decode"):
+            parts = [self.model.decoder(z[part]) for part in parts_of(len(z), self.memory.decode)]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _settle(self, stack: ExitStack) -> None:
+        """Networks fused, frozen and tapped until the stack ends."""
+        stack.enter_context(self._fuser.on(self.model.device))
+        guiding = self.guidance.modules() if self.guidance else ()
+        stack.enter_context(frozen([*self.model.modules(), self._look.module, *guiding]))
+        if isinstance(self.guidance, GroupGuidance):
+            stack.enter_context(self.guidance.attached())
 
     def _annotate(self, pixels: Tensor, clock: StageClock) -> dict[str, Tensor]:
         if self.guidance is None:
@@ -271,11 +297,12 @@ class Synthesizer:
         unit: WorkUnit,
         seed: int,
         attempt: int,
-        drawn: tuple[Tensor, Tensor, dict[str, Tensor]],
+        shown: list[tuple[Tensor, Tensor, dict[str, Tensor]]],
         log: list[Any],
         clock: StageClock,
     ) -> Batch:
-        pixels, targets, notes = drawn
+        """shown: pixels, targets and notes of the finished images, then of each preview."""
+        pixels, targets, notes = shown[0]
         return Batch(
             group=unit.group,
             round=unit.round,
@@ -288,6 +315,7 @@ class Synthesizer:
             notes=notes,
             curves={name: [terms[name].float().cpu().tolist() for terms in log] for name in (log[0] if log else {})},
             seconds=clock.totals(),
+            previews=tuple(Preview(p, *x) for p, x in zip(self.recipe.previews, shown[1:], strict=True)),
         )
 
     def _conditions(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:
@@ -296,46 +324,43 @@ class Synthesizer:
         return self.model.conditions(prompts, recipe.negative_prompt, recipe.guidance_scale, size)
 
     def _steering(self, unit: WorkUnit, seed: int, attempt: int) -> Steering:
-        """Targets and source maps of every call, made before the loop starts."""
-        recipe, device = self.recipe, self.model.device
-        classes, (_, height, width) = torch.tensor(unit.classes), self._shape
-        source = torch.arange(len(unit.ids)).view(-1, 1, 1).repeat(1, height, width)
-        target = one_hot(classes, len(recipe.classes)).float().to(device)
-        maps: list[Tensor | None] = []
-        targets: list[Tensor] = []
-        for i in range(recipe.steps):
-            targets.append(target)
-            maps.append(None)
-            if recipe.cutmix.active(i, recipe.steps):
-                event = augment.event_map(
-                    unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
-                )
-                source, maps[i] = augment.compose(source, event), event.to(device, torch.int32)
-                if recipe.cutmix.scope == "any":
-                    target = augment.area_targets(source, classes, len(recipe.classes)).to(device)
-        targets.append(target)
-        fresh = [
-            self._noise(unit.ids, seed, f"noise {i}", attempt) if noisy else None
-            for i, noisy in enumerate(self._tables.noisy)
-        ]
-        looks = self._looks(unit, seed, attempt)
-        sizes = step_sizes(recipe.guidance, self._tables.rows.sigma)
-        return Steering(
-            self.guidance, self._look, recipe.guidance, sizes, targets, maps, fresh, looks,
-            cfg=tuple(recipe.cfg_active(i) for i in range(recipe.steps)),
-            keep=tuple(recipe.preview_call(p) for p in recipe.previews),
-            memory=self.guidance.begin() if isinstance(self.guidance, GroupGuidance) else None,
-        )  # fmt: skip
+        """All that the group's calls need, made before the loop starts."""
+        steer = steering(self.recipe, unit, seed, attempt, self._tables, self._shape, self.model.dtype)
+        memory = self.guidance.begin() if isinstance(self.guidance, GroupGuidance) else None
+        return replace(steer, loss=self.guidance, decode=self._guide_through, memory=memory, chunks=self._chunks)
 
-    def _looks(self, unit: WorkUnit, seed: int, attempt: int) -> list[list[augment.Look]]:
-        spec, steps = self.recipe.guidance, self.recipe.steps
-        return [
-            [
-                augment.look(unit.ids, spec, self.model.device, seed=seed, call=i, view=view, attempt=attempt)
-                for view in range(1, spec.looks if spec.active(i, steps) else 1)
-            ]
-            for i in range(steps)
-        ]
+    @property
+    def _chunks(self) -> Chunks:
+        """Samples at a time through denoiser and guidance, 0 where it is the whole group."""
+        plan, group = self.memory, self.recipe.group_size
+        return Chunks(*(part if part < group else 0 for part in (plan.denoise, plan.guide)))
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """How much of a group is computed at once, planned when it is first needed."""
+        if self._memory is None:
+            self._memory = self._planned()
+            if not self._memory.whole:
+                _log.info(self._memory.describe())
+            if self._memory.checkpoint:
+                self._guide_through = checkpointed(self._look)
+        return self._memory
+
+    @memory.setter
+    def memory(self, plan: MemoryPlan) -> None:
+        self._memory = plan
+        self._guide_through = checkpointed(self._look) if plan.checkpoint else self._look
+
+    def _planned(self) -> MemoryPlan:
+        group = self.recipe.group_size
+        if self._micro_batch != "auto":
+            part = min(self._micro_batch, group)
+            return MemoryPlan(group, part, part, part, False, 0, 0, "as asked")
+        first = self.recipe.prompts[0].replace("{class}", self.recipe.word(self.recipe.drawn_classes[0]))
+        told = Prompted(self.model, *self._conditions((first,)))
+        with ExitStack() as stack:
+            self._settle(stack)
+            return plan_group(self.model, self.recipe, self._tables, self._look, self.guidance, told)
 
 
 def _tables(model: LatentModel, recipe: Recipe) -> Tables:
@@ -381,4 +406,6 @@ def looked_through(prior: LatentModel, recipe: Recipe, decoder: str | None = Non
         return prior.decoder
     if kind == "pooled":
         return PooledDecoder(prior.decoder, int(rest))
+    if kind == "fitted":
+        return load_fitted_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)
     return load_tiny_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)

@@ -10,7 +10,9 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
     ShardRow,
     checkpoint_digest,
+    decoder_note,
     found_checkpoint,
+    found_decoder,
     read_index,
     read_manifest,
     round_folder,
@@ -38,6 +40,7 @@ def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -
     recipe = Recipe.from_dict(manifest["recipe"])
     plan = Plan(recipe, Request(num_samples=manifest["num_samples"], seed=manifest["seed"]))
     problems = [p for round_ in range(1, plan.num_rounds) for p in _checkpoint(folder, manifest, round_)]
+    problems += _decoder(folder, manifest)
     for shard in range(plan.num_shards):
         if shard not in index:
             count = sum(u.kept for u in plan.shard_units(shard))
@@ -58,6 +61,16 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any], round_: int) -> list[
         name = round_folder(folder, round_).relative_to(folder)
         return [f"{name}: a file of its student is missing; run the command that drew the set again"]
     return [] if found == wanted else [f"rounds/round-{round_}: its student does not match the digest in the manifest"]
+
+
+def _decoder(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Problems of the guidance decoder that was fitted for the set."""
+    wanted, found = decoder_note(manifest).get("sha256"), found_decoder(folder)
+    if wanted is None or found == wanted:
+        return []
+    if found is None:
+        return ["decoder: a file of the set's own decoder is missing; run the command that drew the set again"]
+    return ["decoder: the set's own decoder does not match the digest in the manifest"]
 
 
 def _coverage(plan: Plan, row: ShardRow) -> list[str]:

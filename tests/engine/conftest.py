@@ -17,9 +17,9 @@ from synthkd.engine import Batch, Plan, Recipe, Request, Synthesizer, WorkUnit
 def guide(teacher_card: Path) -> Callable[..., TeacherGuidance]:
     """A guidance by the tiny teacher: `guide(alpha=1.0, beta=0.0)`, `double=True` for float64."""
 
-    def make(alpha: float = 0.1, beta: float = 1.0, double: bool = False) -> TeacherGuidance:
+    def make(alpha: float = 0.1, beta: float = 1.0, double: bool = False, **more: Any) -> TeacherGuidance:
         teacher = load_teacher(str(teacher_card))
-        return TeacherGuidance(teacher.double() if double else teacher, alpha=alpha, beta=beta)
+        return TeacherGuidance(teacher.double() if double else teacher, alpha=alpha, beta=beta, **more)
 
     return make
 

@@ -1,4 +1,4 @@
-"""Rebuild the embedded default from nothing: glyphs, tokenizer, autoencoder, readers, prior, records.
+"""Rebuild the embedded default from nothing: glyphs, tokenizer, autoencoder, readers, prior, guidance decoder, records.
 
 Every stage is seeded. Scratch files go to build/assets at the repository's root, results to
 engine/assets/digits.
@@ -17,13 +17,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent
 SCRATCH = HERE.parents[2] / "build" / "assets"
-STAGES = ("glyphs", "tokenizer", "vae", "readers", "unet", "records")
+STAGES = ("glyphs", "tokenizer", "vae", "readers", "unet", "decoder", "records")
 MINUTES = {"vae": 15.0, "unet": 45.0}
 STEPS = {"vae": 3_000, "unet": 10_000}
 
 
 def command(stage: str, scale: float) -> list[str]:
     """Give the command line of one training stage."""
+    if stage == "decoder":
+        target = str(ASSETS / "digits" / "decoder")
+        return [sys.executable, "-m", "synthkd.dfkd.cli", "fit-decoder", "--preset", "digits", "--out", target]
     script = f"{stage}.py" if stage in ("glyphs", "tokenizer") else f"train_{stage}.py"
     line = [sys.executable, str(HERE / script)]
     if stage in MINUTES:
