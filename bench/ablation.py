@@ -20,7 +20,11 @@ from synthkd.dfkd.presets import Preset, unguided
 
 Change = Callable[[Preset], Preset]
 _PLAIN = "plain"
-_HALVES: Mapping[str, tuple[float, float]] = {"first half": (0.0, 0.5), "second half": (0.5, 1.0), "middle": (0.25, 0.75)}
+_HALVES: Mapping[str, tuple[float, float]] = {
+    "first half": (0.0, 0.5),
+    "second half": (0.5, 1.0),
+    "middle": (0.25, 0.75),
+}
 
 
 def recipe_with(preset: Preset, **changes: Any) -> Preset:
@@ -99,7 +103,11 @@ def measure_ablation(
         tell(f"seed {seed}: {len(todo)} of {len(made)} variants left")
         if todo:
             rows = _timed({name: Entrant(made[name]) for name in todo}, base, seed, spec, tell)
-            jobs = {n: quality.QualityJob(Entrant(made[n]), seed, base.num_images) for n, r in rows.items() if not r["failed"]}
+            jobs = {
+                n: quality.QualityJob(Entrant(made[n]), seed, base.num_images)
+                for n, r in rows.items()
+                if not r["failed"]
+            }
             failed = [{**row, "settings": digests[name]} for name, row in rows.items() if row["failed"]]
             yield from map(stamped, failed)
             for name, found in quality.score_all(jobs):

@@ -175,8 +175,12 @@ def engine(
     variant: Annotated[list[str] | None, typer.Option(help="A variant; may be repeated (default: all).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
     num_images: Annotated[int | None, typer.Option(min=8, help="Images per set, not the preset's.")] = None,
-    no_quality: Annotated[bool, typer.Option("--no-quality", help="Times and counts alone: no set, no student.")] = False,
-    counts: Annotated[bool, typer.Option("--counts", help="Arithmetic alone, on meta tensors: nothing is drawn.")] = False,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Times and counts alone: no set, no student.")
+    ] = False,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="Arithmetic alone, on meta tensors: nothing is drawn.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
     record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/engine.jsonl.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
@@ -211,7 +215,9 @@ def ablation(
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
     num_images: Annotated[int | None, typer.Option(min=8, help="Images per set, not the preset's.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 3,
-    record: Annotated[bool, typer.Option("--record", help="Append to bench/results/ablation.jsonl, skip what is there.")] = False,
+    record: Annotated[
+        bool, typer.Option("--record", help="Append to bench/results/ablation.jsonl, skip what is there.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
     device: Device = None,
 ) -> None:

@@ -138,7 +138,9 @@ def _why(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def rows_of(case: str, seed: int, timing: Timing, counts: Mapping[str, float | None], bars: Mapping[str, float]) -> list[Row]:
+def rows_of(
+    case: str, seed: int, timing: Timing, counts: Mapping[str, float | None], bars: Mapping[str, float]
+) -> list[Row]:
     """One row per variant, quality columns empty. counts: TFLOP per image by variant."""
     per_image = {n: _per_image(c) for n, c in timing.contenders.items()}
     return [
@@ -246,7 +248,7 @@ def _embedded(spec: EngineSpec, preset: Preset, tell: Tell) -> Iterator[Row]:
 def count_embedded(entrant: Entrant) -> float:
     """TFLOP per image of a preset's variant."""
     drawer = Entrant(entrant.preset.on("cpu"), entrant.published).build()
-    for network in (*synth_of(drawer).model.modules(), synth_of(drawer)._look.module):
+    for network in (*synth_of(drawer).model.modules(), synth_of(drawer).look.module):
         network.to("meta")
     return count_run(drawer) / 1e12
 
@@ -262,7 +264,9 @@ def count_random(case_name: str, variant: str) -> float:
 def _random(spec: EngineSpec, tell: Tell) -> Iterator[Row]:
     """Quality columns stay empty: random weights draw nothing that could be scored."""
     case, cuda = find_case(spec.case), spec.device.type == "cuda" and not spec.counts
-    builders = random_builders(case, spec.device if cuda else torch.device("meta"), _GPU_DTYPE if cuda else torch.float32)
+    builders = random_builders(
+        case, spec.device if cuda else torch.device("meta"), _GPU_DTYPE if cuda else torch.float32
+    )
     names = pick(builders, list(spec.variants))
     counts: dict[str, float | None] = {}
     for name in names:
@@ -284,7 +288,10 @@ def summary(rows: Sequence[Row]) -> Row | None:
     mine = [r for r in rows if r.get("case") == EMBEDDED]
     seconds = {v: {r["seed"]: 1 / r["images_per_second"] for r in mine if r["variant"] == v and r["images_per_second"]}
                for v in ("plain", "guided", "as-published")}  # fmt: skip
-    times_plain, times_faster = _ratio(seconds["guided"], seconds["plain"]), _ratio(seconds["as-published"], seconds["guided"])
+    times_plain, times_faster = (
+        _ratio(seconds["guided"], seconds["plain"]),
+        _ratio(seconds["as-published"], seconds["guided"]),
+    )
     ours, theirs = (quality.accuracies(mine, v) for v in ("guided", "full-cost"))
     both = sorted(ours.keys() & theirs.keys())
     if times_plain is None and not both:

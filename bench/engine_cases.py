@@ -199,8 +199,9 @@ def random_drawer(
     recipe = random_recipe(case, variant, prior.dtype, group)
     guided = recipe.guidance.scale > 0
     decoder = look_through(DECODERS[variant], prior, case)
-    synth = Synthesizer(prior, recipe, guidance if guided else None, decoder)
-    return AsPublished(synth) if variant.startswith("as-published") else synth
+    if variant.startswith("as-published"):
+        return AsPublished(Synthesizer(prior, recipe, guidance, compile="off", micro_batch=recipe.group_size))
+    return Synthesizer(prior, recipe, guidance if guided else None, decoder)
 
 
 def random_builders(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Drawer]]:

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import flop_registry
 from synthkd.bench.as_published import AsPublished
 from synthkd.engine import CutMixSpec, Recipe, Request, Synthesizer, SynthkdError
 from synthkd.engine.clock import StageClock
-from synthkd.engine.guidance import frozen
 from synthkd.engine.latent_model import Prompted
 from synthkd.engine.plan import Plan
 from synthkd.engine.sampler import sample
@@ -105,15 +104,14 @@ def _one_step(drawer: Drawer, guided: bool, cfg: bool, batch: int) -> Drawer:
         recipe, steps=1, guidance=spec, cutmix=CutMixSpec(), classes_per_group=1, samples_per_class=batch, previews=(),
         rounds=1, groups_per_round=0, cfg_start=0.0, cfg_stop=1.0 if cfg else 0.0,
     )  # fmt: skip
-    one = Synthesizer(synth.model, changed, synth.guidance, synth._look, fuse="off", compile="off")
+    one = Synthesizer(synth.model, changed, synth.guidance, synth.look, "off", "off", micro_batch=batch)
     return AsPublished(one) if isinstance(drawer, AsPublished) else one
 
 
 def _ready(synth: Synthesizer) -> ExitStack:
+    """Networks frozen and tapped, as while a group is drawn."""
     stack = ExitStack()
-    networks = [*synth.model.modules(), synth._look.module, *(synth.guidance.modules() if synth.guidance else ())]
-    stack.enter_context(frozen(networks))
-    stack.enter_context(synth._attached())
+    synth._settle(stack)
     return stack
 
 
