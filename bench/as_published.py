@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from synthkd.engine import Batch, SynthkdError, Synthesizer, WorkUnit
+from synthkd.engine import Batch, Synthesizer, SynthkdError, WorkUnit
 from synthkd.engine.clock import StageClock
 from synthkd.engine.guidance import HALF_LOSS_SCALE, frozen
 from synthkd.engine.latent_model import Prompted

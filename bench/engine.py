@@ -1,6 +1,6 @@
 """`synthkd bench engine`: how fast groups are drawn, at what arithmetic, and what the images are worth, in one row.
 
-All variants of a case are timed in one interleaved run. A variant that fails (memory, a compiler) has a row that says so.
+All variants of a case are timed in one interleaved run. One that fails (memory, a compiler) has a row that says so.
 """
 
 import statistics
@@ -69,7 +69,7 @@ def time_variants(
     repeats: int,
     tell: Tell = lambda _: None,
 ) -> Timing:
-    """Build and warm up every variant, then let each draw group 0 of the seed once a round; on a CPU with one thread."""
+    """Warm up every variant, then let each draw group 0 of the seed once a round; on a CPU with one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if device.type == "cpu" else before)
     try:

@@ -152,7 +152,7 @@ def resnet50(classes: int = _CLASSES) -> nn.Module:
 
 
 def random_guidance(classes: tuple[str, ...]) -> TeacherGuidance:
-    """DiffDFKD's loss by a ResNet-50 of random weights, as large as the teachers that such a prior serves; on the CPU."""
+    """DiffDFKD's loss by a ResNet-50 of random weights, as large as the teachers of such priors; on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = resnet50(len(classes))

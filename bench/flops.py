@@ -1,7 +1,7 @@
 """Counts the arithmetic of drawing on the traced graph: on meta tensors nothing is computed, and no weight is needed.
 
-A network's FLOPs are those of its convolutions, matrix products and attention, two per multiply-add; ops of this project
-count by the formulas that they register. Elementwise work counts nothing.
+A network's FLOPs are those of its convolutions, matrix products and attention, two per multiply-add; ops of this
+project count by the formulas that they register. Elementwise work counts nothing.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import flop_registry
 
 from synthkd.bench.as_published import AsPublished
-from synthkd.engine import CutMixSpec, Recipe, Request, Synthesizer, SynthkdError
+from synthkd.engine import CutMixSpec, Request, Synthesizer, SynthkdError
 from synthkd.engine.clock import StageClock
 from synthkd.engine.latent_model import Prompted
 from synthkd.engine.plan import Plan

@@ -110,7 +110,7 @@ def _tried(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 class Difference(NamedTuple):
-    """Of paired values: their mean difference, and the lower end of its two-sided 95 % t interval (None of one pair)."""
+    """Of paired values: the mean difference and the lower end of its two-sided 95 % t interval (None of one pair)."""
 
     mean: float
     lower: float | None

@@ -1,7 +1,7 @@
 """Published architectures with random weights, as priors for benchmarks: speed and memory do not depend on weights.
 
-Prompts are not encoded: conditions are random embeddings of the right shapes, so the text encoders are neither built nor
-timed (their states are kept for each prompt, and class prompts are few).
+Prompts are not encoded: conditions are random embeddings of the right shapes, so the text encoders are neither built
+nor timed (their states are kept for each prompt, and class prompts are few).
 """
 
 import math

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -60,11 +60,11 @@ class Reader(nn.Sequential):
 
 @lru_cache(maxsize=1)
 def _prior() -> tuple[Any, Any]:
-    with mock.patch("synthkd.bench.engine_cases.resnet50", lambda classes: Reader()):
+    with mock.patch("synthkd.bench.engine_cases.resnet50", side_effect=lambda classes: Reader()):
         return random_prior("sd15", device="meta"), random_guidance(tuple(f"class {i}" for i in range(1000)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _drawer(variant: str) -> Any:
     return random_drawer(SD15, variant, *_prior(), group=1)
 
@@ -75,7 +75,7 @@ def _unet_flops() -> int:
     return count_step(_drawer("plain"), guided=False, cfg=True) // 2
 
 
-@lru_cache(maxsize=None)
+@cache
 def _step(variant: str, guided: bool, cfg: bool) -> float:
     """TFLOP of a step; where no gradient is kept one op of the UNet's cost stands for it: tracing it takes long."""
     unet = next(iter(_prior()[0].modules()))
@@ -189,5 +189,5 @@ def test_unknown_maths_is_refused() -> None:
     def run(x: Tensor) -> Tensor:
         return torch.ops.aten.dot(x, x)
 
-    with pytest.raises(SynthkdError, match="aten.dot has no formula"):
+    with pytest.raises(SynthkdError, match=r"aten\.dot has no formula"):
         count(run, torch.empty(4, device="meta"))
