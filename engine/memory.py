@@ -48,11 +48,10 @@ class Cost:
 class Costs:
     """What the passes of a step cost, and what a group holds beside them.
 
-    denoise: the denoiser, with its backward pass under gradient "unet"; guide: guidance decoder and loss, forward and
-    backward; guide_checkpointed: finds out the same for a checkpointed decoder, asked where the plain one does not fit
-    (None: there is none); decode: the final decoder.
-    held: by the group all along (latents); graph: of the denoiser while the guidance runs, gradient "unet" only;
-    image: bytes of a finished image, which wait for the others of a group.
+    denoise: the denoiser without a gradient; guide: guidance decoder and loss (and the denoiser under gradient "unet"),
+    forward and backward; guide_checkpointed: finds out the same for a checkpointed decoder, asked where the plain one
+    does not fit (None: there is none); decode: the final decoder.
+    held: by the group all along (latents); image: bytes of a finished image, which waits for the others of a group.
     """
 
     denoise: Cost
@@ -60,7 +59,6 @@ class Costs:
     guide_checkpointed: Callable[[], Cost] | None
     decode: Cost
     held: Cost = Cost(0, 0)
-    graph: Cost = Cost(0, 0)
     image: int = 0
 
 
@@ -68,9 +66,10 @@ class Costs:
 class MemoryPlan:
     """How many of a group's samples go through each pass at a time.
 
-    denoise: without a gradient (gradient "x0"); guide: guidance decoder and loss with gradient, in two exact passes
-    where it is less than the group; decode: the final decoder; checkpoint: whether the guidance decoder is
-    checkpointed. needed, free: bytes at the fullest moment, and those at hand; `reason` where nothing was measured.
+    denoise: without a gradient; guide: guidance decoder and loss with gradient (through the denoiser under gradient
+    "unet"), in two exact passes where it is less than the group; decode: the final decoder; checkpoint: whether the
+    guidance decoder is checkpointed. needed, free: bytes at the fullest moment, and those at hand; `reason` where
+    nothing was measured.
     """
 
     group: int
@@ -117,18 +116,18 @@ def choose_plan(costs: Costs, group: int, free: int, splits: bool = True, size: 
     splits: whether the guidance can be taken in parts; size: of the images, for messages.
     Raises SynthkdError where a single sample does not fit: what is needed, what is free, what to lower.
     """
-    held, graph, waiting = costs.held.at(group), costs.graph.at(group), costs.image * group
+    held, waiting = costs.held.at(group), costs.image * group
     final = Cost(costs.decode.fixed, max(costs.decode.each - costs.image, 0))
     least, room = 1 if splits else group, free - held
-    denoise = group if graph else _part(costs.denoise.fits(room, group), group)
+    denoise = _part(costs.denoise.fits(room, group), group)
     decode = _part(final.fits(room - waiting, group), group)
-    guide, checkpoint, cost = _part(costs.guide.fits(room - graph, group), group), False, costs.guide
+    guide, checkpoint, cost = _part(costs.guide.fits(room, group), group), False, costs.guide
     if guide < least and costs.guide_checkpointed is not None:
         cost, checkpoint = costs.guide_checkpointed(), True
-        guide = _part(cost.fits(room - graph, group), group)
+        guide = _part(cost.fits(room, group), group)
     needs = {
         "denoiser": held + costs.denoise.at(denoise or 1),
-        "guidance": held + graph + cost.at(max(guide, least)),
+        "guidance": held + cost.at(max(guide, least)),
         "final decoder": held + waiting + final.at(decode or 1),
     }
     short = next((name for name, need in needs.items() if need > free), None)
@@ -143,14 +142,14 @@ def choose_plan(costs: Costs, group: int, free: int, splits: bool = True, size: 
 
 def _fits_whole(costs: Costs, group: int, free: int) -> bool:
     """Whether no pass needs to be taken in parts."""
-    most = max(costs.denoise.at(group), costs.graph.at(group) + costs.guide.at(group), costs.decode.at(group))
+    most = max(cost.at(group) for cost in (costs.denoise, costs.guide, costs.decode))
     return costs.held.at(group) + most <= free
 
 
 _ADVICE = {
-    "denoiser": "lower height and width or classes_per_group, take guidance.gradient 'x0', or dtype 'bfloat16'",
-    "guidance": "take a smaller guidance.decoder ('pooled:2', 'fitted:PATH', 'tiny:PATH'), guidance.looks 1, or "
-    "dtype 'bfloat16'",
+    "denoiser": "lower height and width or classes_per_group, or take dtype 'bfloat16'",
+    "guidance": "take a smaller guidance.decoder ('pooled:2', 'fitted:PATH', 'tiny:PATH'), guidance.gradient 'x0', "
+    "guidance.looks 1, or dtype 'bfloat16'",
     "final decoder": "lower height and width or classes_per_group, or take dtype 'bfloat16'",
 }
 
@@ -296,29 +295,21 @@ class Passes:
         """Latents without content."""
         return torch.empty(batch, *self.shape, device=self.device, dtype=self.dtype)
 
-    def traced(self, batch: int) -> Any:
-        """The denoiser's pass with its graph."""
-        with torch.enable_grad():
-            return self.denoise(self.latents(batch).requires_grad_())
-
     def denoised(self, batch: int) -> Any:
-        """The denoiser's pass, with its backward pass under gradient "unet"."""
-        if not self.through:
-            with torch.no_grad():
-                return self.denoise(self.latents(batch))
-        with torch.enable_grad():
-            z = self.latents(batch).requires_grad_()
-            outputs = [leaf for leaf in tree_leaves(self.denoise(z)) if isinstance(leaf, Tensor)]
-            return torch.autograd.grad(outputs, z, [torch.ones_like(out) for out in outputs])
+        """The denoiser's pass."""
+        with torch.no_grad():
+            return self.denoise(self.latents(batch))
 
     def guided(self, batch: int, look: Decode) -> Any:
         """A guidance pass, forward and backward."""
         if self.loss is None:
             return None
         with torch.enable_grad():
-            x0 = self.latents(batch).requires_grad_()
+            x0 = z = self.latents(batch).requires_grad_()
+            if self.through:
+                x0 = sum((x for x in tree_leaves(self.denoise(z)) if isinstance(x, Tensor)), z)
             targets = torch.full((batch, self.classes), 1.0 / self.classes, device=self.device)
-            return torch.autograd.grad(self.loss(look(x0).clamp(0.0, 1.0), targets), x0)
+            return torch.autograd.grad(self.loss(look(x0).clamp(0.0, 1.0), targets), z)
 
     def decoded(self, batch: int) -> Tensor:
         """The final decoder's pass."""
@@ -336,9 +327,9 @@ def measure(passes: Passes, rough: bool = False) -> Costs:
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # one for all: it keeps what it made of the weights
 
-    def cost(work: Callable[[int], object], count: Callable[[Callable[[], object]], int] = peak_bytes) -> Cost:
+    def cost(work: Callable[[int], object]) -> Cost:
         with mode:
-            return line(lambda batch: count(lambda: work(batch)), rough)
+            return line(lambda batch: peak_bytes(lambda: work(batch)), rough)
 
     def guide(look: Decode) -> Cost:
         return cost(lambda batch: passes.guided(batch, look))
@@ -352,7 +343,6 @@ def measure(passes: Passes, rough: bool = False) -> Costs:
         guide_checkpointed=(lambda: guide(again)) if again else None,
         decode=cost(passes.decoded),
         held=Cost(0, _LATENTS_HELD * latent),
-        graph=cost(passes.traced, saved_bytes) if passes.through else Cost(0, 0),
         image=image,
     )
 

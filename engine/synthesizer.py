@@ -402,7 +402,7 @@ def looked_through(prior: LatentModel, recipe: Recipe, decoder: str | None = Non
     """
     asked = decoder or recipe.guidance.decoder
     kind, _, rest = asked.partition(":")
-    if asked in ("auto", "vae") or recipe.guidance.scale == 0:
+    if asked in ("auto", "vae"):
         return prior.decoder
     if kind == "pooled":
         return PooledDecoder(prior.decoder, int(rest))

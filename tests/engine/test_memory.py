@@ -33,6 +33,7 @@ def costs(checkpointed: int | None = 20, **changes: Any) -> Costs:
         (40, 105, (10, 1, 2, False, 105)),
         (40, 104, (8, 4, 2, True, 85)),
         (40, 35, (2, 1, 1, True, 35)),
+        (15, 1504, (15, 8, 15, False, 805)),  # 14 fit, the best divisor is 5
         (7, 705, (7, 7, 7, False, 705)),
         (7, 704, (7, 4, 7, False, 405)),  # a prime group: 6 fit, two parts of 4 and 3
         (7, 305, (7, 3, 7, False, 305)),
@@ -72,8 +73,6 @@ def test_what_waits_and_what_is_held_counts() -> None:
     """A finished image is 20 of the 30 of its decoding; the group's latents take 3 a sample."""
     made_up = costs(image=20, held=Cost(0, 3))
     assert choose_plan(made_up, 10, 265) == MemoryPlan(10, 10, 2, 2, False, 255, 265)
-    through = costs(graph=Cost(0, 50))  # gradient "unet": the graph of the whole group stays while guidance runs
-    assert choose_plan(through, 10, 605) == MemoryPlan(10, 10, 1, 10, False, 605, 605)
 
 
 def test_a_plan_says_itself() -> None:
@@ -119,8 +118,9 @@ def test_costs_agree_with_a_count_by_hand() -> None:
     # three sigmoids and their clamped image, the sum's gradient (a view) times the clamp's mask, and the next two
     assert found.guide.fixed < 20
     assert 4 * image <= found.guide.each <= latent + 8 * image
-    assert (found.held.each, found.image, found.graph.each) == (8 * latent, image, 0)
-    assert measure(_passes(denoise=torch.sigmoid, through=True)).graph == Cost(0, latent)
+    assert (found.held.each, found.image) == (8 * latent, image)
+    through = measure(_passes(denoise=torch.sigmoid, through=True))  # its output is kept, and z added to it
+    assert latent <= through.guide.each - found.guide.each <= 3 * latent
 
 
 def test_views_and_weights_hold_nothing() -> None:
@@ -170,6 +170,8 @@ def decoders(build: Any) -> dict[str, Any]:
     torch.manual_seed(0)
     nets = {"full": build.autoencoder(block_out_channels=(8, 16)), "tiny": build.tiny_autoencoder()}
     nets["full"].double().train()
+    for dropout in (m for m in nets["full"].modules() if isinstance(m, nn.Dropout)):
+        dropout.p = 0.5
     return {name: VaeDecoder(net.double().requires_grad_(False), 0.7) for name, net in nets.items()}
 
 
