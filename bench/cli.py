@@ -255,8 +255,8 @@ def _known_cases(names: Sequence[str]) -> Sequence[str]:
 def _engine_table(rows: list[dict[str, Any]]) -> Table:
     names = {
         "images_per_second": "images/s", "times_plain": "x plain", "tflop_per_image": "TFLOP",
-        "percent_of_ceiling": "% of roof", "peak_gb": "GB", "student_accuracy": "student", "judge_agreement": "judge", "class_balance": "balance",
-        "intra_class_feature_distance": "spread",
+        "percent_of_ceiling": "% of roof", "peak_gb": "GB", "student_accuracy": "student",
+        "judge_agreement": "judge", "class_balance": "balance", "intra_class_feature_distance": "spread",
     }  # fmt: skip
     table = Table("case", "variant", "seed", *names.values())
     for row in rows:

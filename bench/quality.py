@@ -19,7 +19,8 @@ from synthkd.dfkd.run import reading
 from synthkd.dfkd.student import distill
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Plan, Request
-from synthkd.engine.runner import cores, follow_parent
+from synthkd.engine.runner import follow_parent
+from synthkd.engine.workers import cores
 
 FIELDS = (
     "student_accuracy",
