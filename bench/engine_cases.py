@@ -215,7 +215,7 @@ def random_builders(case: Case, device: torch.device, dtype: torch.dtype) -> dic
             return random_drawer(case, name, prior, guidance)
         own = random_prior(case.architecture, device=device, dtype=dtype)
         for network in own.modules():
-            getattr(network, "decoder", network).compile()  # type: ignore[operator]
+            getattr(network, "decoder", network).compile()
         return random_drawer(case, name, own, guidance)
 
     return {name: partial(make, name) for name in names}
