@@ -255,13 +255,12 @@ def _known_cases(names: Sequence[str]) -> Sequence[str]:
 def _engine_table(rows: list[dict[str, Any]]) -> Table:
     names = {
         "images_per_second": "images/s", "times_plain": "x plain", "tflop_per_image": "TFLOP",
-        "percent_of_ceiling": "% of roof", "peak_gb": "GB", "student_accuracy": "student",
-        "judge_agreement": "judge", "class_balance": "balance", "intra_class_feature_distance": "spread",
+        "percent_of_ceiling": "% roof", "peak_gb": "GB", "student_accuracy": "student", "judge_agreement": "judge",
     }  # fmt: skip
-    table = Table("case", "variant", "seed", *names.values())
+    table = Table(Column("work", min_width=20), *names.values())
     for row in rows:
         cells = ["FAILED: " + row["failed"]] if row["failed"] else [_cell(row[name]) for name in names]
-        table.add_row(row["case"], row["variant"], str(row["seed"]), *cells)
+        table.add_row(f"{row['case']}: {row['variant']}, seed {row['seed']}", *cells)
     return table
 
 

@@ -39,7 +39,11 @@ _GPU_DTYPE = torch.bfloat16
 
 @dataclass
 class Contender:
-    """A variant that is warm, or why it is not. compile_seconds: the first group's time above the second's."""
+    """A variant that is warm, or why it is not.
+
+    compile_seconds: the first group's time above the second's; peak_gb: of the device's memory while both were drawn,
+    with whatever the other variants keep.
+    """
 
     drawer: Drawer | None = None
     failed: str | None = None

@@ -206,7 +206,7 @@ def random_drawer(
 
 def random_builders(case: Case, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], Drawer]]:
     """By variant: makes its drawer. They share one prior, but for the compiled baseline, whose networks are changed."""
-    prior, guidance = random_prior(case.architecture, device=device, dtype=dtype), None
+    prior = random_prior(case.architecture, device=device, dtype=dtype)
     names = [name for name in DECODERS if "compiled" not in name or device.type == "cuda"]
     guidance = random_guidance(random_recipe(case, "plain", dtype).classes)
 

@@ -4,18 +4,19 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 pytest.importorskip("diffusers", reason="priors are diffusers' own")
 pytest.importorskip("sklearn", reason="the embedded case reads scikit-learn's digits")
 
-from synthkd.bench import ablation, engine, quality, record
+from synthkd.bench import ablation, engine, engine_cases, quality, record
 from synthkd.bench.as_published import AsPublished
 from synthkd.bench.cli import app
 from synthkd.bench.engine import Contender, EngineSpec, Timing, measure_engine, rows_of, summary, time_variants
@@ -25,7 +26,7 @@ from synthkd.bench.timing import Quartiles, matmul_ceiling
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.presets import Preset, load_preset
 from synthkd.dfkd.teachers import load_teacher
-from synthkd.engine import CutMixSpec, Plan, Request, Synthesizer, SynthkdError
+from synthkd.engine import CutMixSpec, Plan, Recipe, Request, Synthesizer, SynthkdError, random_models
 from synthkd.engine.clock import StageClock
 
 CPU = torch.device("cpu")
@@ -147,8 +148,13 @@ def small() -> Preset:
 def test_embedded_rows_hold_speed_arithmetic_and_quality(small: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     """All columns of each variant that is asked for, in one row each."""
     monkeypatch.setattr(quality, "score_all", lambda jobs: [(key, quality.score(job)) for key, job in jobs.items()])
-    names, small = ("plain", "guided"), ablation.recipe_with(small, cfg_stop=1.0)
-    small = ablation.guidance_with(small, stop=1.0)
+    names, small, counted = ("plain", "guided"), ablation.recipe_with(small, cfg_stop=1.0), engine.count_embedded
+    guiding = embedded_variants(small)["guided"]  # counting takes seconds: one is enough
+
+    def count(entrant: Any) -> float:
+        return 1.0 if entrant == guiding else counted(entrant)
+
+    monkeypatch.setattr(engine, "count_embedded", count)
     rows = list(
         measure_engine(EngineSpec(case="embedded", device=CPU, variants=names, repeats=1, num_images=20), small)
     )
@@ -166,7 +172,9 @@ def test_embedded_rows_hold_speed_arithmetic_and_quality(small: Preset, monkeypa
         assert row["intra_class_feature_distance"] > 0
         json.dumps(row, allow_nan=False)
     assert plain["times_plain"] == 1
-    assert plain["tflop_per_image"] < guided["tflop_per_image"]
+    # three CFG calls of the UNet and a decode, of what 20 calls and a decode cost: 0.00748 TFLOP
+    assert 0.1 < plain["tflop_per_image"] / 0.00748 < 0.2
+    assert guided["tflop_per_image"] == 1.0
 
 
 def test_a_failed_variant_has_a_row_and_stops_no_other(small: Preset) -> None:
@@ -221,6 +229,29 @@ def test_random_cases_without_a_gpu_are_counted(monkeypatch: pytest.MonkeyPatch)
     assert (plain["images_per_second"], plain["bar_reached"]) == (16.0, True)
     assert (guided["times_plain"], guided["bar_reached"]) == (2.0, False)
     assert plain["roofline_images_per_second"] == pytest.approx(700 / 34.6, rel=1e-4)
+
+
+def test_every_variant_of_a_random_case_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published architectures' code path on a CPU, at a thousandth of their size."""
+    made = random_models.ARCHITECTURES["sd15"]
+    unet = dict(made.networks["unet"][1], block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    vae = dict(made.networks["vae"][1], block_out_channels=(32, 32, 32, 32), layers_per_block=1)
+    networks = {"unet": ("UNet2DConditionModel", unet), "vae": ("AutoencoderKL", vae)}
+    monkeypatch.setattr(random_models, "ARCHITECTURES", {"sd15": replace(made, networks=networks)})
+    monkeypatch.setattr(engine_cases, "_CLASSES", 10)
+    monkeypatch.setattr(engine_cases, "TEACHER_SIZE", (32, 32))
+    reader = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr(engine_cases, "resnet50", lambda classes: reader.append(nn.Linear(8, classes)))
+    monkeypatch.setattr(engine_cases, "Recipe", partial(Recipe, steps=2))
+    case = replace(CASES["sd15-256"], height=64, width=128, group=3, published=2)
+    builders = engine_cases.random_builders(case, CPU, torch.float32)
+    assert list(builders) == [name for name in DECODERS if "compiled" not in name]
+    timing = time_variants(builders, CPU, seed=0, repeats=1)
+    assert {name: entry.failed for name, entry in timing.contenders.items()} == dict.fromkeys(builders)
+    rows = rows_of("sd15-256", 0, timing, dict.fromkeys(builders, 1.0), {})
+    assert [row["images_per_group"] for row in rows] == [3, 3, 3, 3, 3, 2]
+    ratio = rows[0]["images_per_second"] / rows[5]["images_per_second"]
+    assert rows[5]["times_plain"] == pytest.approx(ratio, rel=1e-3)
 
 
 def test_paired_differences_by_students_t() -> None:
