@@ -153,13 +153,14 @@ def _decide(job: SynthJob, synth: Synthesizer, folder: Path, seed: int) -> None:
 def said(note: Mapping[str, Any]) -> str:
     """A decision in one line, for people."""
     names = {"fitted": "a fitted decoder", "tiny": "a tiny autoencoder", "pooled": "the VAE on pooled latents"}
-    asked = "fitted" if note["asked"] == "auto" else str(note["asked"]).partition(":")[0]
+    asked = "fitted" if note["asked"] == "auto" else note["asked"].partition(":")[0]
+    name = names.get(asked, asked)
     if "cosine" not in note:
-        return f"guidance looks through {names[asked]}, unchecked (min_cosine is 0)"
+        return f"guidance looks through {name}, unchecked (min_cosine is 0)"
     found = f"mean cosine with the VAE's gradient {note['cosine']:.2f}"
     if note["chosen"] == "vae":
-        return f"guidance looks through the full VAE: for {names[asked]}, {found} is below {note['threshold']:g}"
-    return f"guidance looks through {names[asked]} ({found}; at least {note['threshold']:g} was asked for)"
+        return f"guidance looks through the full VAE: for {name}, {found} is below {note['threshold']:g}"
+    return f"guidance looks through {name} ({found}; at least {note['threshold']:g} was asked for)"
 
 
 @contextmanager

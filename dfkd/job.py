@@ -12,6 +12,7 @@ from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Recipe, Synthesizer, SynthkdError
 from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice
 from synthkd.engine.errors import suggest
+from synthkd.engine.fitted import read_card as read_decoder_card
 from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum")
@@ -59,6 +60,8 @@ class SynthJob:
             raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
         if self.compile not in COMPILE_CHOICES:
             raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES)}")
+        if (decoder := recipe.guidance.decoder).startswith("fitted:"):
+            read_decoder_card(decoder.removeprefix("fitted:"))
         if len(card.classes) != len(recipe.classes):
             raise SynthkdError(
                 f"teacher {self.teacher!r} has {len(card.classes)} outputs, the recipe names "

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 
 from synthkd.dfkd import report_charts as c
 from synthkd.dfkd import report_html as h
+from synthkd.dfkd.decoding import said
 from synthkd.dfkd.report_data import DrawnSet, Run
+from synthkd.engine.index import decoder_note
 
 ROUNDS_SHOWN = 6
 _ARROW = "\N{NO-BREAK SPACE}→\N{NO-BREAK SPACE}"
@@ -81,6 +83,8 @@ def guidance(run: Run) -> h.Section:
     count = max(values.shape[1] for by_round in terms.values() for values in by_round.values())
     where = f"the last of {rounds:,} rounds" if rounds > 1 else "all groups"
     sentence = f"Over {count} guided steps the mean over {where} moves: {told}."
+    if "chosen" in (note := decoder_note(run.main.manifest)):
+        sentence += f" Here {said(note)}."
     return h.Section("guidance", "Guidance", sentence, [h.grid(charts), h.note(_remark(terms, rounds))])
 
 

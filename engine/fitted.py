@@ -134,8 +134,8 @@ def shape_for(
 ) -> FittedShape:
     """The network for latents (C, h, w) and images of `size` (height, width).
 
-    hidden, blocks: 0 for 48 and 2 up to SMALL latent positions, and 128 and 4 above, where a VAE costs far more. The head
-    has the fewest pixels, by doublings, that cover the size, and at most the VAE's own.
+    hidden, blocks: 0 for 48 and 2 up to SMALL latent positions, and 128 and 4 above, where a VAE costs far more. The
+    head has the fewest pixels, by doublings, that cover the size, and at most the VAE's own.
     """
     channels, high, wide = latent
     small = high * wide <= SMALL

@@ -261,11 +261,13 @@ def decoder_note(manifest: Mapping[str, Any]) -> dict[str, Any]:
     Raises SynthkdError for a note that is not one of ours.
     """
     note = manifest.get(DECODER, {})
-    texts = ("asked", "chosen", "sha256")
-    if not isinstance(note, Mapping) or not all(isinstance(note.get(name, ""), str) for name in texts):
-        raise SynthkdError(f"{MANIFEST}: decoder is {note!r:.100}; expected a table of the texts asked, chosen, sha256")
-    if "chosen" in note and "asked" not in note:
-        raise SynthkdError(f"{MANIFEST}: decoder says what was chosen, but not what was asked for")
+    kinds = {"asked": str, "chosen": str, "sha256": str, "cosine": float, "threshold": float}
+    table = isinstance(note, Mapping)
+    if not table or not all(isinstance(note.get(name, kind()), kind) for name, kind in kinds.items()):
+        wanted = "a table of the texts asked, chosen, sha256 and the numbers cosine, threshold"
+        raise SynthkdError(f"{MANIFEST}: decoder is {note!r:.100}; expected {wanted}")
+    if "chosen" in note and not {"asked", "threshold"} <= set(note):
+        raise SynthkdError(f"{MANIFEST}: decoder says what was chosen, but not what was asked, or no threshold")
     return dict(note)
 
 
