@@ -27,7 +27,7 @@ from synthkd.bench.engine_cases import (
 )
 from synthkd.bench.flops import Drawer, count_run
 from synthkd.bench.record import stamped
-from synthkd.bench.timing import Quartiles, Stopwatch, matmul_ceiling, quartiles
+from synthkd.bench.timing import Quartiles, Stopwatch, compute_ceiling, quartiles
 from synthkd.dfkd.presets import Preset
 from synthkd.engine import Plan, Request, Synthesizer
 from synthkd.engine.random_models import random_prior
@@ -55,7 +55,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the timed rounds of a case found. ceiling: TFLOP/s of a matrix product, None where nothing was timed."""
+    """What the timed rounds of a case found. ceiling: TFLOP/s of the fastest product or convolution, None where nothing was timed."""
 
     contenders: Mapping[str, Contender] = field(default_factory=dict)
     ceiling: float | None = None
@@ -79,9 +79,9 @@ def time_variants(
     try:
         found = {name: _warmed(name, build, device, seed, tell) for name, build in builders.items()}
         dtype = next((synth_of(c.drawer).model.dtype for c in found.values() if c.drawer), torch.float32)
-        ceiling = matmul_ceiling(device, dtype)
+        ceiling = compute_ceiling(device, dtype)
         _rounds(found, Stopwatch(device), seed, repeats, tell)
-        ceiling = max(ceiling, matmul_ceiling(device, dtype))  # the machine may have been busy before
+        ceiling = max(ceiling, compute_ceiling(device, dtype))  # the machine may have been busy before
     finally:
         torch.set_num_threads(before)
     return Timing(contenders=found, ceiling=ceiling)

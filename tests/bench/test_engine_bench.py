@@ -22,7 +22,7 @@ from synthkd.bench.cli import app
 from synthkd.bench.engine import Contender, EngineSpec, Timing, measure_engine, rows_of, summary, time_variants
 from synthkd.bench.engine_cases import CASES, DECODERS, embedded_variants, random_recipe
 from synthkd.bench.quality import class_balance, paired, spread
-from synthkd.bench.timing import Quartiles, matmul_ceiling
+from synthkd.bench.timing import Quartiles, compute_ceiling
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.presets import Preset, load_preset
 from synthkd.dfkd.teachers import load_teacher
@@ -293,7 +293,7 @@ def test_balance_and_spread() -> None:
 
 def test_the_ceiling_is_a_rate() -> None:
     """TFLOP/s: a CPU core has between a hundredth and ten."""
-    assert 1e-3 < matmul_ceiling(CPU, torch.float32, repeats=1) < 100
+    assert 1e-3 < compute_ceiling(CPU, torch.float32, repeats=1) < 100
 
 
 def test_ablation_skips_what_is_recorded(small: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
