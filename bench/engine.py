@@ -55,7 +55,7 @@ class Contender:
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What the timed rounds of a case found. ceiling: TFLOP/s of the fastest product or convolution, None where nothing was timed."""
+    """What the timed rounds of a case found. ceiling: TFLOP/s (`timing.compute_ceiling`), None where none was timed."""
 
     contenders: Mapping[str, Contender] = field(default_factory=dict)
     ceiling: float | None = None
