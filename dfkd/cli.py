@@ -47,7 +47,10 @@ def run(
     divergence: options.Divergence = None,
     allow_code: options.AllowCode = False,
     workers: options.Workers = None,
+    decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
+    compile: options.Compile = "auto",
+    micro_batch: options.MicroBatch = "auto",
     device: options.Device = None,
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
@@ -55,7 +58,10 @@ def run(
     from synthkd.dfkd.run import Interrupted, Run
 
     chosen = load_preset(preset)
-    asked = options.Asked(gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, fuse=fuse)
+    asked = options.Asked(
+        gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, decoder=decoder, fuse=fuse,
+        compile=compile, micro_batch=micro_batch,
+    )  # fmt: skip
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
         chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))
@@ -108,7 +114,10 @@ def synth(
     allow_code: options.AllowCode = False,
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     workers: options.Workers = None,
+    decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
+    compile: options.Compile = "auto",
+    micro_batch: options.MicroBatch = "auto",
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
@@ -118,7 +127,7 @@ def synth(
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
-        allow_code=allow_code, fuse=fuse,
+        allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)

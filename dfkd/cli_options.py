@@ -28,6 +28,17 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let a teacher car
 Fuse = Annotated[
     str, typer.Option(help="Fused modules: auto (decoder, where Triton kernels run), off, decoder, all (the UNet too).")
 ]
+Compile = Annotated[
+    str,
+    typer.Option(help="Each denoiser call as one graph: auto (on a GPU), off, default, reduce-overhead, max-autotune."),
+]
+MicroBatch = Annotated[
+    str, typer.Option(help="Samples of a group at a time, exactly as at once: auto (for the free memory) or a number.")
+]
+GuidanceDecoder = Annotated[
+    str | None,
+    typer.Option("--decoder", help="What guidance looks through: auto, vae, pooled:N, tiny:PATH, fitted:PATH."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
 
 
@@ -97,7 +108,10 @@ class Asked:
     gamma: float | None = None
     divergence: str | None = None
     allow_code: bool = False
+    decoder: str | None = None
     fuse: str = "auto"
+    compile: str = "auto"
+    micro_batch: str = "auto"
 
 
 def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:
@@ -112,6 +126,8 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "allow_code": asked.allow_code or (base.allow_code if base else False),
         "device": pick_device(device),
         "fuse": asked.fuse,
+        "compile": asked.compile,
+        "micro_batch": _part(asked.micro_batch),
     }
     changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
     if asked.loras:
@@ -136,12 +152,18 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
         fields |= read_targets(asked.targets, _class_names(fields))
     if asked.rounds is not None:
         fields["rounds"] = asked.rounds
-    if asked.scale is not None and isinstance(guidance := fields.get("guidance", {}), Mapping):
-        fields["guidance"] = {**guidance, "scale": asked.scale}
+    said = {name: value for name in ("scale", "decoder") if (value := getattr(asked, name)) is not None}
+    if said and isinstance(guidance := fields.get("guidance", {}), Mapping):
+        fields["guidance"] = {**guidance, **said}
     if not base:
         checked = Recipe.from_dict({**fields, "classes_per_group": 1})
         fields.setdefault("classes_per_group", min(10, len(checked.drawn_classes)))
     return Recipe.from_dict(fields)
+
+
+def _part(micro_batch: str) -> int | str:
+    """A number where there is one; whether it will do is for the job to say."""
+    return int(micro_batch) if micro_batch.isdecimal() and len(micro_batch) < 10 else micro_batch
 
 
 def _class_names(fields: Mapping[str, Any]) -> tuple[str, ...]:

@@ -56,8 +56,10 @@ def settle_decoder(
     with folder_lock(folder), _one_thread(job.device):
         synth = job.build()
         claim_folder(folder, synth.identity(request.seed), request.num_samples, job.source())
+        if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:
+            note_decoder(folder, _as_begun(job))
         try:
-            if job.recipe.guidance.decoder == "auto":
+            if job.recipe.guidance.decoder == "auto" and decoder_note(read_manifest(folder)).get("chosen") != "vae":
                 _ensure_fitted(job, synth, folder, request.seed, progress, should_stop)
         except Stopped:
             return None
@@ -104,6 +106,13 @@ def _frozen(job: SynthJob, folder: Path) -> SynthJob | None:
         return obey(job, folder)
     except SynthkdError:
         return None
+
+
+def _as_begun(job: SynthJob) -> dict[str, Any]:
+    """The decision of a set that was begun from Python, where nothing is fitted or tried: it goes on as it began."""
+    spec = job.recipe.guidance
+    kind = "vae" if spec.decoder == "auto" else spec.decoder.partition(":")[0]
+    return {"asked": spec.decoder, "chosen": kind, "threshold": spec.min_cosine}
 
 
 def _ensure_fitted(
@@ -156,7 +165,7 @@ def said(note: Mapping[str, Any]) -> str:
     asked = "fitted" if note["asked"] == "auto" else note["asked"].partition(":")[0]
     name = names.get(asked, asked)
     if "cosine" not in note:
-        return f"guidance looks through {name}, unchecked (min_cosine is 0)"
+        return f"guidance looks through {name if note['chosen'] != 'vae' else 'the full VAE'}, unchecked"
     found = f"mean cosine with the VAE's gradient {note['cosine']:.2f}"
     if note["chosen"] == "vae":
         return f"guidance looks through the full VAE: for {name}, {found} is below {note['threshold']:g}"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, Kind, check_fields, is_number, is_whole, whole
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
-from synthkd.engine.calibration import Trajectory, cosines, own_seed, pixels_at_once, record
+from synthkd.engine.calibration import Recorder, Trajectory, cosines, images_at_once, own_seed
 from synthkd.engine.decoders import latent_layout
 from synthkd.engine.fitted import SMALL, FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
@@ -36,7 +36,7 @@ _KINDS: Mapping[str, Kind] = {
     "blocks": whole(0),
     "seed": Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"),
 }
-_PLAIN, _STEERED, _HELD_OUT = "fit-decoder plain", "fit-decoder steered", "fit-decoder held out"
+_RUNS, _HELD_OUT = ("fit-decoder plain", "fit-decoder steered"), "fit-decoder held out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +140,9 @@ def fit_decoder(
         curve: list[dict[str, float]] = []
         told.begin("decoder runs", sum(groups), "groups")
         for sitting, count in enumerate(groups):
-            through = FittedDecoder(net) if sitting else None
+            run, seed = _runs(source, FittedDecoder(net) if sitting else None), own_seed(spec.seed, _RUNS[sitting])
             for group in range(count):
-                run = _run(source, through, spec.seed, group)
-                lessons.append(_lessons(source, run, spec, group, bool(sitting)))
+                lessons.append(_lessons(source, run(seed, group), spec, group, bool(sitting)))
                 told.advance("decoder runs", 1)
                 _heed(should_stop)
             last = sitting + 1 == len(groups)
@@ -165,12 +164,11 @@ def about(source: Source, fitted: Fitted) -> dict[str, Any]:
     }
 
 
-def _run(source: Source, through: FittedDecoder | None, seed: int, group: int) -> Trajectory:
-    """One group's run, plain or guided through what is fitted so far."""
+def _runs(source: Source, through: FittedDecoder | None) -> Callable[[int, int], Trajectory]:
+    """Draws groups by seed and number: plain ones, or guided through what is fitted so far."""
     if through is None:
-        return record(source.model, source.plain, None, None, own_seed(seed, _PLAIN), group)
-    through.module.eval()
-    return record(source.model, source.recipe, source.guidance, through, own_seed(seed, _STEERED), group)
+        return Recorder(source.model, source.plain)
+    return Recorder(source.model, source.recipe, source.guidance, through)
 
 
 def _fresh(source: Source, spec: FitSpec) -> FittedNet:
@@ -203,7 +201,7 @@ def _lessons(source: Source, run: Trajectory, spec: FitSpec, group: int, steered
 def _lesson(source: Source, x0: Tensor, targets: Tensor, slope: bool) -> Lessons:
     """Of one call; in parts where images are large, each decoded again then for its gradient."""
     guidance, recipe, empty = source.guidance, source.recipe, torch.empty(0)
-    parts = torch.split(x0, pixels_at_once(len(x0), recipe.height, recipe.width))
+    parts = torch.split(x0, images_at_once(len(x0), recipe.height, recipe.width))
     with frozen(source.model.modules()):
         if guidance is None or not slope:
             with torch.no_grad():
@@ -302,9 +300,9 @@ def _errors(source: Source, net: FittedNet, spec: FitSpec) -> dict[str, Any]:
 
     rmse, psnr: of images in [0,1]; cosine: of the guidance's gradients with respect to the latent.
     """
-    run = record(source.model, source.plain, None, None, own_seed(spec.seed, _HELD_OUT), 0)
+    run = Recorder(source.model, source.plain)(own_seed(spec.seed, _HELD_OUT), 0)
     pair, rmse, agree = (FittedDecoder(net), source.model.decoder), [], []
-    chunk = pixels_at_once(run.latents.shape[1], source.recipe.height, source.recipe.width)
+    chunk = images_at_once(run.latents.shape[1], source.recipe.height, source.recipe.width)
     for x0, targets in zip(run.latents, run.targets, strict=True):
         with torch.no_grad():
             off = [(pair[0](z).clamp(0, 1) - _seen(source, z).clamp(0, 1)).square() for z in torch.split(x0, chunk)]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
@@ -14,6 +14,7 @@ from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice
 from synthkd.engine.errors import suggest
 from synthkd.engine.fitted import read_card as read_decoder_card
 from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
+from synthkd.engine.memory import checked_part
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
@@ -28,7 +29,7 @@ class SynthJob:
     alpha, beta, gamma, divergence, entropy, head, bn_momentum: the guidance's terms (see `TeacherGuidance`).
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
-    fuse, compile: how networks run (see `Synthesizer`): execution only, so no manifest keeps them either.
+    fuse, compile, micro_batch: how networks run (see `Synthesizer`): execution only, so no manifest keeps them either.
     look: what guidance looks through where the set's calibration decided (see `dfkd.decoding`), None for the recipe's.
     """
 
@@ -50,6 +51,7 @@ class SynthJob:
     device: str = "cpu"
     fuse: FuseChoice = "auto"
     compile: CompileChoice = "auto"
+    micro_batch: int | Literal["auto"] = "auto"
     look: str | None = None
 
     def check(self) -> None:
@@ -58,6 +60,7 @@ class SynthJob:
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:
             raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
+        checked_part(self.micro_batch)
         if self.compile not in COMPILE_CHOICES:
             raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES)}")
         if (decoder := recipe.guidance.decoder).startswith("fitted:"):
@@ -90,7 +93,7 @@ class SynthJob:
         guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
         return Synthesizer.from_pretrained(
             self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse,
-            compile=self.compile, look=self.look,
+            compile=self.compile, micro_batch=self.micro_batch, look=self.look,
         )  # fmt: skip
 
     def guidance(self, teacher: Teacher) -> TeacherGuidance:

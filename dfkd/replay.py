@@ -1,5 +1,6 @@
 """One image again, from the manifest alone."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 from synthkd.dfkd.decoding import obey
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.rounds import student_card
+from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
 from synthkd.engine.index import read_environments, read_index, read_manifest
+from synthkd.engine.memory import plan_of
 from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
 from synthkd.engine.runner import open_stream
@@ -30,7 +33,7 @@ def replay_sample(
 ) -> tuple[Path, str]:
     """Redraw a sample's group, write the sample, and say how it compares with the stored one.
 
-    fuse: see `Synthesizer`; None for what the group was drawn with.
+    fuse: see `Synthesizer`; None for what the group was drawn with, as its parts and compilation are.
     moved: `model` and `teacher`, where they lie elsewhere now; weights are checked by digest all the same.
 
     Raises SynthkdError for an id outside the set, or where model or teacher are not the ones that drew it.
@@ -43,9 +46,12 @@ def replay_sample(
     group = sample_id // recipe.group_size
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
     job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
-    chosen: Any = fuse or _fused(set_dir, group, group // recipe.groups_per_shard)  # checked when the job is built
-    job = obey(replace(job, fuse=chosen), set_dir)
+    said = _environment(set_dir, group, group // recipe.groups_per_shard)
+    chosen: Any = fuse or _fused(said)  # checked when the job is built
+    job = obey(replace(job, fuse=chosen, compile=_compiled(said)), set_dir)
     stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
+    if (parts := plan_of(recipe.group_size, said.get("micro_batch"))) is not None:
+        stream.synthesizer.memory = parts
     for name in ("model_sha256", "fingerprint"):
         if stream.identity[name] != manifest[name]:
             raise SynthkdError(f"{set_dir}: model or teacher changed since the set was drawn ({name} differs)")
@@ -57,11 +63,23 @@ def replay_sample(
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)
 
 
-def _fused(set_dir: Path, group: int, shard: int) -> FuseChoice:
-    """What the environment of a drawn group says was fused; `auto` where the group or its environment is not known."""
+def _environment(set_dir: Path, group: int, shard: int) -> Mapping[str, Any]:
+    """The environment that a group was drawn in; empty where group or environment are not known."""
     row = read_index(set_dir).get(shard)
     key = next((g.environment for g in row.groups if g.group == group), "") if row else ""
-    said = str(read_environments(set_dir).get(key, {}).get("backend", ""))
+    return read_environments(set_dir).get(key, {})
+
+
+def _compiled(environment: Mapping[str, Any]) -> CompileChoice:
+    """How calls were compiled in an environment; `auto` where it is not known."""
+    said = str(environment.get("backend", ""))
+    found: dict[str, CompileChoice] = {f"compiled {mode}": mode for mode in MODES}
+    return next((mode for words, mode in found.items() if said.endswith(words)), "off" if said else "auto")
+
+
+def _fused(environment: Mapping[str, Any]) -> FuseChoice:
+    """What was fused in an environment; `auto` where it is not known."""
+    said = str(environment.get("backend", ""))
     parts: dict[str, FuseChoice] = {"fused decoder and denoiser": "all", "fused decoder": "decoder"}
     return next((choice for words, choice in parts.items() if words in said), "off" if said else "auto")
 

@@ -30,8 +30,8 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.runner import open_stream
-from synthkd.engine.workers import default_workers
 from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
+from synthkd.engine.workers import default_workers
 
 _log = logging.getLogger("synthkd")
 

@@ -71,33 +71,48 @@ class _Recorded:
         kind, rescale = self._tables.prediction_type, recipe.guidance_rescale
         return predict_x0(z, cond, uncond, recipe.guidance_scale, c.alpha, c.sigma, kind, rescale)
 
+    def begin(self) -> None:
+        """Forget the runs so far."""
+        self._at, self.calls = None, []
+
     def latents(self) -> Tensor:
         """Of the last run, [n,B,C,h,w]; what a call evaluated again, for its gradient, comes after the group."""
         size = self._recipe.group_size
         return torch.stack([torch.cat(parts)[:size] for parts in self.calls[-self._recipe.steps :]])
 
 
-def record(
-    model: LatentModel, recipe: Recipe, guidance: Guidance | None, decoder: Decoder | None, seed: int, group: int
-) -> Trajectory:
-    """Draw a group, as of a set without rounds and previews, and keep what its run went through.
+class Recorder:
+    """Draws groups, as of a set without rounds and previews, and keeps what their runs went through.
 
-    A function of (recipe, seed, group). Raises NonFiniteError where the group is not finite after all attempts.
+    decoder: what a guidance looks through, None for what the recipe says.
     """
-    recipe = replace(recipe, rounds=1, groups_per_round=0, previews=())
-    tables = solver_tables(
-        model.scheduler_config, recipe.steps, model.device, model.dtype,
-        sampler=recipe.sampler, eta=recipe.eta, spacing=recipe.spacing,
-    )  # fmt: skip
-    recorded = _Recorded(model, recipe, tables)
-    synth = Synthesizer(cast(LatentModel, recorded), recipe, guidance, decoder, "off", "off")
-    unit = Plan(recipe, Request(num_samples=(group + 1) * recipe.group_size, seed=seed)).unit(group)
-    batch = synth.run(unit, seed)
-    targets = synth._steering(unit, seed, batch.attempt).targets[: recipe.steps]
-    return Trajectory(recorded.latents(), torch.stack(list(targets)))
+
+    def __init__(
+        self, model: LatentModel, recipe: Recipe, guidance: Guidance | None = None, decoder: Decoder | None = None
+    ) -> None:
+        """See `Synthesizer`; nothing is fused or compiled here."""
+        self.recipe = recipe = replace(recipe, rounds=1, groups_per_round=0, previews=())
+        tables = solver_tables(
+            model.scheduler_config, recipe.steps, model.device, model.dtype,
+            sampler=recipe.sampler, eta=recipe.eta, spacing=recipe.spacing,
+        )  # fmt: skip
+        self._recorded = _Recorded(model, recipe, tables)
+        self._synth = Synthesizer(cast(LatentModel, self._recorded), recipe, guidance, decoder, "off", "off")
+        self._synth.memory = Synthesizer(model, recipe, guidance, decoder, "off", "off").memory  # no trial is recorded
+
+    def __call__(self, seed: int, group: int) -> Trajectory:
+        """One group; a function of (recipe, seed, group).
+
+        Raises NonFiniteError where it is not finite after all attempts.
+        """
+        unit = Plan(self.recipe, Request(num_samples=(group + 1) * self.recipe.group_size, seed=seed)).unit(group)
+        self._recorded.begin()
+        batch = self._synth.run(unit, seed)
+        targets = self._synth._steering(unit, seed, batch.attempt).targets[: self.recipe.steps]
+        return Trajectory(self._recorded.latents(), torch.stack(list(targets)))
 
 
-def pixels_at_once(images: int, height: int, width: int) -> int:
+def images_at_once(images: int, height: int, width: int) -> int:
     """How many of so many images of a size are decoded at once with their gradient: 2 megapixels, one at the least."""
     return max(1, min(images, 2**21 // (height * width)))
 
@@ -131,9 +146,9 @@ def calibrate(synthesizer: Synthesizer, cheap: Decoder, full: Decoder, seed: int
     recipe, guidance = synthesizer.recipe, synthesizer.guidance
     assert guidance is not None, "nothing to compare without a guidance"
     threshold, found = recipe.guidance.min_cosine, []
-    chunk = pixels_at_once(recipe.group_size, recipe.height, recipe.width)
+    chunk = images_at_once(recipe.group_size, recipe.height, recipe.width)
     try:
-        run = record(synthesizer.model, recipe, guidance, cheap, own_seed(seed, "calibration"), 0)
+        run = Recorder(synthesizer.model, recipe, guidance, cheap)(own_seed(seed, "calibration"), 0)
     except NonFiniteError:
         return Calibration((), 0.0, threshold, "vae")
     for call in range(recipe.steps):

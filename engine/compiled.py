@@ -14,7 +14,8 @@ from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.sampler import Clock, State, one_call
 
 CompileChoice = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "aot_eager"]
-COMPILE_CHOICES = ("auto", "off", "default", "reduce-overhead", "max-autotune", "aot_eager")
+MODES: tuple[CompileChoice, ...] = ("default", "reduce-overhead", "max-autotune", "aot_eager")
+COMPILE_CHOICES = ("auto", "off", *MODES)
 _MOST_GRAPHS = 64  # kinds of calls: guided or not, CFG or not, with Latent CutMix, noise and history or without
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 

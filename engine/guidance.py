@@ -50,7 +50,7 @@ class Guidance(Protocol):
 class GroupGuidance(Guidance, Protocol):
     """A guidance in two halves, which a group larger than the memory needs, and one with a memory of earlier calls.
 
-    `loss, terms, memory = judge([look(images)], targets, memory)`: `look` runs the networks on some of the group's
+    Calling it is `judge([look(images)], targets, begin())`: `look` runs the networks on some of the group's
     images, `judge` makes the loss of all that was seen. The memory starts as what `begin` gives; it lives for a group.
     """
 
@@ -119,7 +119,7 @@ def guidance_gradient(
 
 
 def _judged(loss_of: Any, images: list[Tensor], targets: Tensor, memory: Any) -> tuple[Tensor, Terms, Any]:
-    if hasattr(loss_of, "judge"):
+    if memory:  # without one a guidance is what it is when called
         judged: tuple[Tensor, Terms, Any] = loss_of.judge([loss_of.look(x) for x in images], targets, memory)
         return judged
     loss, terms = loss_of(images[0], targets)

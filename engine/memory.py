@@ -6,6 +6,7 @@ of two. What a library allocates for itself (cuDNN's workspaces, an allocator's 
 of the free memory is left for it.
 """
 
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,6 +204,17 @@ def checked_part(micro_batch: int | str) -> Any:
     if micro_batch == "auto" or (type(micro_batch) is int and micro_batch >= 1):
         return micro_batch
     raise SynthkdError(f"micro_batch is {micro_batch!r}; expected 'auto' or a whole number >= 1")
+
+
+def plan_of(group: int, key: object) -> MemoryPlan | None:
+    """The plan that an environment's `micro_batch` names; None where it names none."""
+    if key == group:
+        return MemoryPlan(group, group, group, group, False, 0, 0, "as drawn")
+    found = re.fullmatch(r"(\d+)/(\d+)/(\d+)(, checkpointed)?", str(key))
+    if found is None or not all(1 <= int(part) <= group for part in found.groups()[:3]):
+        return None
+    denoise, guide, decode = (int(part) for part in found.groups()[:3])
+    return MemoryPlan(group, denoise, guide, decode, bool(found[4]), 0, 0, "as drawn")
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -93,7 +93,10 @@ class PoolStream:
         if first is None:
             return
         pool = ProcessPoolExecutor(
-            self.workers, mp.get_context("spawn"), initializer=_start, initargs=(self.factory, self.threads, self._local.memory)
+            self.workers,
+            mp.get_context("spawn"),
+            initializer=_start,
+            initargs=(self.factory, self.threads, self._local.memory),
         )
         try:
             waiting.append(pool.submit(_run, first, seed))

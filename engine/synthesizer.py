@@ -17,15 +17,15 @@ from synthkd.engine.checkpointing import checkpointed
 from synthkd.engine.clock import StageClock
 from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
-from synthkd.engine.decoders import Decoder, PooledDecoder
+from synthkd.engine.decoders import Decoder
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
-from synthkd.engine.fitted import load_fitted_decoder
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
 from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
+from synthkd.engine.looked import looked_through
 from synthkd.engine.memory import MemoryPlan, checked_part
-from synthkd.engine.models import load_model, load_tiny_decoder, weights_digest, wrap_pipeline
+from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.sampler import Chunks, Steering, sample
@@ -105,7 +105,7 @@ class Synthesizer:
         self._compiled, self._micro_batch = CompiledCall(compile, model.device), checked_part(micro_batch)
         self._memory: MemoryPlan | None = None
         if micro_batch != "auto" and guidance is not None and not isinstance(guidance, GroupGuidance):
-            raise SynthkdError("micro_batch: this guidance sees whole groups only; expected look, judge, begin, attached")
+            raise SynthkdError("micro_batch: this guidance sees whole groups only: it has no look and judge")
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
         _check_prompts(model, recipe)
@@ -340,7 +340,7 @@ class Synthesizer:
         """How much of a group is computed at once, planned when it is first needed."""
         if self._memory is None:
             self._memory = self._planned()
-            if not self._memory.whole:
+            if not self._memory.whole or self._memory.reason.startswith("not measured"):
                 _log.info(self._memory.describe())
             if self._memory.checkpoint:
                 self._guide_through = checkpointed(self._look)
@@ -393,19 +393,3 @@ def _check_prompts(prior: LatentModel, recipe: Recipe) -> None:
     words = [recipe.word(c) for c in sorted(set(recipe.drawn_classes))]
     prompts = (template.replace("{class}", word) for template in recipe.prompts for word in words)
     prior.check_prompts(prompts, recipe.negative_prompt)
-
-
-def looked_through(prior: LatentModel, recipe: Recipe, decoder: str | None = None) -> Decoder:
-    """What guidance looks through: the recipe's decoder, or another one in its vocabulary.
-
-    `auto` is the prior's own here: only a set has a folder to keep a fitted one in.
-    """
-    asked = decoder or recipe.guidance.decoder
-    kind, _, rest = asked.partition(":")
-    if asked in ("auto", "vae"):
-        return prior.decoder
-    if kind == "pooled":
-        return PooledDecoder(prior.decoder, int(rest))
-    if kind == "fitted":
-        return load_fitted_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)
-    return load_tiny_decoder(rest, device=prior.device, dtype=prior.dtype, like=prior.decoder)

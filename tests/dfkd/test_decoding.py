@@ -20,7 +20,7 @@ from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec
-from synthkd.engine import Request, SynthkdError, config
+from synthkd.engine import Request, SynthkdError, config, write_shards
 from synthkd.engine.index import read_manifest
 from synthkd.engine.verify import verify_set
 
@@ -219,6 +219,14 @@ def test_a_named_decoder_is_tried_too(tiny_job: Any, build: Any, plain: Path, tm
     assert "decoder" not in trusted
     assert tried["model_sha256"] == trusted["model_sha256"] != read_manifest(plain)["model_sha256"]
     assert _pictures(tmp_path / "tried") == _pictures(plain) != _pictures(tmp_path / "trusted")
+
+
+def test_a_set_begun_from_python_goes_on_as_it_began(auto: Any, plain: Path, tmp_path: Path) -> None:
+    write_shards(auto.build().stream(Request(num_samples=COUNT, seed=5)), tmp_path / "set", shards=[0])
+    assert "decoder" not in read_manifest(tmp_path / "set")
+    draw(auto, tmp_path / "set")
+    assert read_manifest(tmp_path / "set")["decoder"]["chosen"] == "vae"
+    assert _pictures(tmp_path / "set") == _pictures(plain)
 
 
 def test_an_unguided_control_settles_nothing(auto: Any, tmp_path: Path) -> None:

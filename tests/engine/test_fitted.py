@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd.engine import SynthkdError
-from synthkd.engine.calibration import record
+from synthkd.engine.calibration import Recorder
 from synthkd.engine.fitted import (
     CARD,
     WEIGHTS,
@@ -105,7 +105,7 @@ def test_the_embedded_one_is_that_of_its_prior(caplog: pytest.LogCaptureFixture,
     wanted = recipe(
         classes=("three", "eight"), prompts=("the digit {class}",), height=32, width=32, classes_per_group=2
     )
-    for z in record(prior, wanted, None, None, seed=0, group=0).latents:
+    for z in Recorder(prior, wanted)(seed=0, group=0).latents:
         error = (found(z).clamp(0, 1) - prior.decoder(z).clamp(0, 1)).square().mean().sqrt()
         assert float(error) < 0.05  # found: 0.03; without the maps of means: 0.09 and more
 
