@@ -1,6 +1,8 @@
 """`synthkd bench`: the benchmark suites."""
 
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,11 +12,14 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
+from synthkd.bench.ablation import AblationSpec, measure_ablation, recorded
 from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
+from synthkd.bench.engine import EngineSpec, measure_engine, summary
+from synthkd.bench.engine_cases import EMBEDDED, case_names
 from synthkd.bench.kernels import dtype_name, measure, workloads
-from synthkd.bench.record import append_row
+from synthkd.bench.record import append_row, stamped
 from synthkd.dfkd.cli_options import Device, pick_device
 from synthkd.dfkd.cli_progress import Bars
 from synthkd.dfkd.presets import load_preset
@@ -160,6 +165,107 @@ def decoder(
         Console().print(table)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: synthkd bench engine --case embedded --seeds 0,1,2,3,4 --json --record")
+def engine(
+    case: Annotated[
+        list[str] | None, typer.Option(help="A case; may be repeated (default: embedded, and with a GPU all).")
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant; may be repeated (default: all).")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    num_images: Annotated[int | None, typer.Option(min=8, help="Images per set, not the preset's.")] = None,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Times and counts alone: no set, no student.")
+    ] = False,
+    counts: Annotated[
+        bool, typer.Option("--counts", help="Arithmetic alone, on meta tensors: nothing is drawn.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 5,
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/engine.jsonl.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
+    device: Device = None,
+) -> None:
+    """Groups drawn plain, guided, and as published: images/s, arithmetic, memory, and what a student makes of them.
+
+    Without a GPU the cases of random weights (sd15-256, sd15-512, sdxl-512, sdxl-1024) give counted arithmetic only.
+    """
+    preset, where, rows = load_preset("digits"), torch.device(pick_device(device)), []
+    images = None if no_quality else num_images or preset.num_images
+    for name in _known_cases(case or (case_names() if where.type == "cuda" else [EMBEDDED])):
+        spec = EngineSpec(
+            case=name, device=where, variants=variant or (), seeds=_numbers(seeds), repeats=repeats, num_images=images,
+            counts=counts,
+        )  # fmt: skip
+        for row in measure_engine(spec, preset, _tell):
+            rows.append(row)
+            _give(row, "engine", record, json_output)
+    if (last := summary(rows)) is not None:
+        _give(stamped(last), "engine", record, json_output)
+    if not json_output:
+        Console().print(_engine_table(rows))
+        Console().print_json(json.dumps(last)) if last else None
+    if any(row["failed"] for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: synthkd bench ablation --variants baseline,looks\\ 2 --seeds 0,1,2 --record")
+def ablation(
+    variants: Annotated[str, typer.Option(help="Names, such as 'baseline,every 2' (default: all).")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    num_images: Annotated[int | None, typer.Option(min=8, help="Images per set, not the preset's.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; each runs every variant once.")] = 3,
+    record: Annotated[
+        bool, typer.Option("--record", help="Append to bench/results/ablation.jsonl, skip what is there.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
+    device: Device = None,
+) -> None:
+    """Digits with one idea at a time on or off: what each costs, and what a student makes of the set."""
+    names = [name.strip() for name in variants.split(",") if name.strip()]
+    where, rows = torch.device(pick_device(device)), []
+    spec = AblationSpec(device=where, variants=names, seeds=_numbers(seeds), repeats=repeats, num_images=num_images)
+    for row in measure_ablation(spec, load_preset("digits"), recorded() if record else set(), _tell):
+        rows.append(row)
+        _give(row, "ablation", record, json_output)
+    if not json_output:
+        Console().print(_engine_table(rows))
+    if any(row["failed"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _give(row: dict[str, Any], name: str, record: bool, json_output: bool) -> None:
+    if record:
+        append_row(name, row)
+    if json_output:
+        print(json.dumps(row, sort_keys=True), flush=True)
+
+
+def _known_cases(names: Sequence[str]) -> Sequence[str]:
+    for name in names:
+        if name not in case_names():
+            raise SynthkdError(f"--case {name!r}: {suggest(name, case_names())}")
+    return names
+
+
+def _engine_table(rows: list[dict[str, Any]]) -> Table:
+    names = {
+        "images_per_second": "images/s", "times_plain": "x plain", "tflop_per_image": "TFLOP",
+        "percent_of_ceiling": "% roof", "peak_gb": "GB", "student_accuracy": "student", "judge_agreement": "judge",
+    }  # fmt: skip
+    table = Table(Column("work", min_width=20), *names.values())
+    for row in rows:
+        cells = ["FAILED: " + row["failed"]] if row["failed"] else [_cell(row[name]) for name in names]
+        table.add_row(f"{row['case']}: {row['variant']}, seed {row['seed']}", *cells)
+    return table
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _decoder_cells(entry: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ import torch
 from synthkd.bench import adversarial
 from synthkd.bench.decoder import DIRECTIONS, DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
+from synthkd.bench.engine import EngineSpec, measure_engine
 from synthkd.bench.kernels import measure, workloads
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
@@ -31,6 +32,14 @@ STATE = Path("build/gpu/done.json")
 SEEDS = range(5)
 TESTS = {"kernels": ["kernels"], "runs": ["engine", "test_gpu.py"]}  # folders and files of tests/
 FIRST, LATER = ("bfloat16", "float32"), ("float16",)  # a dtype costs a minute or two over all ops, mostly compiling
+# The engine's cases, and variants that are timed together: always with `plain`, and the baseline on the same card.
+ENGINE = {
+    "sd15-512": (("plain", "guided", "as-published"), ("plain", "tiny", "pooled:2", "vae")),
+    "sdxl-1024": (("plain", "guided"), ("plain", "as-published"), ("plain", "tiny", "pooled:2"), ("plain", "vae")),
+    "sd15-256": (("plain", "guided", "as-published"), ("plain", "tiny", "pooled:2", "vae")),
+    "sdxl-512": (("plain", "guided", "as-published"), ("plain", "tiny", "pooled:2", "vae")),
+}
+COMPILED = ("plain", "as-published", "as-published, compiled")
 LONGEST = 570  # seconds of one part, after which it is ended
 
 Parts = dict[str, Callable[[], None]]
@@ -86,6 +95,24 @@ def decoder_part(direction: str) -> None:
             _tell(f"decoder, {direction}: {name}: {entry['milliseconds'] or entry['failed']}")
 
 
+def engine_part(case: str, variants: tuple[str, ...]) -> None:
+    """Some variants of a case in one interleaved run, bfloat16; a row that failed is told and kept."""
+    spec = EngineSpec(case=case, device=torch.device("cuda"), variants=variants)
+    for row in measure_engine(spec, load_preset("digits"), _tell):
+        append_row("engine", row)
+        bar = row["bar_images_per_second"]
+        asked = "" if bar is None else f", bar {bar}: {'reached' if row['bar_reached'] else 'NOT reached'}"
+        speed = f"{row['images_per_second']} images/s, {row['percent_of_ceiling']} % of the roof, {row['peak_gb']} GB"
+        _tell(f"engine, {case}: {row['variant']}: {row['failed'] or speed + asked}")
+
+
+def engine_parts() -> Parts:
+    """All cases and groups of variants, those with bars first; the compiled baseline last, since it may not end."""
+    groups = [(case, variants) for case, found in ENGINE.items() for variants in found]
+    groups.append(("sd15-512", COMPILED))
+    return {f"engine: {case} {' + '.join(v)}": partial(engine_part, case, v) for case, v in groups}
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
@@ -95,6 +122,7 @@ def parts() -> Parts:
     found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
     found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
     found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
+    found |= engine_parts()
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}

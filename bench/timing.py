@@ -95,3 +95,26 @@ def copy_ceiling(device: torch.device, repeats: int = 11) -> float:
     watch.warm_up(lambda: to.copy_(source))
     median = watch.rounds({"copy": lambda: to.copy_(source)}, repeats)["copy"].median
     return 2 * size / median / 1e3
+
+
+def compute_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 11) -> float:
+    """TFLOP/s of a square matrix product or of a 3x3 convolution, whichever is faster, in the fastest of the repeats.
+
+    On a GPU 8192 a side, and 512 channels of 64 x 64 at batch 32; on a CPU 512, and 256 channels of 32 x 32 at batch 4.
+    Both, since on some processors the library of matrix products uses half of the vector width that convolutions do.
+    """
+    cuda = device.type == "cuda"
+    side, (batch, channels, pixels) = (8192, (32, 512, 64)) if cuda else (512, (4, 256, 32))
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))  # zeros would draw less power
+    x = torch.randn(batch, channels, pixels, pixels, device=device, dtype=dtype)
+    w = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+    x, w = (t.to(memory_format=torch.channels_last) for t in (x, w))
+    work: dict[Call, int] = {
+        lambda: a @ b: 2 * side**3,
+        lambda: torch.conv2d(x, w, padding=1): 18 * batch * channels**2 * pixels**2,
+    }
+    watch, found = Stopwatch(device), []
+    for call, flops in work.items():
+        watch.warm_up(call)
+        found.append(flops / min(watch.microseconds(call) for _ in range(repeats)) / 1e6)
+    return max(found)

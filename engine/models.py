@@ -18,7 +18,8 @@ from synthkd.engine.families import PARTS, XL, check_index
 from synthkd.engine.latent_model import LatentModel
 from synthkd.engine.priors import decode_dtype, wrap_pipeline
 
-__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline"]
+__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_pipeline",
+    "random_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline"]
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -221,6 +222,37 @@ def random_vae(seed: int = 0, **config: Any) -> nn.Module:
         torch.manual_seed(seed)
         vae: nn.Module = diffusers.AutoencoderKL(**fields)
     return vae.eval().requires_grad_(False)
+
+
+def random_pipeline(name: str, *, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A live pipeline of a published architecture (`engine.random_models.ARCHITECTURES`) with random weights.
+
+    For benchmarks, where weights do not matter; it has no text encoder and no tokenizer, so it is of use as
+    `random_models.random_prior` alone. Weights are drawn where they stay, in dtype: nothing passes through the host;
+    on the meta device they are not drawn. Raises SynthkdError for an unknown name or a missing diffusers.
+    """
+    from synthkd.engine.random_models import architecture, draw_weights
+
+    made, diffusers = architecture(name), _import_diffusers()
+    parts: dict[str, Any] = {"scheduler": diffusers.DDIMScheduler(**made.scheduler)}
+    for part, (kind, config) in made.networks.items():
+        with torch.device("meta"):
+            network = getattr(diffusers, kind)(**config)
+        parts[part] = draw_weights(network.to(dtype), torch.device(device), seed)
+    nothing = {part: nn.Identity() for part in PARTS[made.pipeline] if part not in parts}
+    flags = made.flags | ({"requires_safety_checker": False} if made.pipeline != XL else {"add_watermarker": False})
+    return getattr(diffusers, made.pipeline)(**parts, **nothing, **flags)
+
+
+def random_tiny_decoder(*, device: str | torch.device, dtype: torch.dtype, seed: int = 0) -> VaeDecoder:
+    """An AutoencoderTiny in TAESD's layout with random weights as a guidance decoder: for benchmarks."""
+    from synthkd.engine.random_models import draw_weights
+
+    diffusers = _import_diffusers()
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderTiny()
+    network = draw_weights(vae.to(dtype), torch.device(device), seed)
+    return VaeDecoder(network, vae.config.scaling_factor, vae.config.shift_factor)
 
 
 def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:
