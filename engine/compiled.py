@@ -86,7 +86,8 @@ class CompiledCall:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         before = counters["stats"]["unique_graphs"]
         kind = (zero is None, cfg, call.src_map is None, call.noise is None, state.before is None, len(state.z))
-        with clock("step" if kind in self._kinds else "compile"), torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
+        settings = torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS)
+        with clock("step" if kind in self._kinds else "compile"), settings:
             out = self._call(setup, denoise, state, call, zero, cfg, _still)
         self.graphs += counters["stats"]["unique_graphs"] - before
         self._kinds.add(kind)
