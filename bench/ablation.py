@@ -14,9 +14,10 @@ import torch
 
 from synthkd.bench import quality
 from synthkd.bench.engine import Row, Tell, Timing, count_embedded, rows_of, time_variants
-from synthkd.bench.engine_cases import EMBEDDED, Entrant, pick
+from synthkd.bench.engine_cases import EMBEDDED, FULL_COST, Entrant, pick
 from synthkd.bench.record import RESULTS, stamped
 from synthkd.dfkd.presets import Preset, unguided
+from synthkd.engine import CutMixSpec
 
 Change = Callable[[Preset], Preset]
 _PLAIN = "plain"
@@ -47,17 +48,39 @@ def drawing(**changes: Any) -> Change:
     return lambda preset: recipe_with(preset, **changes)
 
 
+def teaching(**changes: Any) -> Change:
+    """A change of the guidance's terms."""
+    return lambda preset: replace(preset, job=replace(preset.job, **changes))
+
+
+def small_groups(**terms: Any) -> Change:
+    """One image per class and group, a quarter of the preset's; without Latent CutMix, which needs partners."""
+    single = drawing(samples_per_class=1, cutmix=CutMixSpec())
+    return lambda preset: single(teaching(**terms)(preset))
+
+
 VARIANTS: dict[str, Change] = {
     "baseline": lambda preset: preset,
+    "full cost": guiding(**FULL_COST),
     **{f"decoder {kind}": guiding(decoder=kind) for kind in ("vae", "pooled:2", "pooled:4")},
-    **{f"every {n}": guiding(every=n) for n in (2, 4)},
-    **{f"guided {name}": guiding(start=span[0], stop=span[1]) for name, span in _HALVES.items()},
-    "guided all": guiding(start=0.0, stop=1.0, every=1),
+    "gradient unet": guiding(gradient="unet"),
+    "every call": guiding(every=1),
+    "every call, scale 0.7": guiding(every=1, scale=0.7),
+    "every 4": guiding(every=4),
+    "scale 0.7": guiding(scale=0.7),
+    "scale 1.4": guiding(scale=1.4),
+    **{f"guided {name}": guiding(start=span[0], stop=span[1], every=1) for name, span in _HALVES.items()},
+    "cfg all": drawing(cfg_start=0.0, cfg_stop=1.0),
     **{f"cfg {name}": drawing(cfg_start=span[0], cfg_stop=span[1]) for name, span in _HALVES.items()},
     "cfg none": drawing(cfg_start=0.0, cfg_stop=0.0),
-    "cfg all": drawing(cfg_start=0.0, cfg_stop=1.0),
-    **{f"schedule {name}": guiding(schedule=name) for name in ("sigma", "constant", "cosine", "polyak")},
+    **{f"schedule {name}": guiding(schedule=name) for name in ("constant", "cosine", "polyak")},
     "looks 2": guiding(looks=2),
+    "bn_momentum 0.5": teaching(bn_momentum=0.5),
+    "no cutmix": drawing(cutmix=CutMixSpec()),
+    "groups of 10": small_groups(),
+    "groups of 10, bn_momentum 0.5": small_groups(bn_momentum=0.5),
+    "groups of 10, bn_momentum 0.9": small_groups(bn_momentum=0.9),
+    "previews": drawing(previews=(0.4, 0.6, 0.8)),
 }
 
 
@@ -78,7 +101,7 @@ def settings_digest(preset: Preset) -> str:
     plain = {
         "recipe": job.recipe.to_dict(), "student": asdict(preset.distill), "images": preset.num_images,
         "networks": [job.model, job.teacher, list(job.loras), preset.judge, preset.test_set, job.device],
-        "weights": [job.alpha, job.beta, job.gamma, job.divergence, job.entropy, job.head],
+        "weights": [job.alpha, job.beta, job.gamma, job.divergence, job.entropy, job.head, job.bn_momentum],
     }  # fmt: skip
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]
 

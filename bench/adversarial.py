@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from synthkd.bench.quality import short
 from synthkd.bench.record import stamped
 from synthkd.dfkd.data import load_synthetic, load_test_set
 from synthkd.dfkd.evaluate import evaluate
@@ -13,7 +14,6 @@ from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.run import StudentJob, reading, train_students
-from synthkd.dfkd.student import DistillSpec
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Request
 
@@ -33,12 +33,7 @@ def run_seed(preset: Preset, gamma: float, rounds: int, seed: int, out: Path, pr
     cards = _students(made, seed, out)
     found = {name: _scores(this, out / name / "shards", cards[name]) for name, this in made.items()}
     settings = {"preset": preset.name, "gamma": gamma, "rounds": rounds, "num_images": preset.num_images, "seed": seed}
-    return stamped({**settings, "short_steps": _short(preset).steps, "variants": found})
-
-
-def _short(preset: Preset) -> DistillSpec:
-    """A fifth of the steps: far from the ceiling, where sets can differ."""
-    return replace(preset.distill, steps=max(1, preset.distill.steps // 5))
+    return stamped({**settings, "short_steps": short(preset.distill).steps, "variants": found})
 
 
 def _students(made: Mapping[str, Preset], seed: int, out: Path) -> dict[str, dict[str, Path]]:
@@ -46,7 +41,7 @@ def _students(made: Mapping[str, Preset], seed: int, out: Path) -> dict[str, dic
     specs = {
         (name, kind): (this, spec)
         for name, this in made.items()
-        for kind, spec in (("student", this.distill), ("short_student", _short(this)))
+        for kind, spec in (("student", this.distill), ("short_student", short(this.distill)))
     }
     jobs = [
         StudentJob(

@@ -243,10 +243,10 @@ def _embedded(spec: EngineSpec, preset: Preset, tell: Tell) -> Iterator[Row]:
         for key, row in rows.items()
         if not row["failed"]
     }
+    yield from (row for key, row in rows.items() if key not in jobs)
     for key, found in quality.score_all(jobs):
         tell(f"seed {key[0]}, {key[1]}: {found}")
-        rows[key] |= {"num_images": spec.num_images, **found}
-    yield from rows.values()
+        yield {**rows[key], "num_images": spec.num_images, **found}
 
 
 def count_embedded(entrant: Entrant) -> float:

@@ -22,7 +22,7 @@ from synthkd.engine.models import random_tiny_decoder
 from synthkd.engine.random_models import random_prior
 
 EMBEDDED = "embedded"
-# Guidance at its full cost: the VAE at every call, at the scale that was chosen for that (docs/log.md, the digits preset).
+# Guidance at its full cost: the VAE at every call, at the scale that was chosen for that (docs/log.md).
 FULL_COST: Mapping[str, object] = {"decoder": "vae", "start": 0.0, "stop": 1.0, "every": 1, "scale": 0.7}
 TEACHER_SIZE = (224, 224)
 _CLASSES = 1000

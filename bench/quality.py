@@ -16,7 +16,7 @@ from synthkd.dfkd.data import LabelledImages, load_test_set
 from synthkd.dfkd.evaluate import evaluate, predict
 from synthkd.dfkd.metrics import set_features
 from synthkd.dfkd.run import reading
-from synthkd.dfkd.student import distill
+from synthkd.dfkd.student import DistillSpec, distill
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Plan, Request
 from synthkd.engine.runner import follow_parent
@@ -24,6 +24,7 @@ from synthkd.engine.workers import cores
 
 FIELDS = (
     "student_accuracy",
+    "short_student_accuracy",
     "judge_agreement",
     "teacher_agreement",
     "class_balance",
@@ -55,8 +56,20 @@ def drawn_set(job: QualityJob) -> LabelledImages:
     drawer, recipe = job.entrant.build(), job.entrant.preset.job.recipe
     plan = Plan(recipe, Request(num_samples=job.num_images, seed=job.seed))
     batches = [drawer.run(unit, job.seed) for unit in plan.units()]
-    images, labels = (torch.cat([getattr(b, name).cpu() for b in batches]) for name in ("images", "labels"))
-    return LabelledImages(images, labels, recipe.classes)
+    shown = [(b.images, *(p.images for p in b.previews)) for b in batches]
+    images = torch.cat([torch.stack(each, 1).flatten(0, 1).cpu() for each in shown])  # a sample, then its previews
+    each = 1 + len(recipe.previews)
+    labels = torch.cat([b.labels.cpu() for b in batches]).repeat_interleave(each)
+    marks = (torch.arange(len(images)) % each > 0) if each > 1 else None
+    return LabelledImages(images, labels, recipe.classes, marks)
+
+
+def finished(data: LabelledImages) -> LabelledImages:
+    """Without previews, for whoever reads or counts."""
+    if data.previews is None:
+        return data
+    keep = ~data.previews
+    return LabelledImages(data.images[keep], data.labels[keep], data.classes)
 
 
 def score(job: QualityJob) -> dict[str, Any]:
@@ -64,7 +77,8 @@ def score(job: QualityJob) -> dict[str, Any]:
     preset = job.entrant.preset
     if preset.job.device == "cpu":
         torch.set_num_threads(1)
-    teacher, data = load_teacher(preset.job.teacher, preset.job.device), drawn_set(job)
+    teacher, everything = load_teacher(preset.job.teacher, preset.job.device), drawn_set(job)
+    data = finished(everything)
     found = unknown() | {"teacher_agreement": reading(teacher, data)}
     if preset.judge:
         judge = load_teacher(preset.judge, preset.job.device)
@@ -72,10 +86,16 @@ def score(job: QualityJob) -> dict[str, Any]:
         found["class_balance"] = class_balance(predict(judge, data.images).argmax(dim=1), len(data.classes))
         found["intra_class_feature_distance"] = spread(set_features(judge, data.images), data.labels)
     if preset.test_set:
-        student = distill(data, teacher, replace(preset.distill, seed=job.seed)).net
         test = load_test_set(preset.test_set, teacher.classes, teacher.input_size)
-        found["student_accuracy"] = round(evaluate(student, test).accuracy, 2)
+        for name, spec in (("student", preset.distill), ("short_student", short(preset.distill))):
+            student = distill(everything, teacher, replace(spec, seed=job.seed)).net
+            found[f"{name}_accuracy"] = round(evaluate(student, test).accuracy, 2)
     return found
+
+
+def short(spec: DistillSpec) -> DistillSpec:
+    """A fifth of the steps: far from the ceiling, where sets can differ."""
+    return replace(spec, steps=max(1, spec.steps // 5))
 
 
 def class_balance(read: Tensor, classes: int) -> float:
