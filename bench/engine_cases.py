@@ -22,6 +22,7 @@ from synthkd.engine.models import random_tiny_decoder
 from synthkd.engine.random_models import random_prior
 
 EMBEDDED = "embedded"
+ALL_CFG = ", all CFG"  # ends the name of a variant with classifier-free guidance at every call
 # Guidance at its full cost: the VAE at every call, at the scale that was chosen for that (docs/log.md).
 FULL_COST: Mapping[str, object] = {"decoder": "vae", "start": 0.0, "stop": 1.0, "every": 1, "scale": 0.7}
 TEACHER_SIZE = (224, 224)
@@ -33,7 +34,7 @@ class Case:
     """Images of height x width from a published architecture.
 
     group: images that are drawn at once; published: the same of the as-published method, which keeps the activations of
-    denoiser and VAE for its gradient. bars: images per second that issue 5 asks of one H200, by variant.
+    denoiser and VAE for its gradient. bars: images per second that are aimed at on one H200, by variant.
     """
 
     architecture: str
@@ -110,7 +111,7 @@ def embedded_variants(preset: Preset) -> dict[str, Entrant]:
     if (preset.job.recipe.cfg_start, preset.job.recipe.cfg_stop) != (0.0, 1.0):
         for name in ("plain", "guided", "as-published"):
             entrant = found[name]
-            found[f"{name}, all CFG"] = replace(entrant, preset=_with(entrant.preset, cfg_start=0.0, cfg_stop=1.0))
+            found[name + ALL_CFG] = replace(entrant, preset=_with(entrant.preset, cfg_start=0.0, cfg_stop=1.0))
     return found
 
 

@@ -52,10 +52,11 @@ def settle_decoder(
         return job
     if (folder / MANIFEST).exists() and (done := _frozen(job, folder)) is not None:
         return done
+    synth = job.build()
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder), _one_thread(job.device):
-        synth = job.build()
-        claim_folder(folder, synth.identity(request.seed), request.num_samples, job.source())
+        declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
+        claim_folder(folder, declared, request.num_samples, job.source())
         if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:
             note_decoder(folder, _as_begun(job))
         try:

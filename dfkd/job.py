@@ -62,7 +62,7 @@ class SynthJob:
             raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
         checked_part(self.micro_batch)
         if self.compile not in COMPILE_CHOICES:
-            raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES)}")
+            raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES[:-1])}")
         if (decoder := recipe.guidance.decoder).startswith("fitted:"):
             read_decoder_card(decoder.removeprefix("fitted:"))
         if len(card.classes) != len(recipe.classes):

@@ -49,7 +49,7 @@ def digits() -> Preset:
         steps=20,
         guidance_scale=2.0,
         cfg_start=0.5,
-        guidance=GuidanceSpec(scale=1.0, every=2, decoder="fitted:embedded:digits"),
+        guidance=GuidanceSpec(scale=0.8, start=0.4, decoder="fitted:embedded:digits"),
         cutmix=CutMixSpec(every=8, last_clean=8, alpha=4.0),
         classes_per_group=10,
         samples_per_class=4,

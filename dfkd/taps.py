@@ -196,25 +196,28 @@ def merged_taps(parts: Sequence[list[Tap]]) -> list[Tap]:
     return [taps[0]._replace(stats=reduce(merge_stats, [t.stats for t in taps])) for taps in zip(*parts, strict=True)]
 
 
-def averaged(
-    taps: list[Tap], memory: tuple[tuple[Tensor, Tensor], ...], momentum: float
-) -> tuple[list[Tap], tuple[tuple[Tensor, Tensor], ...]]:
+Memory = dict[str, tuple[Tensor, Tensor]]
+
+
+def averaged(taps: list[Tap], memory: Memory | None, momentum: float) -> tuple[list[Tap], Memory | None]:
     """Taps whose means and variances are momentum parts of memory, the rest the group's; and the new memory.
 
-    memory: (mean, variance) of each tap, [C] each; empty: the taps as they are. A layer that a pass uses more than
-    once, or not at all, has no memory of its own: then ValueError.
+    memory: layer name -> (mean, variance), [C] each; None: the taps as they are. A layer that a pass uses more than
+    once has no memory of its own: then SynthkdError.
     """
-    if not memory:
+    if memory is None:
         return taps, memory
-    if len(memory) != len(taps):
-        raise ValueError(f"{len(taps)} taps, {len(memory)} in memory: bn_momentum needs each layer used once")
+    if len({t.name for t in taps}) < len(taps):
+        raise SynthkdError("guidance: bn_momentum needs a teacher that uses each BatchNorm layer once; set it to 0")
+
     def mixed(now: Tensor, before: Tensor) -> Tensor:
         return torch.lerp(now, before.to(now), momentum)
 
-    pairs = zip(taps, memory, strict=True)
-    after = tuple((mixed(t.stats.mean, mean), mixed(t.stats.var, var)) for t, (mean, var) in pairs)
-    made = [t._replace(stats=BatchNormStats(1, mean, var)) for t, (mean, var) in zip(taps, after, strict=True)]
-    return made, after
+    after = {
+        t.name: (mixed(t.stats.mean, memory[t.name][0]), mixed(t.stats.var, memory[t.name][1])) for t in taps
+    }
+    made = [t._replace(stats=BatchNormStats(1, *after[t.name])) for t in taps]
+    return made, {**memory, **after}
 
 
 @torch.no_grad()

@@ -67,18 +67,19 @@ class _Recorded:
         return found, other
 
     def _predicted(self, z: Tensor, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        c, recipe = self._tables.at((len(self.calls) - 1) % self._recipe.steps), self._recipe
+        c, recipe = self._tables.at(len(self.calls) - 1), self._recipe
         kind, rescale = self._tables.prediction_type, recipe.guidance_rescale
         return predict_x0(z, cond, uncond, recipe.guidance_scale, c.alpha, c.sigma, kind, rescale)
 
-    def begin(self) -> None:
-        """Forget the runs so far."""
+    def conditions(self, *arguments: Any) -> tuple[Conditioning, Conditioning | None]:
+        """Asked for once an attempt at a group, which begins here: what came before is forgotten."""
         self._at, self.calls = None, []
+        return self._model.conditions(*arguments)
 
     def latents(self) -> Tensor:
         """Of the last run, [n,B,C,h,w]; what a call evaluated again, for its gradient, comes after the group."""
         size = self._recipe.group_size
-        return torch.stack([torch.cat(parts)[:size] for parts in self.calls[-self._recipe.steps :]])
+        return torch.stack([torch.cat(parts)[:size] for parts in self.calls])
 
 
 class Recorder:
@@ -97,8 +98,12 @@ class Recorder:
             sampler=recipe.sampler, eta=recipe.eta, spacing=recipe.spacing,
         )  # fmt: skip
         self._recorded = _Recorded(model, recipe, tables)
-        self._synth = Synthesizer(cast(LatentModel, self._recorded), recipe, guidance, decoder, "off", "off")
-        self._synth.memory = Synthesizer(model, recipe, guidance, decoder, "off", "off").memory  # no trial is recorded
+        part = images_at_once(recipe.group_size, recipe.height, recipe.width)  # not by the free memory: bits hang on it
+        split = guidance is None or isinstance(guidance, GroupGuidance)
+        self._synth = Synthesizer(
+            cast(LatentModel, self._recorded), recipe, guidance, decoder, "off", "off",
+            micro_batch=part if split else recipe.group_size,
+        )  # fmt: skip
 
     def __call__(self, seed: int, group: int) -> Trajectory:
         """One group; a function of (recipe, seed, group).
@@ -106,7 +111,6 @@ class Recorder:
         Raises NonFiniteError where it is not finite after all attempts.
         """
         unit = Plan(self.recipe, Request(num_samples=(group + 1) * self.recipe.group_size, seed=seed)).unit(group)
-        self._recorded.begin()
         batch = self._synth.run(unit, seed)
         targets = self._synth._steering(unit, seed, batch.attempt).targets[: self.recipe.steps]
         return Trajectory(self._recorded.latents(), torch.stack(list(targets)))

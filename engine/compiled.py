@@ -1,8 +1,10 @@
 """One denoiser call as one graph: UNet, CFG, decode, teacher, loss, gradient and update under torch.compile."""
 
 import types
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,7 +35,7 @@ def _denoised(denoise: Any, z: Tensor, t: Tensor, cfg: bool) -> Any:
 class _CompiledParts:
     """A denoiser through a compiled function."""
 
-    function: Any
+    function: Callable[..., Any]
     denoise: Any
 
     def __call__(self, z: Tensor, t: Tensor, cfg: bool) -> Any:
@@ -56,7 +58,7 @@ class CompiledCall:
     def __init__(self, choice: CompileChoice, device: torch.device) -> None:
         """See the class."""
         if choice not in COMPILE_CHOICES:
-            raise SynthkdError(f"compile {choice!r}: {suggest(choice, COMPILE_CHOICES)}")
+            raise SynthkdError(f"compile {choice!r}: {suggest(choice, COMPILE_CHOICES[:-1])}")
         if choice == "auto":
             choice = "default" if device.type == "cuda" else "off"
         self.choice, self.graphs = str(choice), 0
@@ -70,12 +72,15 @@ class CompiledCall:
         return None if self.choice == "off" else self._advance
 
     def in_parts(self, denoise: Any) -> Any:
-        """A denoiser for a group that is computed in parts: its calls alone are compiled, one graph per part's size."""
+        """A denoiser for a group that is computed in parts: its calls alone are compiled, one graph per part's size.
+
+        The time of compiling is in the first group's `denoise`.
+        """
         if self.choice == "off":
             return denoise
         if self._parts is None:
             self._parts = self._compile(_denoised)
-        return _CompiledParts(self._parts, denoise)
+        return _CompiledParts(partial(self._counted, self._parts), denoise)
 
     def _advance(
         self, setup: Any, denoise: Any, state: State, call: Any, zero: Tensor | None, cfg: bool, clock: Clock
@@ -84,15 +89,19 @@ class CompiledCall:
             self._call = self._compile(one_call)
         if self.choice in _CUDA_GRAPHS:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        before = counters["stats"]["unique_graphs"]
         kind = (zero is None, cfg, call.src_map is None, call.noise is None, state.before is None, len(state.z))
-        settings = torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS)
-        with clock("step" if kind in self._kinds else "compile"), settings:
-            out = self._call(setup, denoise, state, call, zero, cfg, _still)
-        self.graphs += counters["stats"]["unique_graphs"] - before
+        with clock("step" if kind in self._kinds else "compile"):
+            out = self._counted(self._call, setup, denoise, state, call, zero, cfg, _still)
         self._kinds.add(kind)
         if self.choice in _CUDA_GRAPHS:  # a replay writes over what the one before returned
             out = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
+        return out
+
+    def _counted(self, function: Any, *arguments: Any) -> Any:
+        before = counters["stats"]["unique_graphs"]
+        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
+            out = function(*arguments)
+        self.graphs += counters["stats"]["unique_graphs"] - before
         return out
 
     def _compile(self, function: Any) -> Any:

@@ -257,6 +257,8 @@ class Recipe:
         shares = self.previews
         _check(all(0 < p < 1 for p in shares), "previews", shares, "shares of the run above 0 and below 1")
         calls = [self.preview_call(p) for p in shares]
+        early = all(call < self.steps - 1 for call in calls)
+        _check(early, "previews", shares, f"shares before the last of {self.steps} calls")
         names = [round(100 * p) for p in shares]
         rising = all(a < b for a, b in pairwise(calls)) and all(a < b for a, b in pairwise(names))
         _check(rising, "previews", shares, f"rising shares that name different calls of {self.steps}, a percent apart")

@@ -63,7 +63,7 @@ class GroupGuidance(Guidance, Protocol):
         ...
 
     def begin(self) -> Any:
-        """The memory that a group starts with: tensors in tuples, or None."""
+        """The memory that a group starts with, tensors in tuples or dicts; None for a guidance without one."""
         ...
 
     def attached(self) -> AbstractContextManager[None]:
@@ -119,7 +119,7 @@ def guidance_gradient(
 
 
 def _judged(loss_of: Any, images: list[Tensor], targets: Tensor, memory: Any) -> tuple[Tensor, Terms, Any]:
-    if memory:  # without one a guidance is what it is when called
+    if memory is not None:  # without one a guidance is what it is when called
         judged: tuple[Tensor, Terms, Any] = loss_of.judge([loss_of.look(x) for x in images], targets, memory)
         return judged
     loss, terms = loss_of(images[0], targets)
@@ -167,11 +167,13 @@ def chunked_gradient(
         for view, part, wanted in zip(views, parts, cotangents, strict=True):
             leaf = zero[part].detach().requires_grad_()
             with torch.enable_grad():
-                grads.append(_pulled_back(view(latent(part, leaf)), wanted, leaf))
+                grad = _pulled_back(view(latent(part, leaf)), wanted, leaf)
+            grads.append(grad.float() / HALF_LOSS_SCALE if half else grad)
         total = torch.cat(grads) if total is None else total + torch.cat(grads)
     assert total is not None
     loss = torch.stack([value for value, _, _ in found]).sum() / len(found)
-    return _finished(total / len(found), half, loss, *found[0][1:])
+    after = None if memory is None else found[0][2]
+    return _finished(total / len(found), False, loss, found[0][1], after)
 
 
 def _view_of(loss_of: GroupGuidance, decode: Decode, look: Look | None, part: slice) -> Callable[[Tensor], Any]:

@@ -197,9 +197,17 @@ def claim_folder(folder: Path, identity: Mapping[str, Any], num_samples: int, so
     Raises SynthkdError where it holds another recipe's set; the message names the first difference.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    identity = dict(identity)
+    look = identity.pop("look", None)  # decided, not declared: it stands in the decoder note
     if (folder / MANIFEST).exists():
         have = read_manifest(folder)
         _refuse_other(folder, have, identity)
+        decided = decoder_note(have).get("chosen")
+        if None not in (decided, look) and decided != look:
+            raise SynthkdError(
+                f"{folder}: its guidance looks through {decided!r}, as its manifest decided, not through {look!r}; "
+                "go on with the command that began it, or synthkd.dfkd.draw_set"
+            )
         num_samples = max(num_samples, int(have["num_samples"]))
         if num_samples == have["num_samples"]:
             return

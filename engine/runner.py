@@ -73,7 +73,9 @@ class PoolStream:
 
     @cached_property
     def _local(self) -> Synthesizer:
-        return self.factory()
+        made = self.factory()
+        made.processes = self.workers
+        return made
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,6 +123,7 @@ def open_stream(factory: Factory, plan: Plan, workers: int) -> Any:
     if workers > 1:
         return PoolStream(factory, plan, workers)
     synthesizer = factory()
+    synthesizer.processes = 1
     if synthesizer.model.device.type == "cpu":
         torch.set_num_threads(1)
     return synthesizer.stream(plan.request)

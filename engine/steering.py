@@ -9,10 +9,12 @@ from torch.nn.functional import one_hot
 
 from synthkd.engine import augment, rng
 from synthkd.engine.config import Recipe
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.guidance import step_sizes
+from synthkd.engine.latent_model import LatentModel
 from synthkd.engine.plan import WorkUnit
 from synthkd.engine.sampler import Steering
-from synthkd.engine.schedule import Tables
+from synthkd.engine.schedule import Tables, solver_tables
 
 
 def noise(shape: Sequence[int], ids: Iterable[int], seed: int, purpose: str, attempt: int) -> Tensor:
@@ -77,3 +79,23 @@ def _looks(
         ]
         for i in range(steps)
     ]
+
+
+def tables_of(model: LatentModel, recipe: Recipe) -> Tables:
+    """The solver's tables; raises SynthkdError where recipe and prior disagree."""
+    config = model.scheduler_config
+    tables = solver_tables(
+        config,
+        recipe.steps,
+        model.device,
+        model.dtype,
+        sampler=recipe.sampler,
+        eta=recipe.eta,
+        spacing=recipe.spacing,
+    )
+    if recipe.prediction_type not in ("model", tables.prediction_type):
+        raise SynthkdError(
+            f"recipe: prediction_type is {recipe.prediction_type!r}; the prior's scheduler says "
+            f"{tables.prediction_type!r}: leave the field out, or mend the prior's scheduler_config.json"
+        )
+    return tables

@@ -29,8 +29,8 @@ from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.sampler import Chunks, Steering, sample
-from synthkd.engine.schedule import Tables, schedule_identity, solver_tables
-from synthkd.engine.steering import noise, steering
+from synthkd.engine.schedule import schedule_identity
+from synthkd.engine.steering import noise, steering, tables_of
 from synthkd.kernels import to_uint8
 
 _log = logging.getLogger("synthkd")
@@ -101,15 +101,18 @@ class Synthesizer:
             network.to(model.device)
         self._declared = decoder or looked_through(model, recipe)
         self._look = looked_through(model, recipe, look) if look else self._declared
+        named = look or ("vae" if recipe.guidance.decoder == "auto" else recipe.guidance.decoder)
+        self._look_kind = "given" if decoder is not None and look is None else named.partition(":")[0]
         self._guide_through: Callable[[Tensor], Tensor] = self._look
         self._compiled, self._micro_batch = CompiledCall(compile, model.device), checked_part(micro_batch)
         self._memory: MemoryPlan | None = None
+        self.processes: int | None = None  # that draw at once here and share the memory; None: as many as by default
         if micro_batch != "auto" and guidance is not None and not isinstance(guidance, GroupGuidance):
             raise SynthkdError("micro_batch: this guidance sees whole groups only: it has no look and judge")
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
         _check_prompts(model, recipe)
-        self._tables = _tables(model, recipe)
+        self._tables = tables_of(model, recipe)
         self._digest: str | None = None
 
     @classmethod
@@ -190,6 +193,7 @@ class Synthesizer:
             "seed": seed,
             "guidance": described,
             "model_sha256": self._digest,
+            "look": self._look_kind,
             "solver": {"eps": "from the shifted x0" if self.recipe.guidance.rederive_eps else "from the denoiser's x0"},
             "versions": versions(),
         }
@@ -250,7 +254,7 @@ class Synthesizer:
             self._settle(stack)
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
-            steer, parted = self._steering(unit, seed, attempt), any(self._chunks)
+            steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
             if parted:
                 denoise = self._compiled.in_parts(denoise)
             drawn = sample(
@@ -321,7 +325,14 @@ class Synthesizer:
     def _conditions(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:
         recipe = self.recipe
         size = (recipe.height, recipe.width)
-        return self.model.conditions(prompts, recipe.negative_prompt, recipe.guidance_scale, size)
+        cond, uncond = self.model.conditions(prompts, recipe.negative_prompt, recipe.guidance_scale, size)
+        interval = (recipe.cfg_start, recipe.cfg_stop)
+        if uncond is None and recipe.guidance_scale > 1 and interval != (0.0, 1.0):
+            raise SynthkdError(
+                f"recipe: cfg_start, cfg_stop is {interval}; this model has its guidance scale embedded: "
+                "leave them out"
+            )
+        return cond, uncond
 
     def _steering(self, unit: WorkUnit, seed: int, attempt: int) -> Steering:
         """All that the group's calls need, made before the loop starts."""
@@ -360,27 +371,7 @@ class Synthesizer:
         told = Prompted(self.model, *self._conditions((first,)))
         with ExitStack() as stack:
             self._settle(stack)
-            return plan_group(self.model, self.recipe, self._tables, self._look, self.guidance, told)
-
-
-def _tables(model: LatentModel, recipe: Recipe) -> Tables:
-    """The solver's tables; raises SynthkdError where recipe and prior disagree."""
-    config = model.scheduler_config
-    tables = solver_tables(
-        config,
-        recipe.steps,
-        model.device,
-        model.dtype,
-        sampler=recipe.sampler,
-        eta=recipe.eta,
-        spacing=recipe.spacing,
-    )
-    if recipe.prediction_type not in ("model", tables.prediction_type):
-        raise SynthkdError(
-            f"recipe: prediction_type is {recipe.prediction_type!r}; the prior's scheduler says "
-            f"{tables.prediction_type!r}: leave the field out, or mend the prior's scheduler_config.json"
-        )
-    return tables
+            return plan_group(self.model, self.recipe, self._tables, self._look, self.guidance, told, self.processes)
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -65,8 +65,9 @@ def _checkpoint(folder: Path, manifest: Mapping[str, Any], round_: int) -> list[
 
 def _decoder(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Problems of the guidance decoder that was fitted for the set."""
-    wanted, found = decoder_note(manifest).get("sha256"), found_decoder(folder)
-    if wanted is None or found == wanted:
+    note = decoder_note(manifest)
+    wanted, found = note.get("sha256"), found_decoder(folder)
+    if wanted is None or found == wanted or note.get("chosen") == "vae":
         return []
     if found is None:
         return ["decoder: a file of the set's own decoder is missing; run the command that drew the set again"]

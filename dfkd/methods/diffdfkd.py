@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from synthkd.dfkd.losses import DIVERGENCES, bn_distance, class_scores, disagreement, entropy, head_alignment
-from synthkd.dfkd.taps import averaged, batchnorm_layers
+from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
 from synthkd.dfkd.teachers import Look, Teacher, merged_looks
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Terms
@@ -23,9 +23,6 @@ from synthkd.engine.settings import architecture_of
 KIND = "diffdfkd"
 # For teachers without statistics, where nothing was said. Not measured: a starting point, no recommendation.
 DEFAULT_ENTROPY, DEFAULT_HEAD = 0.1, 0.5
-
-
-Memory = tuple[tuple[Tensor, Tensor], ...]
 
 
 class Evidence(NamedTuple):
@@ -125,20 +122,20 @@ class TeacherGuidance:
         told = self.student(images) if self.gamma > 0 and self.student is not None else None
         return Evidence(self.teacher.look(images), told)
 
-    def begin(self) -> Memory:
+    def begin(self) -> Memory | None:
         """The running statistics themselves: what the group's are averaged with before it has any."""
         if self.bn_momentum == 0 or self.alpha == 0:
-            return ()
-        return tuple((layer.running_mean, layer.running_var) for layer in self._normed())
-
-    def _normed(self) -> list[Any]:
-        return list(batchnorm_layers(self.teacher.net).values())
+            return None
+        layers: dict[str, Any] = batchnorm_layers(self.teacher.net)
+        return {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
 
     def attached(self) -> AbstractContextManager[None]:
         """Taps stay on within it."""
         return self.teacher.attached()
 
-    def judge(self, seen: Sequence[Evidence], targets: Tensor, memory: Memory) -> tuple[Tensor, Terms, Memory]:
+    def judge(
+        self, seen: Sequence[Evidence], targets: Tensor, memory: Memory | None
+    ) -> tuple[Tensor, Terms, Memory | None]:
         """The loss of a group, of all of which `seen` is the looks in order; see `__call__`."""
         if targets.shape[1] != len(self.teacher.classes):
             raise SynthkdError(
@@ -159,7 +156,9 @@ class TeacherGuidance:
         weighted = [weight * term.mean() for weight, term in terms.values()]
         return reduce(torch.add, weighted), {name: term for name, (_, term) in terms.items()}, after
 
-    def _statistics(self, seen: Look, memory: Memory) -> tuple[dict[str, tuple[float, Tensor]], Memory]:
+    def _statistics(
+        self, seen: Look, memory: Memory | None
+    ) -> tuple[dict[str, tuple[float, Tensor]], Memory | None]:
         if self.alpha == 0:
             return {}, memory
         taps, after = averaged(seen.taps, memory, self.bn_momentum)

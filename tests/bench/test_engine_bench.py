@@ -193,11 +193,11 @@ def test_a_failed_variant_has_a_row_and_stops_no_other(small: Preset) -> None:
 
 
 def test_variants_differ_in_what_they_say(small: Preset) -> None:
-    """full-cost differs from guided in decoder, interval and rhythm alone; all-CFG ones only where CFG is partial."""
+    """full-cost differs from guided in decoder, rhythm and scale alone; all-CFG ones only where CFG is partial."""
     found = embedded_variants(small)
     assert list(found)[4:] == ["plain, all CFG", "guided, all CFG", "as-published, all CFG"]
     guided, full = (found[name].preset.job.recipe for name in ("guided", "full-cost"))
-    assert full == replace(guided, guidance=replace(guided.guidance, decoder="vae", start=0.0, stop=1.0, every=1))
+    assert full == replace(guided, guidance=replace(guided.guidance, decoder="vae", start=0.0, scale=0.7))
     plain = found["plain"].preset.job.recipe
     assert plain == replace(guided, guidance=replace(guided.guidance, scale=0.0))
     everywhere = ablation.recipe_with(small, cfg_start=0.0, cfg_stop=1.0)
@@ -318,8 +318,8 @@ def test_ablation_skips_what_is_recorded(small: Preset, tmp_path: Path, monkeypa
             record.append_row("ablation", row)
 
     run(small, "baseline")
-    run(small, "baseline", "every 4")
-    assert scored == [("baseline", 0, 1), ("baseline", 1, 1), ("every 4", 0, 4), ("every 4", 1, 4)]
+    run(small, "baseline", "every 2")
+    assert scored == [("baseline", 0, 1), ("baseline", 1, 1), ("every 2", 0, 2), ("every 2", 1, 2)]
     run(replace(small, num_images=30), "baseline")
     assert len(scored) == 6
 
@@ -330,7 +330,7 @@ def test_every_ablation_is_a_recipe() -> None:
     made = {name: change(preset) for name, change in ablation.VARIANTS.items()}
     assert made["baseline"] == preset
     assert made["cfg none"].job.recipe.cfg_active(10) is False
-    half = replace(preset.job.recipe.guidance, start=0.5, stop=1.0, every=1)
+    half = replace(preset.job.recipe.guidance, start=0.5, stop=1.0)
     assert made["guided second half"].job.recipe.guidance == half
     assert len({ablation.settings_digest(p) for p in made.values()}) >= len(made) - 1
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from synthkd.engine import GuidanceSpec, Plan, Request, Synthesizer, memory
+from synthkd.engine import GuidanceSpec, Plan, Request, Synthesizer, calibration
 from synthkd.engine.calibration import Calibration, Recorder, calibrate, gradient_of
 from synthkd.engine.decoders import PooledDecoder
 from synthkd.engine.fitted import FittedDecoder, FittedNet, shape_for
@@ -81,10 +81,10 @@ def test_a_gradient_in_parts_is_that_of_the_group(guided: Synthesizer) -> None:
 
 
 def test_a_run_in_parts_is_recorded_as_the_group(guided: Synthesizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a planner has it that finds less memory, trials on fake tensors and all."""
+    """As for large images, whose parts are fixed by their size: what is fitted must not hang on the free memory."""
     arguments = (guided.model, guided.recipe, guided.guidance, fresh())
     whole = Recorder(*arguments)(seed=3, group=0)
-    monkeypatch.setattr(memory, "free_memory", lambda *_: 6 * 10**5)
+    monkeypatch.setattr(calibration, "images_at_once", lambda *_: 4)
     recorder = Recorder(*arguments)
     assert not recorder._synth.memory.whole
     parts = recorder(seed=3, group=0)

@@ -236,8 +236,8 @@ def test_calls_with_classifier_free_guidance(recipe: Callable[..., Recipe]) -> N
 
 
 def test_calls_that_previews_show(recipe: Callable[..., Recipe]) -> None:
-    made = recipe(steps=20, previews=[0.2, 0.4, 0.99])
-    assert [made.preview_call(p) for p in made.previews] == [3, 7, 19]
+    made = recipe(steps=20, previews=[0.2, 0.4, 0.95])
+    assert [made.preview_call(p) for p in made.previews] == [3, 7, 18]
     assert recipe(steps=4, previews=(0.1,)).preview_call(0.1) == 0
     assert Recipe.from_dict({**made.to_dict(), "previews": [0.5]}).previews == (0.5,)
 
@@ -247,6 +247,7 @@ def test_calls_that_previews_show(recipe: Callable[..., Recipe]) -> None:
     [
         ({"cfg_start": 0.8, "cfg_stop": 0.2}, "cfg_start, cfg_stop is (0.8, 0.2)"),
         ({"previews": (0.0, 0.5)}, "previews is (0.0, 0.5)"),
+        ({"previews": (0.98,)}, "shares before the last of 4 calls"),
         ({"previews": (0.5, 0.501)}, "previews is (0.5, 0.501)"),
         ({"previews": ("half",)}, "previews is ['half']; expected a list of numbers"),
         ({"guidance": {"decoder": "pooled:1"}}, "guidance.decoder is 'pooled:1'"),

@@ -60,6 +60,19 @@ def test_the_loop_completes_without_a_value(fake_synth: Callable[..., Synthesize
     assert all(terms["bn"].shape == () and terms["ce"].shape == (6,) for terms in log)
 
 
+def test_a_memory_an_interval_and_previews_need_no_value(
+    pipeline: Any, recipe: Callable[..., Any], guide: Callable[..., Any]
+) -> None:
+    wanted = recipe(
+        guidance=GuidanceSpec(scale=0.3, every=2, decoder="pooled:2"), cfg_stop=0.5, previews=(0.5,), steps=3,
+        cutmix=CutMixSpec(every=1, last_clean=1, scope="any"),
+    )  # fmt: skip
+    synth = Synthesizer.from_pipeline(pipeline, wanted, guidance=guide(bn_momentum=0.5))
+    z, log = _sample_fake(synth)
+    assert z.shape == (6, 4, 8, 8)
+    assert len(log) == 2
+
+
 def _item(z: Tensor) -> Tensor:
     return z * z.detach().abs().max().item()
 

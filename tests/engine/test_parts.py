@@ -1,6 +1,7 @@
 """A group in parts: the same images as the group at once, whatever the parts, for every term and mode."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.teachers import Teacher
 from synthkd.engine import CutMixSpec, GuidanceSpec, Request, Synthesizer, SynthkdError
+from synthkd.engine.augment import Look
 from synthkd.engine.batch import Batch
 from synthkd.engine.guidance import chunked_gradient, guidance_gradient
+from synthkd.engine.memory import MemoryPlan
 
 TERMS: dict[str, dict[str, Any]] = {
     "bn and ce": {},
@@ -67,6 +70,30 @@ def test_the_gradient_of_parts_is_exact(guide: Callable[..., Any], chunk: int) -
     assert (torch.cat(naive) - want.grad).norm() > 0.01 * want.grad.norm()
 
 
+def test_large_half_precision_gradients_of_many_views_stay_finite() -> None:
+    """Views are summed in float32, as the whole group's are divided before the loss scale."""
+    zero = torch.zeros(4, 3, 4, 4, dtype=torch.float16).requires_grad_()
+    looks = [Look(torch.zeros(4, 2), torch.zeros(4, dtype=torch.bool))] * 7
+    arguments = (torch.full((4, 1), 20.0), looks, None)
+    want = guidance_gradient(Slope(), lambda x: x.float(), zero + 0.5, zero, *arguments)  # type: ignore[arg-type]
+    got = chunked_gradient(Slope(), lambda x: x.float(), lambda part, z: z + 0.5, zero, *arguments, 2)  # type: ignore[arg-type]
+    assert want.grad.isfinite().all()
+    torch.testing.assert_close(got.grad, want.grad)
+
+
+class Slope:
+    """A loss of known slope: targets times the images' sum."""
+
+    def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.judge([self.look(images)], targets, None)[:2]
+
+    def look(self, images: Tensor) -> Tensor:
+        return images.flatten(1).sum(dim=1)
+
+    def judge(self, seen: Any, targets: Tensor, memory: Any) -> tuple[Tensor, dict[str, Tensor], Any]:
+        return (targets[:, 0] * torch.cat(list(seen))).sum(), {}, memory
+
+
 def test_half_precision_parts_survive_small_gradients(guide: Callable[..., Any]) -> None:
     """The loss scale is there in both passes: the gradient of parts is the whole one's, not zeros."""
     loss, images, targets = _two(guide)
@@ -117,10 +144,24 @@ def test_the_environment_says_what_was_computed_at_once(
             said(micro_batch=wrong)
 
 
+@pytest.mark.parametrize("compile", ["off", "aot_eager"])
 def test_a_plan_that_checkpoints_draws_the_same(
+    pipeline: Any, recipe: Callable[..., Any], guide: Callable[..., Any], compile: str
+) -> None:
+    """Compiled, it is the denoiser alone: no graph holds a checkpoint."""
+    wanted = recipe(guidance=GuidanceSpec(scale=0.3), steps=2)
+    whole = drawn(pipeline, wanted, guide())
+    synth = Synthesizer.from_pipeline(pipeline, wanted, guidance=guide(), compile=compile)  # type: ignore[arg-type]
+    synth.memory = MemoryPlan(6, 6, 6, 6, True, 0, 0)
+    got = next(iter(synth.stream(Request(num_samples=6))))
+    torch._dynamo.reset()
+    assert synth.graphs == (0 if compile == "off" else 1)
+    assert (got.images.short() - whole.images.short()).abs().max() <= 1
+
+
+def test_short_memory_takes_parts_and_says_so(
     pipeline: Any, recipe: Callable[..., Any], guide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a tenth of what the whole group needs free, the planner takes parts or checkpoints, and says so."""
     from synthkd.engine import memory
 
     wanted = recipe(guidance=GuidanceSpec(scale=0.3), steps=2)
@@ -129,8 +170,31 @@ def test_a_plan_that_checkpoints_draws_the_same(
     synth = Synthesizer.from_pipeline(pipeline, wanted, guidance=guide())
     got = next(iter(synth.stream(Request(num_samples=6))))
     assert not synth.memory.whole
+    views = Synthesizer.from_pipeline(pipeline, replace(wanted, guidance=GuidanceSpec(looks=4)), guidance=guide())
+    assert views.memory.guide < synth.memory.guide  # all views of a call are held at once
     assert "at once" in synth.memory.describe()
     assert (got.images.short() - whole.images.short()).abs().max() <= 1
+
+
+class _Crossed(nn.Module):
+    """Layers that are called in another order than they are registered in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late, self.early, self.last = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.Linear(3, 3)
+        for i, norm in enumerate((self.late, self.early)):
+            norm.running_mean = torch.full((3,), float(i))
+            norm.running_var = torch.full((3,), 1.0 + i)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.late(self.early(x)).mean(dim=(2, 3)))
+
+
+def test_each_layer_remembers_its_own_statistics() -> None:
+    """With momentum next to 1 the first distance is next to 0, whatever the order of the layers."""
+    teacher = Teacher(_Crossed(), mean=[0.0] * 3, std=[1.0] * 3, input_size=(8, 8), classes=["a", "b", "c"])
+    terms = TeacherGuidance(teacher, bn_momentum=0.999)(torch.rand(2, 3, 8, 8), torch.eye(3)[:2])[1]
+    assert terms["bn"] < 0.05
 
 
 class _Net(nn.Module):
@@ -145,5 +209,5 @@ class _Net(nn.Module):
 def test_a_layer_that_is_used_twice_has_no_memory() -> None:
     teacher = Teacher(_Net(), mean=[0.0] * 3, std=[1.0] * 3, input_size=(8, 8), classes=["a", "b", "c"])
     loss = TeacherGuidance(teacher, bn_momentum=0.5)
-    with pytest.raises(ValueError, match="2 taps, 1 in memory"):
+    with pytest.raises(SynthkdError, match="uses each BatchNorm layer once"):
         loss(torch.rand(2, 3, 8, 8), torch.eye(3)[:2])
