@@ -200,7 +200,7 @@ def read_card(reference: str) -> tuple[FittedShape, dict[str, Any]]:
         raise _refusal(reference, f"{CARD} is not of format {FORMAT}, which this version reads; fit it anew")
     try:
         return FittedShape(**card["shape"]), card
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, SynthkdError) as error:
         raise _refusal(reference, f"{CARD} has no shape of a decoder ({error}); fit it anew") from error
 
 
@@ -221,7 +221,8 @@ def load_fitted_decoder(
         known = fitted_to.get("vae_sha256") if isinstance(fitted_to, Mapping) else None
         if known != vae_digest(like):
             _log.warning("guidance.decoder 'fitted:%s' was fitted to another VAE, or in another precision", reference)
-    net = FittedNet(shape)
+    with torch.random.fork_rng(devices=[]):  # its first weights are thrown away
+        net = FittedNet(shape)
     net.load_state_dict(_read_weights(reference, net, card))
     memory = torch.channels_last if torch.device(device).type == "cpu" else torch.preserve_format
     net.eval().requires_grad_(False).to(device=device, dtype=dtype)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -253,21 +252,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
         result = work()
     del result
     return live.peak
-
-
-def saved_bytes(work: Callable[[], object]) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for its backward pass; weights count as well."""
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = work()  # holds the graph, and with it every storage, until all are counted
-    del result
-    return sum(storages.values())
 
 
 def line(bytes_of: Callable[[int], int], rough: bool = False) -> Cost:

@@ -81,9 +81,11 @@ class SmallDecoder:
 def made(recipe: Callable[..., Any], guide: Callable[..., Any], device: torch.device) -> Iterator[Any]:
     """A Synthesizer over a small prior with the real teacher guidance, on the device that runs kernels."""
 
-    def make(compile: Any = "off", prior: Any = None, momentum: float = 0.0, **changes: Any) -> Synthesizer:
-        loss = guide(bn_momentum=momentum)
-        return Synthesizer(prior or Small(device), recipe(**changes), loss, compile=compile, fuse="off")
+    def make(
+        compile: Any = "off", prior: Any = None, momentum: float = 0.0, micro_batch: Any = "auto", **changes: Any
+    ) -> Synthesizer:
+        parts: dict[str, Any] = {"compile": compile, "micro_batch": micro_batch, "fuse": "off"}
+        return Synthesizer(prior or Small(device), recipe(**changes), guide(bn_momentum=momentum), **parts)
 
     yield make
     torch._dynamo.reset()
@@ -122,6 +124,16 @@ def test_a_run_that_recompiled_would_be_seen(made: Any, device: torch.device) ->
     prior.number = 2.0
     groups(synth, 1)
     assert synth.graphs == 2
+
+
+def test_a_group_in_parts_compiles_its_denoiser_once_per_size(made: Any) -> None:
+    """Six samples, four at a time: graphs for four and for two, with CFG; the later groups compile nothing."""
+    changes = {"steps": 2, "guidance": GuidanceSpec(scale=0.3)}
+    synth = made("aot_eager", micro_batch=4, **changes)
+    got = groups(synth, 2)
+    assert synth.graphs == 2
+    for ours, eager in zip(got, groups(made("off", **changes), 2), strict=True):
+        assert (ours - eager).abs().max() <= 1
 
 
 def test_a_diffusers_pipeline_is_one_graph(
