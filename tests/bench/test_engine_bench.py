@@ -197,7 +197,8 @@ def test_variants_differ_in_what_they_say(small: Preset) -> None:
     found = embedded_variants(small)
     assert list(found)[4:] == ["plain, all CFG", "guided, all CFG", "as-published, all CFG"]
     guided, full = (found[name].preset.job.recipe for name in ("guided", "full-cost"))
-    assert full == replace(guided, guidance=replace(guided.guidance, decoder="vae", start=0.0, scale=0.7))
+    changes = {"decoder": "vae", "start": 0.0, "stop": 1.0, "every": 1, "scale": 0.7}
+    assert full == replace(guided, guidance=replace(guided.guidance, **changes))  # type: ignore[arg-type]
     plain = found["plain"].preset.job.recipe
     assert plain == replace(guided, guidance=replace(guided.guidance, scale=0.0))
     everywhere = ablation.recipe_with(small, cfg_start=0.0, cfg_stop=1.0)
