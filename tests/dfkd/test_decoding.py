@@ -245,3 +245,24 @@ def test_rounds_share_the_decision(auto: Any, tmp_path: Path) -> None:
     assert manifest["decoder"]["chosen"] == "fitted"
     assert set(manifest["checkpoints"]) == {"1"}
     assert replay_sample(tmp_path / "set", 7, tmp_path / "7.png", "cpu")[1] == "identical to the stored image"
+
+
+def test_another_loop_does_not_go_on_through_another_decoder(tiny_job: Any, tmp_path: Path) -> None:
+    """A stream of the same recipe from Python has the same fingerprint; what it looks through may be another."""
+    job, folder = looking(tiny_job, "pooled:2", min_cosine=0.999), tmp_path / "set"
+    draw(job, folder)
+    assert read_manifest(folder)["decoder"]["chosen"] == "vae"
+    before = shards(folder)
+    with pytest.raises(SynthkdError, match=r"looks through 'vae'.*not through 'pooled'"):
+        write_shards(job.build().stream(Request(num_samples=COUNT + 6, seed=5)), folder)
+    assert shards(folder) == before
+    write_shards(replace(job, look="vae").build().stream(Request(num_samples=COUNT + 6, seed=5)), folder)
+    draw(job, tmp_path / "at-once", COUNT + 6)
+    assert shards(folder) == shards(tmp_path / "at-once")
+    assert "look" not in read_manifest(folder)
+
+
+def test_a_lost_decoder_that_was_not_chosen_is_no_problem(tiny_job: Any, tmp_path: Path) -> None:
+    draw(looking(tiny_job, "auto", min_cosine=0.999), tmp_path / "set")
+    shutil.rmtree(tmp_path / "set" / "decoder")
+    assert verify_set(tmp_path / "set").problems == ()
