@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
@@ -99,8 +100,15 @@ class CompiledCall:
 
     def _counted(self, function: Any, *arguments: Any) -> Any:
         before = counters["stats"]["unique_graphs"]
-        with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
-            out = function(*arguments)
+        try:
+            with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
+                out = function(*arguments)
+        except TorchDynamoException as error:  # a compiler's own failures are among them
+            why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
+            raise SynthkdError(
+                f"compile {self.choice!r}: a denoiser call cannot be made one graph ({why[:200]}); use --compile off or "
+                "compile='off' from Python"
+            ) from error
         self.graphs += counters["stats"]["unique_graphs"] - before
         return out
 

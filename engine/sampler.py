@@ -112,7 +112,7 @@ def sample(
     guidance: tuple[float, float],
     steer: Steering,
     clock: Clock,
-    advance: "Callable[..., tuple[State, Terms, Tensor | None]] | None" = None,
+    advance: Callable[..., tuple[State, Terms, Tensor | None]] | None = None,
 ) -> Drawn:
     """Draw a group: z [B,C,H,W] is standard normal noise.
 
