@@ -106,8 +106,8 @@ class CompiledCall:
         except TorchDynamoException as error:  # a compiler's own failures are among them
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
             raise SynthkdError(
-                f"compile {self.choice!r}: a denoiser call cannot be made one graph ({why[:200]}); use --compile off or "
-                "compile='off' from Python"
+                f"compile {self.choice!r}: a denoiser call cannot be made one graph ({why[:200]}); use --compile off "
+                "(compile='off' from Python)"
             ) from error
         self.graphs += counters["stats"]["unique_graphs"] - before
         return out
