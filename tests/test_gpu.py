@@ -29,7 +29,7 @@ def no_tf32() -> Iterator[None]:
 
 
 def job(folder: Path, card: Path, **changes: Any) -> SynthJob:
-    """A guided job on the tiny pipeline."""
+    """A guided job on the tiny pipeline, not compiled: that takes longer than all that is tested with it."""
     recipe = Recipe(
         classes=("cat", "dog", "bird"),
         height=16,
@@ -40,7 +40,7 @@ def job(folder: Path, card: Path, **changes: Any) -> SynthJob:
         classes_per_group=3,
         **changes,
     )
-    return SynthJob(model=str(folder), teacher=str(card), recipe=recipe, device="cuda")
+    return SynthJob(model=str(folder), teacher=str(card), recipe=recipe, device="cuda", compile="off")
 
 
 def draw(one: SynthJob) -> Any:
@@ -136,3 +136,33 @@ def test_a_second_group_compiles_nothing(
     first = len(compiled)
     next(groups)
     assert compiled[first:] == []
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_calls_agree_with_eager_ones(pipeline_folder: Path, teacher_card: Path, mode: Any) -> None:
+    """inductor's own code, with CUDA graphs and without: a graph per kind of call, none for the second group."""
+    one = job(pipeline_folder, teacher_card, cfg_stop=0.5)
+    synth = replace(one, compile=mode).build()
+    groups = iter(synth.stream(Request(num_samples=12)))
+    a = next(groups)
+    first = synth.graphs
+    assert first == 2  # with classifier-free guidance and without
+    assert "compile" not in next(groups).seconds
+    assert synth.graphs == first
+    b = draw(one)
+    assert ((a.images.int() - b.images.int()).abs() > 1).float().mean() < 1e-2
+    torch._dynamo.reset()
+
+
+def test_parts_agree_with_the_whole_group(pipeline_folder: Path, teacher_card: Path) -> None:
+    """Four samples, then two, of a group of six."""
+    one = job(pipeline_folder, teacher_card)
+    a, b = draw(replace(one, micro_batch=4)), draw(one)
+    assert ((a.images.int() - b.images.int()).abs() > 1).float().mean() < 1e-2
+
+
+def test_memory_is_planned_against_what_is_free(pipeline_folder: Path, teacher_card: Path) -> None:
+    """The driver's own figure: a small group is drawn whole."""
+    synth = job(pipeline_folder, teacher_card).build()
+    assert synth.memory.whole
+    assert synth.memory.free > 0

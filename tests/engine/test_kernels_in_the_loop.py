@@ -35,7 +35,7 @@ def synthesizer(
         guidance = guide() if wanted.guidance.scale > 0 else None
         for network in guidance.modules() if guidance else ():
             network.to(device)
-        return Synthesizer.from_pipeline(here, wanted, guidance=guidance, fuse=fuse)
+        return Synthesizer.from_pipeline(here, wanted, guidance=guidance, fuse=fuse, compile="off")
 
     return make
 
