@@ -30,7 +30,9 @@ Fuse = Annotated[
 ]
 Compile = Annotated[
     str,
-    typer.Option(help="Each denoiser call as one graph: auto (on a GPU), off, default, reduce-overhead, max-autotune."),
+    typer.Option(
+        help="One graph per denoiser call: auto (on a GPU above 64 pixels), off, default, reduce-overhead, max-autotune."
+    ),
 ]
 MicroBatch = Annotated[
     str, typer.Option(help="Samples of a group at a time, exactly as at once: auto (for the free memory) or a number.")

@@ -13,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
+from synthkd.engine.config import AUTO_PIXELS
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.sampler import Clock, State, one_call
 
@@ -52,16 +53,17 @@ class CompiledCall:
     """`sampler.one_call` under torch.compile, one graph per kind of call; nothing where it is off.
 
     off: never; default, reduce-overhead, max-autotune: inductor's modes, the last two with CUDA graphs; aot_eager:
-    traced and differentiated, not compiled, for tests; auto: `default` on a GPU, off on a CPU. Raises SynthkdError for
-    another word. `graphs` counts what was compiled so far; a first call of its kind is timed as `compile`, not `step`.
+    traced and differentiated, not compiled, for tests; auto: `default` on a GPU for images above AUTO_PIXELS a side,
+    off elsewhere (small sets are drawn before their calls are compiled). `graphs` counts what was compiled so far; a first
+    call of its kind is timed as `compile`, not `step`. Raises SynthkdError for another word.
     """
 
-    def __init__(self, choice: CompileChoice, device: torch.device) -> None:
-        """See the class."""
+    def __init__(self, choice: CompileChoice, device: torch.device, side: int = AUTO_PIXELS + 1) -> None:
+        """side: the longer one of the images, in pixels."""
         if choice not in COMPILE_CHOICES:
             raise SynthkdError(f"compile {choice!r}: {suggest(choice, COMPILE_CHOICES[:-1])}")
         if choice == "auto":
-            choice = "default" if device.type == "cuda" else "off"
+            choice = "default" if device.type == "cuda" and side > AUTO_PIXELS else "off"
         self.choice, self.graphs = str(choice), 0
         self._call: Any = None
         self._parts: Any = None

@@ -88,7 +88,7 @@ class Synthesizer:
         no part of the identity, which knows what was declared.
         micro_batch: samples at a time through every network, exactly as the group at once; `auto` plans that for the
         free memory (see `engine.memory`).
-        compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto` on a GPU, `off` elsewhere.
+        compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto`: on a GPU, for large images.
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
         The guidance's networks are moved to the prior's device. One thread at a time may draw from a pipeline.
@@ -104,7 +104,7 @@ class Synthesizer:
         named = look or ("vae" if recipe.guidance.decoder == "auto" else recipe.guidance.decoder)
         self._look_kind = "given" if decoder is not None and look is None else named.partition(":")[0]
         self._guide_through: Callable[[Tensor], Tensor] = self._look
-        self._compiled, self._micro_batch = CompiledCall(compile, model.device), checked_part(micro_batch)
+        self._compiled, self._micro_batch = self._compiler(compile), checked_part(micro_batch)
         self._memory: MemoryPlan | None = None
         self.processes: int | None = None  # that draw at once here and share the memory; None: as many as by default
         if micro_batch != "auto" and guidance is not None and not isinstance(guidance, GroupGuidance):
@@ -152,6 +152,9 @@ class Synthesizer:
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
         return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile, None, micro_batch)
+
+    def _compiler(self, choice: CompileChoice) -> CompiledCall:
+        return CompiledCall(choice, self.model.device, max(self.recipe.height, self.recipe.width))
 
     @property
     def look(self) -> Decoder:

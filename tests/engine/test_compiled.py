@@ -213,6 +213,7 @@ def test_an_unknown_mode_is_refused() -> None:
         CompiledCall("fast", torch.device("cpu"))  # type: ignore[arg-type]
 
 
-def test_auto_leaves_a_cpu_alone() -> None:
+def test_auto_leaves_cpus_and_small_images_alone() -> None:
     assert CompiledCall("auto", torch.device("cpu")).advance is None
-    assert CompiledCall("auto", torch.device("cuda")).choice == "default"
+    assert CompiledCall("auto", torch.device("cuda"), 512).choice == "default"
+    assert CompiledCall("auto", torch.device("cuda"), 64).choice == "off"
