@@ -31,7 +31,7 @@ Fuse = Annotated[
 Compile = Annotated[
     str,
     typer.Option(
-        help="One graph per denoiser call: auto (on a GPU above 64 pixels), off, default, reduce-overhead, max-autotune."
+        help="A graph per denoiser call: auto (on a GPU above 64 pixels), off, default, reduce-overhead, max-autotune."
     ),
 ]
 MicroBatch = Annotated[

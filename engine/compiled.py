@@ -54,8 +54,8 @@ class CompiledCall:
 
     off: never; default, reduce-overhead, max-autotune: inductor's modes, the last two with CUDA graphs; aot_eager:
     traced and differentiated, not compiled, for tests; auto: `default` on a GPU for images above AUTO_PIXELS a side,
-    off elsewhere (small sets are drawn before their calls are compiled). `graphs` counts what was compiled so far; a first
-    call of its kind is timed as `compile`, not `step`. Raises SynthkdError for another word.
+    off elsewhere (small sets are drawn before their calls are compiled). `graphs` counts what was compiled
+    so far; a first call of its kind is timed as `compile`, not `step`. Raises SynthkdError for another word.
     """
 
     def __init__(self, choice: CompileChoice, device: torch.device, side: int = AUTO_PIXELS + 1) -> None:
