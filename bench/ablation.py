@@ -14,7 +14,7 @@ import torch
 
 from synthkd.bench import quality
 from synthkd.bench.engine import Row, Tell, Timing, count_embedded, rows_of, time_variants
-from synthkd.bench.engine_cases import EMBEDDED, FULL_COST, Entrant, pick
+from synthkd.bench.engine_cases import EMBEDDED, FULL_COST, Entrant, pick, recipe_with
 from synthkd.bench.record import RESULTS, stamped
 from synthkd.dfkd.presets import Preset, unguided
 from synthkd.engine import CutMixSpec
@@ -26,11 +26,6 @@ _HALVES: Mapping[str, tuple[float, float]] = {
     "second half": (0.5, 1.0),
     "middle": (0.25, 0.75),
 }
-
-
-def recipe_with(preset: Preset, **changes: Any) -> Preset:
-    """The preset with other fields in its recipe."""
-    return replace(preset, job=replace(preset.job, recipe=replace(preset.job.recipe, **changes)))
 
 
 def guidance_with(preset: Preset, **changes: Any) -> Preset:

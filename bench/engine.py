@@ -32,6 +32,7 @@ from synthkd.bench.timing import Quartiles, Stopwatch, compute_ceiling, quartile
 from synthkd.dfkd.presets import Preset
 from synthkd.engine import Plan, Request, Synthesizer
 from synthkd.engine.random_models import random_prior
+from synthkd.engine.workers import one_thread
 
 Tell = Callable[[str], None]
 Row = dict[str, Any]
@@ -75,16 +76,12 @@ def time_variants(
     tell: Tell = lambda _: None,
 ) -> Timing:
     """Warm up every variant, then let each draw group 0 of the seed once a round; on a CPU with one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device.type == "cpu" else before)
-    try:
+    with one_thread(device):
         found = {name: _warmed(name, build, device, seed, tell) for name, build in builders.items()}
         dtype = next((synth_of(c.drawer).model.dtype for c in found.values() if c.drawer), torch.float32)
         ceiling = compute_ceiling(device, dtype)
         _rounds(found, Stopwatch(device), seed, repeats, tell)
         ceiling = max(ceiling, compute_ceiling(device, dtype))  # the machine may have been busy before
-    finally:
-        torch.set_num_threads(before)
     return Timing(contenders=found, ceiling=ceiling)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ from synthkd.engine.random_models import random_prior
 EMBEDDED = "embedded"
 ALL_CFG = ", all CFG"  # ends the name of a variant with classifier-free guidance at every call
 # Guidance at its full cost: the VAE at every call, at the scale that was chosen for that (docs/log.md).
-FULL_COST: Mapping[str, object] = {"decoder": "vae", "start": 0.0, "stop": 1.0, "every": 1, "scale": 0.7}
+FULL_COST: Mapping[str, Any] = {"decoder": "vae", "start": 0.0, "stop": 1.0, "every": 1, "scale": 0.7}
 TEACHER_SIZE = (224, 224)
 _CLASSES = 1000
 
@@ -101,22 +102,23 @@ class Entrant:
 def embedded_variants(preset: Preset) -> dict[str, Entrant]:
     """By name: without guidance, as the preset is, with guidance at its full cost, as published; and all with CFG at
     every call, where the preset has it in a part of the run."""
-    whole = replace(preset.job.recipe.guidance, **FULL_COST)  # type: ignore[arg-type]
+    whole = replace(preset.job.recipe.guidance, **FULL_COST)
     found = {
         "plain": Entrant(replace(preset, job=unguided(preset.job))),
         "guided": Entrant(preset),
-        "full-cost": Entrant(_with(preset, guidance=whole)),
+        "full-cost": Entrant(recipe_with(preset, guidance=whole)),
         "as-published": Entrant(preset, published=True),
     }
     if (preset.job.recipe.cfg_start, preset.job.recipe.cfg_stop) != (0.0, 1.0):
         for name in ("plain", "guided", "as-published"):
             entrant = found[name]
-            found[name + ALL_CFG] = replace(entrant, preset=_with(entrant.preset, cfg_start=0.0, cfg_stop=1.0))
+            found[name + ALL_CFG] = replace(entrant, preset=recipe_with(entrant.preset, cfg_start=0.0, cfg_stop=1.0))
     return found
 
 
-def _with(preset: Preset, **changes: object) -> Preset:
-    return replace(preset, job=replace(preset.job, recipe=replace(preset.job.recipe, **changes)))  # type: ignore[arg-type]
+def recipe_with(preset: Preset, **changes: Any) -> Preset:
+    """The preset with other fields in its recipe."""
+    return replace(preset, job=replace(preset.job, recipe=replace(preset.job.recipe, **changes)))
 
 
 class Bottleneck(nn.Module):

@@ -38,11 +38,11 @@ def fit(
     Guidance then looks through it, where a recipe says `decoder = "fitted:FOLDER"`, at a fraction of the VAE's price.
     Use the recipe of the sets to come: its prompts, sampler and guidance decide which latents are learned from.
     """
+    # through the VAE, whatever the recipe names: it may name what is made here
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, loras=lora or (), allow_code=allow_code, decoder="vae"
     )
-    job = options.build_job(load_preset(preset).job if preset else None, asked, device)  # through the VAE, whatever the
-    # recipe names: it may name what is made here
+    job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     given = {name: value for name, value in (("samples", samples), ("steps", steps)) if value is not None}
     spec = FitSpec(**given, seed=seed)
     seen_by = load_teacher(job.teacher, job.device, allow_code=job.allow_code)

@@ -6,13 +6,10 @@ come out the same.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from synthkd.dfkd.fit_decoder import FitSpec, Source, Stopped, about, fit_decoder
 from synthkd.dfkd.job import SynthJob
@@ -31,6 +28,7 @@ from synthkd.engine.index import (
     read_manifest,
 )
 from synthkd.engine.shards import folder_lock
+from synthkd.engine.workers import one_thread
 
 FIT = FitSpec()  # of a set's own decoder, with the set's seed
 _log = logging.getLogger("synthkd")
@@ -54,7 +52,7 @@ def settle_decoder(
         return done
     synth = job.build()
     folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder), _one_thread(job.device):
+    with folder_lock(folder), one_thread(job.device):
         declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
         claim_folder(folder, declared, request.num_samples, job.source())
         if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:
@@ -171,14 +169,3 @@ def said(note: Mapping[str, Any]) -> str:
     if note["chosen"] == "vae":
         return f"guidance looks through the full VAE: for {name}, {found} is below {note['threshold']:g}"
     return f"guidance looks through {name} ({found}; at least {note['threshold']:g} was asked for)"
-
-
-@contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    """On a CPU the thread count would decide the last bits of what is fitted and measured."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -23,6 +23,7 @@ from synthkd.engine.decoders import latent_layout
 from synthkd.engine.fitted import SMALL, FittedDecoder, FittedNet, resized, shape_for, vae_digest
 from synthkd.engine.guidance import Guidance, frozen
 from synthkd.engine.latent_model import LatentModel
+from synthkd.engine.workers import one_thread
 
 _KINDS: Mapping[str, Kind] = {
     "samples": whole(0),
@@ -324,11 +325,10 @@ def _heed(should_stop: Callable[[], bool]) -> None:
 @contextmanager
 def _deterministic(device: torch.device) -> Iterator[None]:
     """One thread on a CPU, and cuDNN's deterministic algorithms: the same decoder comes out again."""
-    threads, before = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    torch.set_num_threads(1 if device.type == "cpu" else threads)
+    before = torch.backends.cudnn.deterministic
     torch.backends.cudnn.deterministic = True
     try:
-        yield
+        with one_thread(device):
+            yield
     finally:
-        torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = before

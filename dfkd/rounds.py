@@ -5,12 +5,9 @@ is kept in the set's folder, and its digest is in the manifest.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from synthkd.dfkd.data import load_synthetic
 from synthkd.dfkd.decoding import settle_decoder
@@ -31,7 +28,7 @@ from synthkd.engine.index import (
 )
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
-from synthkd.engine.workers import default_workers
+from synthkd.engine.workers import default_workers, one_thread
 
 _log = logging.getLogger("synthkd")
 
@@ -193,19 +190,8 @@ def _train(
 
     progress.begin(stage, spec.steps, "steps")
     try:
-        with _one_thread(job.device):
+        with one_thread(job.device):
             student = distill(data, teacher, spec, on_step)
     finally:
         progress.end(stage)
     return save_student(student, spec, round_folder(folder, round_), {"round": round_, "images": count})
-
-
-@contextmanager
-def _one_thread(device: str) -> Iterator[None]:
-    """On a CPU the thread count would decide the last bits of the student, and so of the rounds after."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if device == "cpu" else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

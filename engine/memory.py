@@ -358,7 +358,7 @@ def plan_memory(
         costs = measure(passes, rough=True)
         if not _fits_whole(costs, group, room):
             costs = measure(passes)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         said = " ".join(str(error).split())[:120]
         return MemoryPlan(group, group, group, group, False, 0, room, f"not measured ({said})")
     return choose_plan(costs, group, room, splits, size)

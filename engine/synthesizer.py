@@ -354,7 +354,9 @@ class Synthesizer:
         """How much of a group is computed at once, planned when it is first needed."""
         if self._memory is None:
             self._memory = self._planned()
-            if not self._memory.whole or self._memory.reason.startswith("not measured"):
+            if self._memory.reason.startswith("not measured"):
+                _log.warning(self._memory.describe())
+            elif not self._memory.whole:
                 _log.info(self._memory.describe())
             if self._memory.checkpoint:
                 self._guide_through = checkpointed(self._look)

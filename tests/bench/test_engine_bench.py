@@ -20,7 +20,7 @@ from synthkd.bench import ablation, engine, engine_cases, quality, record
 from synthkd.bench.as_published import AsPublished
 from synthkd.bench.cli import app
 from synthkd.bench.engine import Contender, EngineSpec, Timing, measure_engine, rows_of, summary, time_variants
-from synthkd.bench.engine_cases import CASES, DECODERS, embedded_variants, random_recipe
+from synthkd.bench.engine_cases import CASES, DECODERS, embedded_variants, random_recipe, recipe_with
 from synthkd.bench.quality import class_balance, paired, spread
 from synthkd.bench.timing import Quartiles, compute_ceiling
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
@@ -148,7 +148,7 @@ def small() -> Preset:
 def test_embedded_rows_hold_speed_arithmetic_and_quality(small: Preset, monkeypatch: pytest.MonkeyPatch) -> None:
     """All columns of each variant that is asked for, in one row each."""
     monkeypatch.setattr(quality, "score_all", lambda jobs: [(key, quality.score(job)) for key, job in jobs.items()])
-    names, small, counted = ("plain", "guided"), ablation.recipe_with(small, cfg_stop=1.0), engine.count_embedded
+    names, small, counted = ("plain", "guided"), recipe_with(small, cfg_stop=1.0), engine.count_embedded
     guiding = embedded_variants(small)["guided"]  # counting takes seconds: one is enough
 
     def count(entrant: Any) -> float:
@@ -201,7 +201,7 @@ def test_variants_differ_in_what_they_say(small: Preset) -> None:
     assert full == replace(guided, guidance=replace(guided.guidance, **changes))  # type: ignore[arg-type]
     plain = found["plain"].preset.job.recipe
     assert plain == replace(guided, guidance=replace(guided.guidance, scale=0.0))
-    everywhere = ablation.recipe_with(small, cfg_start=0.0, cfg_stop=1.0)
+    everywhere = recipe_with(small, cfg_start=0.0, cfg_stop=1.0)
     assert list(embedded_variants(everywhere)) == ["plain", "guided", "full-cost", "as-published"]
 
 
