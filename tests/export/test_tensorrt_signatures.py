@@ -19,6 +19,16 @@ def signatures(version: str) -> Table:
     return dict(json.loads((HERE / f"tensorrt-{version}.json").read_text()))
 
 
+def own_members() -> dict[str, set[str]]:
+    """What our subclasses of TensorRT's classes add to them: class -> attributes and methods."""
+    found: dict[str, set[str]] = {}
+    for node in (n for source in SOURCES.values() for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ClassDef)):
+        for base in (b.attr for b in node.bases if isinstance(b, ast.Attribute)):
+            stored = {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+            found[base] = stored | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
+    return found
+
+
 class Uses(ast.NodeVisitor):
     """Walks a source and follows TensorRT's objects through annotations and through what its methods return.
 
@@ -30,18 +40,15 @@ class Uses(ast.NodeVisitor):
         self.table, self.problems, self.seen = table, [], set()  # type: ignore[var-annotated]
         self.classes, self.enums = table["classes"], table["enums"]
         self.names = {n for c in self.classes.values() for n in (*c["methods"], *c["properties"]) if n[0] != "_"}
-        self.scopes: list[dict[str, str]] = [{}]
-        self.own: dict[str, set[str]] = {}  # what our subclasses add to a class of TensorRT's
+        self.scopes: list[dict[str, str]] = [{"tensorrt": "TensorRT"}]
+        self.own = own_members()
         tree = ast.parse(source)
-        for node in ast.walk(tree):
+        for node in (n for text in (*SOURCES.values(), source) for n in ast.walk(ast.parse(text))):
             if isinstance(node, ast.FunctionDef) and node.returns is not None:
                 self.scopes[0][node.name] = f"returns {self.annotated(node.returns)}"
+        for node in ast.walk(tree):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Attribute):
                 self.scopes[0][f"self.{node.target.attr}"] = self.annotated(node.annotation)
-            if isinstance(node, ast.ClassDef) and node.bases and isinstance(node.bases[0], ast.Attribute):
-                inner = [n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
-                names = {n.attr for n in inner} | {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
-                self.own.setdefault(node.bases[0].attr, set()).update(names)
         self.visit(tree)
 
     def annotated(self, node: ast.expr) -> str:
@@ -129,7 +136,7 @@ class Uses(ast.NodeVisitor):
         elif base in self.classes:
             one = self.classes[base]
             found = f"{base}.{name}" if name in one["methods"] else one["properties"].get(name, {}).get("type", "")
-            found = found or ("our own" if name in self.own.get(base, ()) | {"errors", "last", "stopped_by"} else "")
+            found = found or ("our own" if name in self.own.get(base, ()) else "")
         else:
             return ""
         if report:
