@@ -3,7 +3,7 @@
 `tensorrt_engine.py` runs the file; `tensorrt_operators.py` knows what its parser takes.
 
 Nothing in this file has run on TensorRT yet: every name of it used here is checked against the signatures of the real
-bindings (`tests/export/tensorrt-*.json`), and the code runs end to end against a stand-in that refuses all others.
+bindings (`tests/export/tensorrt-*.json`), and the code runs end to end against a stand-in that has those names only.
 `tensorrt` is imported by `unavailable` and `load` only.
 """
 
@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from synthkd.export.errors import ExportError
+from synthkd.export.graph import first_line
 from synthkd.export.spec import Options, Signature, TensorSpec
 
 # TensorRT's classes under their own names, as annotations: a test looks up what is done with each of them.
@@ -39,6 +40,7 @@ ParserError: TypeAlias = Any
 Runtime: TypeAlias = Any
 DataType: TypeAlias = Any
 
+FILE = "model.engine"
 OLDEST = (10, 9)  # the first whose parser takes GroupNormalization as opset 21 defines it
 MISSING = "TensorRT is not installed; pip install 'synthkd[tensorrt]'"
 
@@ -50,9 +52,9 @@ def unavailable() -> str:
     try:
         import tensorrt
     except ModuleNotFoundError as error:
-        return MISSING if error.name == "tensorrt" else f"TensorRT does not load: {_first_line(error)}"
+        return MISSING if error.name == "tensorrt" else f"TensorRT does not load: {first_line(error)}"
     except (ImportError, OSError, RuntimeError) as error:
-        return f"TensorRT does not load: {_first_line(error)}"
+        return f"TensorRT does not load: {first_line(error)}"
     if numbers(tensorrt.__version__) < OLDEST:
         return f"TensorRT is {tensorrt.__version__}; expected 10.9 or later"
     return "" if torch.cuda.is_available() else "TensorRT needs a CUDA device; torch finds none"
@@ -86,7 +88,8 @@ def build_engine(
     trt = load()
     logger = logger_of(trt)
     trt.init_libnvinfer_plugins(logger, "")
-    builder: Builder = trt.Builder(logger)
+    with starting(logger):
+        builder: Builder = trt.Builder(logger)
     network: INetworkDefinition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: OnnxParser = trt.OnnxParser(network, logger)  # owns the weights: it must outlive the build
     _parse(parser, model, logger)
@@ -117,10 +120,6 @@ def load() -> TensorRT:
     return tensorrt
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
 @cache
 def logger_of(trt: TensorRT) -> ILogger:
     """The process's one logger (TensorRT keeps the first it is given): remembers the latest errors, prints nothing."""
@@ -138,6 +137,15 @@ def logger_of(trt: TensorRT) -> ILogger:
             return self.errors[-1].strip().split("\n")[0] if self.errors else "no reason given"
 
     return Kept()
+
+
+@contextlib.contextmanager
+def starting(logger: ILogger) -> Iterator[None]:
+    """Around a constructor: the bindings raise a bare TypeError where TensorRT makes none, for want of a driver say."""
+    try:
+        yield
+    except (TypeError, RuntimeError) as error:
+        raise ExportError(f"TensorRT does not start: {logger.last()}") from error
 
 
 def _monitor(trt: TensorRT, say: Say) -> IProgressMonitor:

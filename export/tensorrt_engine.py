@@ -13,7 +13,16 @@ from torch import Tensor
 
 from synthkd.export.errors import ExportError
 from synthkd.export.spec import Signature, TensorSpec
-from synthkd.export.tensorrt import ICudaEngine, IExecutionContext, Runtime, TensorRT, load, logger_of, spec_of
+from synthkd.export.tensorrt import (
+    ICudaEngine,
+    IExecutionContext,
+    Runtime,
+    TensorRT,
+    load,
+    logger_of,
+    spec_of,
+    starting,
+)
 
 ALIGNMENT = 256  # bytes, of every address TensorRT is given
 
@@ -72,7 +81,8 @@ class Engine:
         self._recorded: tuple[Any, list[Tensor], list[Tensor]] | None = None
         trt = load()
         with torch.cuda.device(self.device):
-            self._runtime: Runtime = trt.Runtime(logger_of(trt))  # outlives its engines
+            with starting(logger_of(trt)):
+                self._runtime: Runtime = trt.Runtime(logger_of(trt))  # outlives its engines
             self._engine: ICudaEngine = _deserialize(trt, self._runtime, path)
             strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
             self._context: IExecutionContext = self._engine.create_execution_context(strategy=strategy)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.export.errors import ExportError
+from synthkd.export.spec import OPSETS
 from synthkd.export.tensorrt import numbers
 
 FLOAT, BFLOAT16 = 1, 16  # of onnx's TensorProto.DataType
@@ -31,6 +32,11 @@ def unsupported_operators(operators: Iterable[str], version: str) -> list[str]:
         for name in set(operators)
         if name not in table["operators"] or numbers(table["since"].get(name, "0.0")) > have
     )
+
+
+def opset_for(version: str) -> int:
+    """The latest opset we write that a version's parser takes: 23 keeps attention whole, 21 is without it."""
+    return OPSETS[0] if unsupported_operators(["Attention"], version) else OPSETS[-1]
 
 
 def check_operators(operators: Iterable[str], version: str) -> None:
