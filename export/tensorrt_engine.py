@@ -226,11 +226,11 @@ def _io_names(trt: TensorRT, engine: ICudaEngine, signature: Signature, name: st
         trt.TensorIOMode.INPUT: {spec.name: spec for spec in signature.inputs},
         trt.TensorIOMode.OUTPUT: {spec.name: spec for spec in signature.outputs},
     }
-    found = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    found = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
     for tensor in found:
         specs = sides[engine.get_tensor_mode(tensor)]
         spec_of(trt, specs, tensor, engine.get_tensor_dtype(tensor), f"engine {name}")
-    missing = {spec.name for spec in signature.outputs} - found
+    missing = [spec.name for spec in signature.outputs if spec.name not in found]
     if missing:
-        raise ExportError(f"engine {name} lacks output {', '.join(sorted(missing))}; export it again")
-    return found
+        raise ExportError(f"engine {name} lacks output {', '.join(missing)}; export it again")
+    return set(found)
