@@ -108,7 +108,10 @@ class Behaviour:
         monitor = config.progress_monitor
         monitor.phase_start("Building", None, 20)
         monitor.phase_start("Tactics", "Building", 3)
-        going = [monitor.step_complete("Building", step) for step in range(20)]
+        try:
+            going = [monitor.step_complete("Building", step) for step in range(20)]
+        except BaseException as error:
+            raise AssertionError("an exception would end the process inside TensorRT") from error
         monitor.phase_finish("Building")
         if self.fails:
             this.state.logger.log(self.module.ILogger.Severity.ERROR, self.fails)
