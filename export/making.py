@@ -17,7 +17,7 @@ from synthkd.export.errors import ExportError
 from synthkd.export.gradient import exported_gradient
 from synthkd.export.graph import Call, check_plain, exported
 from synthkd.export.spec import OPSETS, Options, Signature, TensorSpec
-from synthkd.export.tensorrt_operators import check_operators, opset_for
+from synthkd.export.tensorrt_operators import opset_for
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 # Largest ||backend - eager|| / ||eager|| of any output that a build may have.
@@ -121,7 +121,7 @@ class Build:
         with self._stage("convert"):
             onnx.write_model(program, folder, signature, opset_of(self.options, backend))
         if backend == "tensorrt":
-            check_operators(onnx.operators(folder), tensorrt.version())
+            onnx.prepare_for_tensorrt(folder, tensorrt.version())
             with self._stage("compile"), torch.cuda.device(self.device):
                 tensorrt.build_engine(
                     folder / onnx.FILE, folder / tensorrt.FILE, signature, self.options,

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from synthkd.export.errors import ExportError
 from synthkd.export.graph import first_line
 from synthkd.export.spec import Options, Signature
+from synthkd.export.tensorrt_operators import cast_around_resize, check_nodes, check_operators
 
 FILE, WEIGHTS = "model.onnx", "model.onnx.data"
 _INLINE = 1 << 30  # bytes of weights inside the file; a protobuf ends at 2 GiB
@@ -115,6 +116,20 @@ def operators(folder: Path) -> dict[str, int]:
         name = f"{node.domain}::{node.op_type}" if node.domain not in ("", "ai.onnx") else node.op_type
         counts[name] = counts.get(name, 0) + 1
     return counts
+
+
+def prepare_for_tensorrt(folder: Path, version: str) -> None:
+    """Check a model against what a TensorRT's parser takes, and move Resizes of bfloat16 to float32, in the file.
+
+    Raises ExportError for an operator or a node it does not take.
+    """
+    import onnx
+
+    check_operators(operators(folder), version)
+    model = onnx.load(str(folder / FILE), load_external_data=False)
+    check_nodes(model)
+    if cast_around_resize(model):
+        onnx.save(model, str(folder / FILE))  # weights beside it stay where they are
 
 
 def _nodes(graph: Any) -> Iterator[Any]:

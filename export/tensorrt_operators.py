@@ -1,7 +1,7 @@
 """What TensorRT's ONNX parser takes, by its own list; needs neither TensorRT nor onnx."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,28 @@ from synthkd.export.tensorrt import numbers
 
 FLOAT, BFLOAT16 = 1, 16  # of onnx's TensorProto.DataType
 INT = 2  # of onnx's AttributeProto.AttributeType
+# What a node may have, where the parser's list says more than the operator's name: attribute -> values, the first being
+# the default; how many outputs and inputs; and inputs whose value must be in the file.
+ATTRIBUTES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "Attention": {"softcap": (0.0,), "qk_matmul_output_mode": (0,)},
+    "AveragePool": {"dilations": ((), (1, 1), (1, 1, 1))},
+    "MaxPool": {"dilations": ((), (1, 1), (1, 1, 1))},
+    "Resize": {
+        "mode": ("nearest", "linear"),
+        "coordinate_transformation_mode": (
+            "half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners",
+        ),
+        "nearest_mode": ("round_prefer_floor", "floor", "ceil", "round_prefer_ceil"),
+        "keep_aspect_ratio_policy": ("stretch",),
+        "antialias": (0,),
+    },
+    "ScatterND": {"reduction": ("none",)},
+    "TopK": {"sorted": (1,)},
+}  # fmt: skip
+OUTPUTS = {"Attention": 1, "LayerNormalization": 1, "MaxPool": 1}
+INPUTS = {"Attention": 4}
+REDUCTIONS = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
+CONSTANT = {f"Reduce{name}": 1 for name in REDUCTIONS.split()}  # operator -> which input: the axes
 
 
 @cache
@@ -48,6 +70,47 @@ def check_operators(operators: Iterable[str], version: str) -> None:
         newer = [name for name in refused if name in since and name != "GroupNormalization"]
         hint = "; export with opset 21" if newer else ""
         raise ExportError(f"the ONNX parser of TensorRT {version} does not know {told}{hint}")
+
+
+def check_nodes(model: Any) -> None:
+    """Raise ExportError for the first node that the parser's list excludes although it has the operator.
+
+    model: an onnx ModelProto. Subgraphs and functions are not looked into; sizes are not looked at.
+    """
+    graph = model.graph
+    known = {tensor.name for tensor in graph.initializer}
+    known |= {name for node in graph.node if node.op_type == "Constant" for name in node.output}
+    for node in graph.node:
+        why = _excluded(node, known)
+        if why:
+            raise ExportError(f"TensorRT's parser takes no {node.op_type} like node {node.name!r}: {why}")
+
+
+def _excluded(node: Any, known: set[str]) -> str:
+    """What a node has that the list says it must not have; known: values that stand in the file."""
+    given = {attribute.name: _value(attribute) for attribute in node.attribute}
+    for name, values in ATTRIBUTES.get(node.op_type, {}).items():
+        if given.get(name, values[0]) not in values:
+            return f"{name} is {given[name]!r}; expected {' or '.join(str(value) for value in values)}"
+    for side, names, most in (("outputs", node.output, OUTPUTS), ("inputs", node.input, INPUTS)):
+        used = max((i for i, name in enumerate(names, 1) if name), default=0)
+        if used > most.get(node.op_type, used):
+            return f"it has {used} {side}; expected at most {most[node.op_type]}"
+    place = CONSTANT.get(node.op_type, len(node.input))
+    if place < len(node.input) and node.input[place] and node.input[place] not in known:
+        return "its axes are computed; expected constants"
+    return ""
+
+
+def _value(attribute: Any) -> Any:
+    """A number, a text or a tuple of integers, by the number of the attribute's type."""
+    kinds: dict[int, Callable[[], Any]] = {
+        1: lambda: attribute.f,
+        INT: lambda: attribute.i,
+        3: lambda: attribute.s.decode(),
+        7: lambda: tuple(attribute.ints),
+    }
+    return kinds.get(attribute.type, lambda: None)()
 
 
 def cast_around_resize(model: Any) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from synthkd.export import tensorrt, tensorrt_engine, tensorrt_operators
 from synthkd.export.errors import ExportError
+from synthkd.export.onnx import prepare_for_tensorrt
 from synthkd.export.spec import Options, Signature, TensorSpec
 
 VERSIONS = ("10.9", "10.16", "11.4")
@@ -309,31 +310,49 @@ def test_operators_by_version() -> None:
     tensorrt_operators.check_operators(["Attention", "Conv"], "10.14")
 
 
-def test_bfloat16_resize_is_done_in_float32() -> None:
+def test_nodes_the_parser_excludes() -> None:
+    """By attribute, number of outputs and inputs, and computed axes; defaults and constants pass."""
+    make = pytest.importorskip("onnx").helper.make_node
+    helper = pytest.importorskip("onnx").helper
+
+    def refused(*nodes: Any) -> str:
+        graph = helper.make_graph(list(nodes), "g", [], [], [helper.make_tensor("axes", 7, [1], [1])])
+        try:
+            tensorrt_operators.check_nodes(helper.make_model(graph))
+        except ExportError as error:
+            return str(error)
+        return ""
+
+    assert refused(make("Resize", ["x", "", "s"], ["y"]), make("Attention", ["q", "k", "v", "m"], ["y"])) == ""
+    assert refused(make("ReduceMean", ["x", "axes"], ["y"]), make("ReduceSum", ["x"], ["y"])) == ""
+    assert "antialias is 1; expected 0" in refused(make("Resize", ["x", "", "s"], ["y"], antialias=1))
+    assert "mode is 'cubic'; expected nearest or linear" in refused(make("Resize", ["x"], ["y"], mode="cubic"))
+    assert "it has 4 outputs; expected at most 1" in refused(make("Attention", ["q", "k", "v"], ["y", "", "", "w"]))
+    assert "it has 6 inputs" in refused(make("Attention", ["q", "k", "v", "", "a", "b"], ["y"]))
+    assert "like node 'n': its axes are computed" in refused(make("ReduceMean", ["x", "computed"], ["y"], name="n"))
+
+
+def test_bfloat16_resize_is_done_in_float32(tmp_path: Path) -> None:
     """Casts around it and around nothing else; onnxruntime, which has no bfloat16 Resize either, then runs it."""
-    onnx = pytest.importorskip("onnx")
     runtime = pytest.importorskip("onnxruntime")
-    helper, low = onnx.helper, onnx.TensorProto.BFLOAT16
-    nodes = [
-        helper.make_node("Cast", ["x"], ["low"], to=low),
-        helper.make_node("Resize", ["low", "", "scales"], ["up"], mode="nearest", nearest_mode="floor",
-                         coordinate_transformation_mode="asymmetric"),
-        helper.make_node("Cast", ["up"], ["y"], to=onnx.TensorProto.FLOAT),
-    ]  # fmt: skip
-    small, large, full = [1, 2, 3, 5], [1, 2, 6, 10], onnx.TensorProto.FLOAT
-    value = helper.make_tensor_value_info
-    values, x, y = [value("low", low, small), value("up", low, large)], value("x", full, small), value("y", full, large)
-    scales = helper.make_tensor("scales", full, [4], [1, 1, 2, 2])
-    graph = helper.make_graph(nodes, "g", [x], [y], [scales], value_info=values)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
-    assert tensorrt_operators.cast_around_resize(model) == 1
+    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx")
+
+    class Upsample(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.interpolate(x.bfloat16(), scale_factor=2.0).float()
+
+    given = torch.randn(1, 2, 3, 5)
+    program = torch.onnx.export(Upsample().eval(), (given,), dynamo=True, opset_version=21, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "model.onnx")
+    prepare_for_tensorrt(tmp_path, "10.9")
+    model = onnx.load(tmp_path / "model.onnx")
     assert [node.op_type for node in model.graph.node] == ["Cast", "Cast", "Resize", "Cast", "Cast"]
     onnx.checker.check_model(model, full_check=True)
-    given = torch.randn(1, 2, 3, 5)
-    session = runtime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": given.numpy()})
-    wanted = torch.nn.functional.interpolate(given.bfloat16(), scale_factor=2).float()
-    assert torch.equal(torch.from_numpy(found), wanted)
+    session = runtime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {session.get_inputs()[0].name: given.numpy()})
+    assert torch.equal(torch.from_numpy(found), Upsample()(given))
     assert tensorrt_operators.cast_around_resize(model) == 0
 
 
