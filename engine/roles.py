@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from synthkd.engine.augment import Look
 from synthkd.engine.config import Recipe
-from synthkd.engine.decoders import Decoder
+from synthkd.engine.decoders import Decoder, latent_layout
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import GroupGuidance, Guidance, GuidanceStep, guidance_gradient
 from synthkd.engine.latent_model import Conditioning, LatentModel
@@ -235,6 +235,16 @@ _MAKERS: Mapping[str, Callable[[Parts], list[RoleCall]]] = {
     "teacher": _teacher,
     "gradient": _gradient,
 }
+
+
+def native_size(model: LatentModel) -> tuple[int, int] | None:
+    """Height and width in pixels that a prior was trained for, as its denoiser's config has it; None if it does not."""
+    side = getattr(getattr(next(iter(model.modules())), "config", None), "sample_size", None)
+    if side is None:
+        return None
+    high, wide = (side, side) if isinstance(side, int) else side
+    factor = latent_layout(model.decoder.module)[1]
+    return high * factor, wide * factor
 
 
 @contextmanager

@@ -249,7 +249,9 @@ class Synthesizer:
         with ExitStack() as stack:
             self._settle(stack)
             if self._routes.live:
-                self.prepare(stack, clock)
+                with clock("compile"):
+                    self._prepare()
+                stack.enter_context(self._routes.on(self.model))
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
             steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
@@ -337,12 +339,17 @@ class Synthesizer:
             gradient=self._routes.gradient(self.guidance),
         )  # fmt: skip
 
-    def prepare(self, stack: ExitStack, clock: StageClock | None = None) -> None:
-        """Build or load the backends of the roles, and put them in until the stack ends; networks are settled."""
+    def prepare(self, say: Callable[[str], None] | None = None) -> Routes:
+        """Build or load the backends of the roles now, not with the first group; say: told each stage of a build."""
+        with ExitStack() as stack:
+            self._settle(stack)
+            self._prepare(say)
+        return self._routes
+
+    def _prepare(self, say: Callable[[str], None] | None = None) -> None:
+        """Networks are settled."""
         parts = Parts(self.model, self.recipe, self._tables, self.guidance, self._look, self.memory)
-        with (clock or StageClock(self.model.device))("compile"):
-            self._routes.prepare(parts)
-        stack.enter_context(self._routes.on(self.model))
+        self._routes.prepare(parts, say)
 
     @property
     def _chunks(self) -> Chunks:
