@@ -15,7 +15,7 @@ HEAVY = {
     "timm": ["dfkd/model_zoo.py"],
     "torchvision": ["dfkd/model_zoo.py"],
 }
-NEVER = ("webdataset", "datasets", "matplotlib", "pandas")
+NEVER = ("webdataset", "datasets", "matplotlib", "pandas", "xformers")  # xformers: through diffusers alone
 
 
 def sources() -> list[Path]:
