@@ -16,7 +16,8 @@ from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_index
 from synthkd.engine.latent_model import LatentModel
-from synthkd.engine.priors import decode_dtype, wrap_pipeline
+from synthkd.engine.precision import decode_dtype
+from synthkd.engine.priors import wrap_pipeline
 
 __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_pipeline",
     "random_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline", "xformers_processor"]

@@ -1,11 +1,9 @@
 """Priors over live diffusers pipelines: Stable Diffusion, SDXL, class-conditional DiT."""
 
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -17,14 +15,12 @@ from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layo
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler, label_numbers
 from synthkd.engine.latent_model import Conditioning, LatentModel
+from synthkd.engine.precision import copied, decode_dtype, finite_decoder
 from synthkd.engine.roles import RoleCall
 from synthkd.engine.settings import settings_of
-from synthkd.export.numerics import half_overflow, probe_latents, wide_dtype
 
 _PROMPT_CACHE = 4096
-_HALF = (torch.float16, torch.bfloat16)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
-_log = logging.getLogger("synthkd")
 
 
 class _PipelinePrior:
@@ -48,16 +44,7 @@ class _PipelinePrior:
 
     def _make_decoder(self) -> VaeDecoder:
         """Over the live autoencoder, or over a copy in a wider dtype where float16 would not hold it (said once)."""
-        vae, live = self._pipe.vae, self._decoder_over(self._pipe.vae)
-        if vae.dtype != torch.float16 or vae.device.type == "meta":
-            return live
-        single = self._decoder_over(_copied(vae, torch.float32))
-        overflow = half_overflow(single.module, single, (probe_latents(latent_layout(vae)[0], device=vae.device),))
-        if overflow is None:
-            return live
-        wide = wide_dtype(vae.device)
-        _log.warning(f"model: vae in float16: {overflow}; it decodes in {str(wide).removeprefix('torch.')} instead")
-        return single if wide == torch.float32 else self._decoder_over(_copied(vae, wide))
+        return finite_decoder(self._pipe.vae, self._decoder_over)
 
     def _decoder_over(self, vae: Any) -> VaeDecoder:
         return VaeDecoder(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
@@ -234,7 +221,7 @@ class StableDiffusionXL(StableDiffusion):
         """In half precision with `force_upcast`, over a float32 copy: the live autoencoder is not touched."""
         vae = self._pipe.vae
         wanted = decode_dtype(self._pipe, vae.dtype)
-        return super()._make_decoder() if wanted == vae.dtype else self._decoder_over(_copied(vae, wanted))
+        return super()._make_decoder() if wanted == vae.dtype else self._decoder_over(copied(vae, wanted))
 
     def _decoder_over(self, vae: Any) -> VaeDecoder:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
@@ -382,18 +369,6 @@ def _text_call(name: str, encoder: Any, function: Callable[..., Any], inputs: tu
     return RoleCall(
         name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, identity=settings
     )
-
-
-def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:
-    """What a pipeline of this dtype decodes in: SDXL's autoencoder overflows in half precision (`force_upcast`)."""
-    upcast = type(pipe).__name__ == XL and getattr(pipe.vae.config, "force_upcast", False)
-    return torch.float32 if upcast and dtype in _HALF else dtype
-
-
-def _copied(vae: Any, dtype: torch.dtype) -> Any:
-    """A frozen copy in another dtype; the live autoencoder is not touched."""
-    copy = nn.Module.to(deepcopy(vae), dtype)  # diffusers' own `to` warns about that, without a cause here
-    return copy.eval().requires_grad_(False)
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:

@@ -156,7 +156,7 @@ def test_an_overflowing_autoencoder_decodes_wide(
 def test_bfloat16_is_taken_where_it_is_native(
     build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("synthkd.engine.priors.wide_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("synthkd.engine.precision.wide_dtype", lambda device: torch.bfloat16)
     pipe = build.sd(tmp_path)
     loud(pipe.vae)
     prior = wrap_pipeline(pipe.to(dtype=torch.float16))
