@@ -4,7 +4,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
@@ -16,11 +15,11 @@ from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layo
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler, label_numbers
 from synthkd.engine.latent_model import Conditioning, LatentModel
+from synthkd.engine.precision import copied, decode_dtype, finite_decoder
 from synthkd.engine.roles import RoleCall
 from synthkd.engine.settings import settings_of
 
 _PROMPT_CACHE = 4096
-_HALF = (torch.float16, torch.bfloat16)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
@@ -44,8 +43,11 @@ class _PipelinePrior:
             )
 
     def _make_decoder(self) -> VaeDecoder:
-        config = self._pipe.vae.config
-        return VaeDecoder(self._pipe.vae, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0)
+        """Over the live autoencoder, or over a copy in a wider dtype where float16 would not hold it (said once)."""
+        return finite_decoder(self._pipe.vae, self._decoder_over)
+
+    def _decoder_over(self, vae: Any) -> VaeDecoder:
+        return VaeDecoder(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
 
     @property
     def decoder(self) -> Decoder:
@@ -219,8 +221,9 @@ class StableDiffusionXL(StableDiffusion):
         """In half precision with `force_upcast`, over a float32 copy: the live autoencoder is not touched."""
         vae = self._pipe.vae
         wanted = decode_dtype(self._pipe, vae.dtype)
-        if wanted != vae.dtype:
-            vae = deepcopy(vae).to(wanted).eval().requires_grad_(False)
+        return super()._make_decoder() if wanted == vae.dtype else self._decoder_over(copied(vae, wanted))
+
+    def _decoder_over(self, vae: Any) -> VaeDecoder:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
         moments = None if mean is None or std is None else (mean, std)
         return VaeDecoder(vae, vae.config.scaling_factor, moments=moments)
@@ -366,12 +369,6 @@ def _text_call(name: str, encoder: Any, function: Callable[..., Any], inputs: tu
     return RoleCall(
         name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, identity=settings
     )
-
-
-def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:
-    """What a pipeline of this dtype decodes in: SDXL's autoencoder overflows in half precision (`force_upcast`)."""
-    upcast = type(pipe).__name__ == XL and getattr(pipe.vae.config, "force_upcast", False)
-    return torch.float32 if upcast and dtype in _HALF else dtype
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
