@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_decoder import fit
+from synthkd.dfkd.cli_export import export
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(teacher_app, name="teacher")
+app.command("export", epilog="Example: synthkd export embedded:digits --preset digits --backend onnx")(export)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
@@ -51,6 +53,9 @@ def run(
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
     micro_batch: options.MicroBatch = "auto",
+    backend: options.Backend = None,
+    artifacts: options.Artifacts = None,
+    trust: options.Trust = False,
     device: options.Device = None,
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
@@ -60,7 +65,7 @@ def run(
     chosen = load_preset(preset)
     asked = options.Asked(
         gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, decoder=decoder, fuse=fuse,
-        compile=compile, micro_batch=micro_batch,
+        compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
     )  # fmt: skip
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
@@ -118,6 +123,9 @@ def synth(
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
     micro_batch: options.MicroBatch = "auto",
+    backend: options.Backend = None,
+    artifacts: options.Artifacts = None,
+    trust: options.Trust = False,
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
@@ -128,6 +136,7 @@ def synth(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
         allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
+        backends=backend or (), artifacts=artifacts, trust=trust,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)
@@ -226,13 +235,15 @@ def replay(
     teacher: Annotated[str | None, typer.Option(help="Where the teacher card lies now, if it moved.")] = None,
     allow_code: options.AllowCode = False,
     fuse: Annotated[str | None, typer.Option(help="Fused modules (default: as the image was drawn).")] = None,
+    artifacts: options.Artifacts = None,
     device: options.Device = None,
 ) -> None:
     """Draw one image again from the manifest alone and compare it with the stored one."""
     from synthkd.dfkd.replay import replay_sample
 
+    where = options.pick_device(device)
     path, verdict = replay_sample(
-        set_dir, sample_id, target, options.pick_device(device), allow_code, fuse, model=model, teacher=teacher
+        set_dir, sample_id, target, where, allow_code, fuse, artifacts, model=model, teacher=teacher
     )
     out.print(f"{path}: {verdict}", soft_wrap=True, highlight=False)
 

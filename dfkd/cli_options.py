@@ -14,7 +14,7 @@ from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.targets import read_targets
 from synthkd.dfkd.teachers import card_path, read_card
 from synthkd.dfkd.toml_files import read_toml
-from synthkd.engine import Recipe, SynthkdError
+from synthkd.engine import Execution, Recipe, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.index import read_manifest
 
@@ -40,6 +40,20 @@ MicroBatch = Annotated[
 GuidanceDecoder = Annotated[
     str | None,
     typer.Option("--decoder", help="What guidance looks through: auto, vae, pooled:N, tiny:PATH, fitted:PATH."),
+]
+Backend = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        help="ROLE=NAME, or NAME for all roles: eager, compile, aoti, onnx, tensorrt for text_encoder, unet, vae, "
+        "teacher, gradient; may be given several times.",
+    ),
+]
+Artifacts = Annotated[
+    str | None, typer.Option(help="Folder of built backends (default: $SYNTHKD_ARTIFACTS or the user's cache).")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-artifacts", help="Load artifacts of machine code that another user or machine made.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
 
@@ -114,6 +128,14 @@ class Asked:
     fuse: str = "auto"
     compile: str = "auto"
     micro_batch: str = "auto"
+    backends: Sequence[str] = ()
+    artifacts: str | None = None
+    trust: bool = False
+
+    @property
+    def execution(self) -> Execution:
+        """What the networks run on."""
+        return Execution(backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust)
 
 
 def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:
@@ -129,7 +151,8 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "device": pick_device(device),
         "fuse": asked.fuse,
         "compile": asked.compile,
-        "micro_batch": _part(asked.micro_batch),
+        "micro_batch": part_of(asked.micro_batch),
+        "execution": asked.execution,
     }
     changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
     if asked.loras:
@@ -144,8 +167,7 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
         fields: dict[str, Any] = base.recipe.to_dict()
     else:
         fields = {"classes": list(read_card(card_path(teacher)).classes)}
-    if asked.recipe is not None:
-        fields = _merge(fields, read_toml(asked.recipe, f"--recipe {asked.recipe}"))
+    fields = _merge(fields, recipe_fields(asked.recipe))
     if asked.classes is not None:
         fields["classes"] = list(read_lines(asked.classes, "classes"))
     if asked.prompts is not None:
@@ -163,7 +185,12 @@ def _recipe(base: SynthJob | None, asked: Asked, teacher: str) -> Recipe:
     return Recipe.from_dict(fields)
 
 
-def _part(micro_batch: str) -> int | str:
+def recipe_fields(path: Path | None) -> dict[str, Any]:
+    """What a --recipe file says; nothing where there is none."""
+    return read_toml(path, f"--recipe {path}") if path is not None else {}
+
+
+def part_of(micro_batch: str) -> int | str:
     """A number where there is one; whether it will do is for the job to say."""
     return int(micro_batch) if micro_batch.isdecimal() and len(micro_batch) < 10 else micro_batch
 

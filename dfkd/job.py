@@ -9,12 +9,13 @@ from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, 
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
 from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
-from synthkd.engine import Recipe, Synthesizer, SynthkdError
+from synthkd.engine import Execution, Recipe, Synthesizer, SynthkdError
 from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice
 from synthkd.engine.errors import suggest
 from synthkd.engine.fitted import read_card as read_decoder_card
 from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 from synthkd.engine.memory import checked_part
+from synthkd.engine.roles import parse_backends
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
@@ -29,7 +30,7 @@ class SynthJob:
     alpha, beta, gamma, divergence, entropy, head, bn_momentum: the guidance's terms (see `TeacherGuidance`).
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
-    fuse, compile, micro_batch: how networks run (see `Synthesizer`): execution only, so no manifest keeps them either.
+    fuse, compile, micro_batch, execution: how networks run (see `Synthesizer`), which no manifest keeps either.
     look: what guidance looks through where the set's calibration decided (see `dfkd.decoding`), None for the recipe's.
     """
 
@@ -53,6 +54,7 @@ class SynthJob:
     compile: CompileChoice = "auto"
     micro_batch: int | Literal["auto"] = "auto"
     look: str | None = None
+    execution: Execution = Execution()  # noqa: RUF009
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
@@ -63,6 +65,7 @@ class SynthJob:
         checked_part(self.micro_batch)
         if self.compile not in COMPILE_CHOICES:
             raise SynthkdError(f"compile {self.compile!r}: {suggest(self.compile, COMPILE_CHOICES[:-1])}")
+        parse_backends((*recipe.backends, *self.execution.backends))
         if (decoder := recipe.guidance.decoder).startswith("fitted:"):
             read_decoder_card(decoder.removeprefix("fitted:"))
         if len(card.classes) != len(recipe.classes):
@@ -93,7 +96,7 @@ class SynthJob:
         guidance = self.guidance(load_teacher(self.teacher, self.device, allow_code=self.allow_code))
         return Synthesizer.from_pretrained(
             self.model, self.recipe, guidance=guidance, device=self.device, loras=self.loras, fuse=self.fuse,
-            compile=self.compile, micro_batch=self.micro_batch, look=self.look,
+            compile=self.compile, micro_batch=self.micro_batch, look=self.look, execution=self.execution,
         )  # fmt: skip
 
     def guidance(self, teacher: Teacher) -> TeacherGuidance:

@@ -10,6 +10,7 @@ import numpy as np
 from synthkd.dfkd.decoding import obey
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.rounds import student_card
+from synthkd.engine.backends import Execution
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
@@ -29,11 +30,13 @@ def replay_sample(
     device: str,
     allow_code: bool = False,
     fuse: str | None = None,
+    artifacts: str | None = None,
     **moved: str | None,
 ) -> tuple[Path, str]:
     """Redraw a sample's group, write the sample, and say how it compares with the stored one.
 
-    fuse: see `Synthesizer`; None for what the group was drawn with, as its parts and compilation are.
+    fuse: see `Synthesizer`; None for what the group was drawn with, as its parts, compilation and backends are.
+    artifacts: folder of built backends.
     moved: `model` and `teacher`, where they lie elsewhere now; weights are checked by digest all the same.
 
     Raises SynthkdError for an id outside the set, or where model or teacher are not the ones that drew it.
@@ -48,7 +51,8 @@ def replay_sample(
     job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
     said = _environment(set_dir, group, group // recipe.groups_per_shard)
     chosen: Any = fuse or _fused(said)  # checked when the job is built
-    job = obey(replace(job, fuse=chosen, compile=_compiled(said)), set_dir)
+    execution = Execution(backends=_roles(said), artifacts=artifacts)
+    job = obey(replace(job, fuse=chosen, compile=_compiled(said), execution=execution), set_dir)
     stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
     if (parts := plan_of(recipe.group_size, said.get("micro_batch"))) is not None:
         stream.synthesizer.memory = parts
@@ -75,6 +79,12 @@ def _compiled(environment: Mapping[str, Any]) -> CompileChoice:
     said = str(environment.get("backend", ""))
     found: dict[str, CompileChoice] = {f"compiled {mode}": mode for mode in MODES}
     return next((mode for words, mode in found.items() if said.endswith(words)), "off" if said else "auto")
+
+
+def _roles(environment: Mapping[str, Any]) -> tuple[str, ...]:
+    """The roles that had a backend of their own in an environment, in a recipe's vocabulary; all others were eager."""
+    told = [entry.split(" ") for entry in str(environment.get("roles", "")).split(", ") if entry.count(" ") == 1]
+    return ("eager", *(f"{role}={name}" for role, name in told)) if environment else ()
 
 
 def _fused(environment: Mapping[str, Any]) -> FuseChoice:

@@ -1,5 +1,6 @@
 """Guided synthesis: a recipe and a request in, labelled images out."""
 
+from synthkd.engine.backends import Execution
 from synthkd.engine.batch import Batch
 from synthkd.engine.callback import GuidanceCallback
 from synthkd.engine.config import CutMixSpec, GuidanceSpec, Recipe, Request
@@ -8,11 +9,13 @@ from synthkd.engine.fusion import Fused, fuse, unfuse
 from synthkd.engine.guidance import Guidance
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
-from synthkd.engine.synthesizer import Stream, Synthesizer
+from synthkd.engine.stream import Stream
+from synthkd.engine.synthesizer import Synthesizer
 
 __all__ = [
     "Batch",
     "CutMixSpec",
+    "Execution",
     "Fused",
     "Guidance",
     "GuidanceCallback",

@@ -17,6 +17,7 @@ SAMPLERS = ("ddim", "dpmpp_2m", "euler", "euler_ancestral", "lcm")
 SPACINGS = ("model", "leading", "trailing", "linspace", "karras")
 PREDICTIONS = ("model", "epsilon", "v_prediction", "sample")
 FORMATS = ("png", "jpg", "webp")
+EXECUTION = ("backends",)  # fields of a recipe that say how to compute, not what
 AUTO_PIXELS = 64  # a side; up to here a full VAE costs little beside a run of its own to fit another
 
 
@@ -147,6 +148,7 @@ class Recipe:
     previews: shares of the run at which the clean latent is decoded into an extra, marked sample.
     rounds: parts of the set between which the guidance may learn (a student, say): the first ones have
     groups_per_round groups each (0: one shard's), the last one all the rest.
+    backends: `role=name` entries, what each network runs on (see `engine.roles`); execution only, in no fingerprint.
     """
 
     classes: tuple[str, ...]
@@ -177,6 +179,7 @@ class Recipe:
     image_format: str = "png"
     image_quality: int = 95
     attempts: int = 3
+    backends: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a field outside its range."""
@@ -365,5 +368,6 @@ class Request:
 
 def fingerprint(recipe: Recipe, seed: int, guidance: Mapping[str, Any]) -> str:
     """SHA-256 of what was declared: recipe, seed and the guidance's own description; not the sample count."""
-    text = json.dumps({"recipe": recipe.to_dict(), "seed": seed, "guidance": guidance}, sort_keys=True)
+    declared = {name: value for name, value in recipe.to_dict().items() if name not in EXECUTION}
+    text = json.dumps({"recipe": declared, "seed": seed, "guidance": guidance}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -25,12 +25,17 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def environment(
-    device: torch.device, micro_batch: int | str, threads: int | None = None, fused: str = "", compiled: str = ""
+    device: torch.device,
+    micro_batch: int | str,
+    threads: int | None = None,
+    fused: str = "",
+    compiled: str = "",
+    roles: str = "",
 ) -> dict[str, Any]:
     """What the bits of an image may depend on: processor, libraries, threads, micro-batch, backend.
 
     fused: which networks run this project's ops in place of their own (`Synthesizer.fused`), compiled: how calls are
-    compiled (`Synthesizer.compiled`); "" for not at all.
+    compiled (`Synthesizer.compiled`), roles: those with a backend of their own (`Synthesizer.roles`); "" for none.
     """
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -41,6 +46,7 @@ def environment(
         "micro_batch": micro_batch,
         "backend": _backend(device, fused, compiled),
         "versions": versions("triton") if backend(device) == "triton" else versions(),
+        **({"roles": roles, "runtimes": versions("onnxruntime", "onnxruntime-gpu", "tensorrt")} if roles else {}),
     }
 
 

@@ -96,3 +96,17 @@ def check_index(where: str, index: Mapping[str, Any]) -> str:
 def _named(entry: object) -> bool:
     """Whether an entry of model_index.json is [library, class]."""
     return isinstance(entry, (list, tuple)) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+
+
+def label_numbers(pipe: Any) -> dict[str, frozenset[int]]:
+    """Labels, as written and in lower case -> class numbers (ImageNet has two cranes, so a set)."""
+    named = pipe.config.get("id2label")
+    if named:
+        pairs = [(label, int(n)) for n, text in named.items() for label in {text, *text.split(",")}]
+    else:
+        pairs = list(pipe.labels.items())
+    out: dict[str, frozenset[int]] = {}
+    for label, number in pairs:
+        for key in {label.strip(), label.strip().lower()}:
+            out[key] = out.get(key, frozenset()) | {number}
+    return out

@@ -16,10 +16,11 @@ from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_index
 from synthkd.engine.latent_model import LatentModel
-from synthkd.engine.priors import decode_dtype, wrap_pipeline
+from synthkd.engine.precision import decode_dtype
+from synthkd.engine.priors import wrap_pipeline
 
 __all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_pipeline",
-    "random_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline"]
+    "random_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline", "xformers_processor"]
 
 EMBEDDED = "embedded:"
 _LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -253,6 +254,14 @@ def random_tiny_decoder(*, device: str | torch.device, dtype: torch.dtype, seed:
         vae = diffusers.AutoencoderTiny()
     network = draw_weights(vae.to(dtype), torch.device(device), seed)
     return VaeDecoder(network, vae.config.scaling_factor, vae.config.shift_factor)
+
+
+def xformers_processor() -> Any:
+    """diffusers' attention by xformers, to be a layer's `processor`. Raises SynthkdError without diffusers."""
+    _import_diffusers()
+    from diffusers.models.attention_processor import XFormersAttnProcessor
+
+    return XFormersAttnProcessor()
 
 
 def _settle(module: nn.Module, device: str | torch.device, dtype: torch.dtype) -> nn.Module:

@@ -2,9 +2,10 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler
+from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler, label_numbers
 from synthkd.engine.latent_model import Conditioning, LatentModel
+from synthkd.engine.precision import copied, decode_dtype, finite_decoder
+from synthkd.engine.roles import RoleCall
 from synthkd.engine.settings import settings_of
 
 _PROMPT_CACHE = 4096
-_HALF = (torch.float16, torch.bfloat16)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 
@@ -30,6 +32,7 @@ class _PipelinePrior:
         """pipe: a live pipeline; refused with SynthkdError where its class or its parts do not fit."""
         _check_live(pipe)
         self._pipe = pipe
+        self._routes: Mapping[str, Callable[..., Any]] = {}
         self._denoiser: Any = getattr(pipe, self.denoiser_part)
         self._decoder = self._make_decoder()
         self._channels, self._factor = latent_layout(pipe.vae)
@@ -40,8 +43,11 @@ class _PipelinePrior:
             )
 
     def _make_decoder(self) -> VaeDecoder:
-        config = self._pipe.vae.config
-        return VaeDecoder(self._pipe.vae, config.scaling_factor, getattr(config, "shift_factor", None) or 0.0)
+        """Over the live autoencoder, or over a copy in a wider dtype where float16 would not hold it (said once)."""
+        return finite_decoder(self._pipe.vae, self._decoder_over)
+
+    def _decoder_over(self, vae: Any) -> VaeDecoder:
+        return VaeDecoder(vae, vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
 
     @property
     def decoder(self) -> Decoder:
@@ -74,12 +80,34 @@ class _PipelinePrior:
         self, z: Tensor, t: Tensor, cond: Conditioning, uncond: Conditioning | None
     ) -> tuple[Tensor, Tensor | None]:
         """One denoiser call; with classifier-free guidance on a doubled batch, unconditional half first."""
+        evaluate = self._routes.get("unet", self._evaluate)
         with evaluating(self._denoiser):
             if uncond is None:
-                return self._evaluate(z, t, cond), None
+                return evaluate(z, t, cond), None
             told = {name: torch.cat([uncond[name], value]) for name, value in cond.items()}
-            out_uncond, out_cond = self._evaluate(torch.cat([z, z]), t, told).chunk(2)
+            out_uncond, out_cond = evaluate(torch.cat([z, z]), t, told).chunk(2)
         return out_cond, out_uncond
+
+    def text_calls(self) -> Sequence[RoleCall]:
+        """See `roles.RoutedModel`."""
+        return ()
+
+    def denoiser_call(self, cond: Conditioning, z: Tensor, t: Tensor) -> RoleCall:
+        """See `roles.RoutedModel`."""
+        settings, inputs = settings_of(self._denoiser), (z, t, cond)
+        return RoleCall(
+            name="unet", function=self._evaluate, modules=(self._denoiser,), inputs=inputs, batched=(True, False, True),
+            identity=settings,
+        )  # fmt: skip
+
+    @contextmanager
+    def routed(self, routes: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """See `roles.RoutedModel`."""
+        before, self._routes = self._routes, routes
+        try:
+            yield
+        finally:
+            self._routes = before
 
     def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
         raise NotImplementedError
@@ -101,7 +129,7 @@ class StableDiffusion(_PipelinePrior):
     def __init__(self, pipe: Any) -> None:
         """See the base class."""
         super().__init__(pipe)
-        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, bool], Conditioning] = OrderedDict()
         if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
             raise SynthkdError(
                 "model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()"
@@ -136,24 +164,40 @@ class StableDiffusion(_PipelinePrior):
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Conditions of one prompt, tensors [1,...]."""
-        if prompt not in self._cache:
+        key = prompt, "text_encoder" in self._routes  # another backend's states are other ones in their last bits
+        if key not in self._cache:
             told = {name: x.to(self.device, self.dtype) for name, x in self._encode(prompt).items()}
-            self._cache[prompt] = told
+            self._cache[key] = told
             if len(self._cache) > _PROMPT_CACHE:
                 self._cache.popitem(last=False)
             return told
-        return self._cache[prompt]
+        return self._cache[key]
 
     def _negative(self, prompt: str) -> Conditioning:
         return self._encoded(prompt)
 
+    def text_calls(self) -> Sequence[RoleCall]:
+        """See `roles.RoutedModel`."""
+        encoder = self._pipe.text_encoder
+        return (_text_call("text_encoder", encoder, self._states, self._told(self._pipe.tokenizer, encoder, "")),)
+
     def _encode(self, prompt: str) -> Conditioning:
         tokenizer, encoder = self._pipe.tokenizer, self._pipe.text_encoder
-        tokens = self._tokens(tokenizer, prompt)
-        at = next(encoder.parameters()).device
-        mask = tokens.attention_mask.to(at) if getattr(encoder.config, "use_attention_mask", 0) else None
+        states = self._routes.get("text_encoder", self._states)
+        return {"encoder_hidden_states": states(*self._told(tokenizer, encoder, prompt))}
+
+    def _told(self, tokenizer: Any, encoder: Any, prompt: str) -> tuple[Tensor, Tensor | None]:
+        """Token ids [1,L] and, where the encoder wants one, their mask, where it computes."""
+        tokens, at = self._tokens(tokenizer, prompt), next(encoder.parameters()).device
+        masked = getattr(encoder.config, "use_attention_mask", 0)
+        return tokens.input_ids.to(at), tokens.attention_mask.to(at) if masked else None
+
+    def _states(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """Text encoder states [1,L,D]."""
+        encoder = self._pipe.text_encoder
         with torch.no_grad(), evaluating(encoder), unmarked(encoder):
-            return {"encoder_hidden_states": encoder(tokens.input_ids.to(at), attention_mask=mask)[0]}
+            states: Tensor = encoder(ids, attention_mask=mask)[0]
+        return states
 
     def _tokens(self, tokenizer: Any, prompt: str) -> Any:
         """Token ids and mask [1,L]; a textual inversion's name stands for all of its vectors."""
@@ -177,8 +221,9 @@ class StableDiffusionXL(StableDiffusion):
         """In half precision with `force_upcast`, over a float32 copy: the live autoencoder is not touched."""
         vae = self._pipe.vae
         wanted = decode_dtype(self._pipe, vae.dtype)
-        if wanted != vae.dtype:
-            vae = deepcopy(vae).to(wanted).eval().requires_grad_(False)
+        return super()._make_decoder() if wanted == vae.dtype else self._decoder_over(copied(vae, wanted))
+
+    def _decoder_over(self, vae: Any) -> VaeDecoder:
         mean, std = (getattr(vae.config, name, None) for name in ("latents_mean", "latents_std"))
         moments = None if mean is None or std is None else (mean, std)
         return VaeDecoder(vae, vae.config.scaling_factor, moments=moments)
@@ -202,17 +247,36 @@ class StableDiffusionXL(StableDiffusion):
         """Penultimate states of both encoders side by side [1,L,D1+D2], and the second's pooled embedding [1,P]."""
         states, pooled = [], None
         for suffix in ("", "_2"):
-            encoder = getattr(self._pipe, f"text_encoder{suffix}")
-            tokens = self._tokens(getattr(self._pipe, f"tokenizer{suffix}"), prompt).input_ids
-            with torch.no_grad(), evaluating(encoder), unmarked(encoder):
-                out = encoder(tokens.to(next(encoder.parameters()).device), output_hidden_states=True)
-            states.append(out.hidden_states[-2].to(self.device))
-            pooled = out[0]
+            run = self._routes.get(f"text_encoder{suffix}", partial(self._both, suffix))
+            state, pooled = run(self._ids(suffix, prompt))
+            states.append(state.to(self.device))
         if pooled is None or pooled.ndim != 2:
             raise SynthkdError(
                 "model: text_encoder_2 gives no pooled embedding; expected a CLIPTextModelWithProjection"
             )
         return {"encoder_hidden_states": torch.cat(states, dim=-1), "text_embeds": pooled}
+
+    def text_calls(self) -> Sequence[RoleCall]:
+        """See `roles.RoutedModel`."""
+        return tuple(
+            _text_call(
+                f"text_encoder{suffix}", getattr(self._pipe, f"text_encoder{suffix}"), partial(self._both, suffix),
+                (self._ids(suffix, ""),),
+            )
+            for suffix in ("", "_2")
+        )
+
+    def _ids(self, suffix: str, prompt: str) -> Tensor:
+        """Token ids [1,L] of one of the encoders, where it computes."""
+        ids: Tensor = self._tokens(getattr(self._pipe, f"tokenizer{suffix}"), prompt).input_ids
+        return ids.to(next(getattr(self._pipe, f"text_encoder{suffix}").parameters()).device)
+
+    def _both(self, suffix: str, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Penultimate states [1,L,D] of one of the encoders, and its first output."""
+        encoder = getattr(self._pipe, f"text_encoder{suffix}")
+        with torch.no_grad(), evaluating(encoder), unmarked(encoder):
+            out = encoder(ids, output_hidden_states=True)
+        return out.hidden_states[-2], out[0]
 
     def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
         added = {name: told[name] for name in ("text_embeds", "time_ids")}
@@ -229,7 +293,7 @@ class ClassConditional(_PipelinePrior):
     def __init__(self, pipe: Any) -> None:
         """See the base class."""
         super().__init__(pipe)
-        self._numbers = _label_numbers(pipe)
+        self._numbers = label_numbers(pipe)
         self._classes = int(self._denoiser.config.num_embeds_ada_norm)
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
@@ -299,10 +363,12 @@ def wrap_pipeline(pipe: Any) -> LatentModel:
     return _FAMILIES[type(pipe).__name__](pipe)
 
 
-def decode_dtype(pipe: Any, dtype: torch.dtype) -> torch.dtype:
-    """What a pipeline of this dtype decodes in: SDXL's autoencoder overflows in half precision (`force_upcast`)."""
-    upcast = type(pipe).__name__ == XL and getattr(pipe.vae.config, "force_upcast", False)
-    return torch.float32 if upcast and dtype in _HALF else dtype
+def _text_call(name: str, encoder: Any, function: Callable[..., Any], inputs: tuple[Any, ...]) -> RoleCall:
+    """A text encoder on one prompt: its length is fixed, and a batch of one cannot change a bit."""
+    fixed, settings = (False,) * len(inputs), settings_of(encoder)
+    return RoleCall(
+        name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, identity=settings
+    )
 
 
 def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
@@ -314,20 +380,6 @@ def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
     frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
     angle = torch.tensor([guidance_scale - 1.0]) * 1000.0 * frequency
     return torch.cat([angle.sin(), angle.cos(), torch.zeros(width % 2)])[None]
-
-
-def _label_numbers(pipe: Any) -> dict[str, frozenset[int]]:
-    """Labels, as written and in lower case -> class numbers (ImageNet has two cranes, so a set)."""
-    named = pipe.config.get("id2label")
-    if named:
-        pairs = [(label, int(n)) for n, text in named.items() for label in {text, *text.split(",")}]
-    else:
-        pairs = list(pipe.labels.items())
-    out: dict[str, frozenset[int]] = {}
-    for label, number in pairs:
-        for key in {label.strip(), label.strip().lower()}:
-            out[key] = out.get(key, frozenset()) | {number}
-    return out
 
 
 def _check_live(pipe: Any) -> None:

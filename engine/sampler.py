@@ -47,7 +47,8 @@ class Steering:
     sizes: [n] of `guidance.step_sizes`; targets: [B,K] per call; maps: source map [B,H,W] or None; noise: fresh noise
     [B,C,H,W] or None; looks: the augmented views that the loss sees beside the plain image; cfg: which calls have
     classifier-free guidance, all where empty; keep: calls whose clean latent is wanted; memory: what the loss starts
-    with; chunks: how much of the group is in memory at once.
+    with; chunks: how much of the group is in memory at once; gradient: (x0, targets, looks, memory) -> GuidanceStep, in
+    place of autograd.
     """
 
     loss: Guidance | None
@@ -62,6 +63,7 @@ class Steering:
     keep: tuple[int, ...] = ()
     memory: Any = None
     chunks: Chunks = WHOLE
+    gradient: Callable[..., GuidanceStep] | None = None
 
 
 class Setup(NamedTuple):
@@ -75,6 +77,7 @@ class Setup(NamedTuple):
     prediction_type: str
     keep: bool
     chunks: Chunks
+    gradient: Callable[..., GuidanceStep] | None = None
 
 
 class Call(NamedTuple):
@@ -123,9 +126,11 @@ def sample(
     """
     n, log, previews = tables.timesteps.shape[0], [], []
     keep = tables.multistep or bool(steer.keep)
-    setup = Setup(steer.loss, steer.decode, steer.spec, *guidance, tables.prediction_type, keep, steer.chunks)
+    setup = Setup(
+        steer.loss, steer.decode, steer.spec, *guidance, tables.prediction_type, keep, steer.chunks, steer.gradient
+    )
     z = z if tables.start == 1.0 else z * tables.start
-    zero = torch.zeros_like(z).requires_grad_() if steer.loss is not None else None
+    zero = torch.zeros_like(z).requires_grad_(steer.gradient is None) if steer.loss is not None else None
     state = State(z, None, steer.memory)
     for i in range(n):
         guided, cfg = steer.loss is not None and steer.spec.active(i, n), not steer.cfg or steer.cfg[i]
@@ -159,7 +164,10 @@ def one_call(
         x0 = clean_latent(setup, denoise, z + zero if torch.is_grad_enabled() and zero is not None else z, call, cfg)
     if zero is not None and setup.loss is not None:
         with clock("guide"):
-            found = _gradient(setup, denoise, x0, z, call, zero, cfg, memory)
+            if setup.gradient is not None:
+                found = setup.gradient(x0, call.targets, call.looks, memory)
+            else:
+                found = _gradient(setup, denoise, x0, z, call, zero, cfg, memory)
         grad, terms, memory = found.grad, found.terms, found.memory
         sumsq = sum_of_squares(grad)
         step = step_size(setup.spec, call.size, found.loss, sumsq, grad[0].numel())

@@ -3,22 +3,23 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from synthkd.engine import rng
+from synthkd.engine.backends import Execution, Routes
 from synthkd.engine.batch import Batch, Preview
 from synthkd.engine.checkpointing import checkpointed
 from synthkd.engine.clock import StageClock
 from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
-from synthkd.engine.environment import environment, versions
+from synthkd.engine.environment import versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
@@ -28,39 +29,14 @@ from synthkd.engine.memory import MemoryPlan, checked_part
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.roles import Parts
 from synthkd.engine.sampler import Chunks, Steering, sample
 from synthkd.engine.schedule import schedule_identity
 from synthkd.engine.steering import noise, steering, tables_of
+from synthkd.engine.stream import Stream
 from synthkd.kernels import to_uint8
 
 _log = logging.getLogger("synthkd")
-
-
-@dataclass(frozen=True)
-class Stream:
-    """An iterable over the batches of a request."""
-
-    synthesizer: "Synthesizer"
-    plan: Plan
-
-    def __iter__(self) -> Iterator[Batch]:
-        """All units of the plan."""
-        return self.draw(self.plan.units())
-
-    def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
-        """One Batch per unit, in the given order."""
-        for unit in units:
-            yield self.synthesizer.run(unit, self.plan.request.seed)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """See `SampleStream.identity`."""
-        return self.synthesizer.identity(self.plan.request.seed)
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """See `SampleStream.environment`."""
-        return environment(self.synthesizer.model.device, **self.synthesizer.how)
 
 
 class Synthesizer:
@@ -81,6 +57,7 @@ class Synthesizer:
         compile: CompileChoice = "auto",
         look: str | None = None,
         micro_batch: int | Literal["auto"] = "auto",
+        execution: Execution | None = None,
     ) -> None:
         """model: the prior; guidance: needed where recipe.guidance.scale > 0; decoder: what guidance looks through.
 
@@ -89,6 +66,7 @@ class Synthesizer:
         micro_batch: samples at a time through every network, exactly as the group at once; `auto` plans that for the
         free memory (see `engine.memory`).
         compile: how a denoiser call becomes one graph (see `engine.compiled`): `auto`: on a GPU, for large images.
+        execution: what each network runs on, on top of the recipe's `backends`; calls are not compiled then.
         fuse: which networks run this project's ops in place of their own while a group is drawn (see `engine.fusion`):
         `decoder`: those that decode; `all`: the denoiser too; `off`; `auto`: `decoder` where ops run Triton kernels.
         The guidance's networks are moved to the prior's device. One thread at a time may draw from a pipeline.
@@ -104,6 +82,7 @@ class Synthesizer:
         named = look or ("vae" if recipe.guidance.decoder == "auto" else recipe.guidance.decoder)
         self._look_kind = "given" if decoder is not None and look is None else named.partition(":")[0]
         self._guide_through: Callable[[Tensor], Tensor] = self._look
+        self._routes = Routes(recipe.backends, execution or Execution())
         self._compiled, self._micro_batch = self._compiler(compile), checked_part(micro_batch)
         self._memory: MemoryPlan | None = None
         self.processes: int | None = None  # that draw at once here and share the memory; None: as many as by default
@@ -129,6 +108,7 @@ class Synthesizer:
         compile: CompileChoice = "auto",
         look: str | None = None,
         micro_batch: int | Literal["auto"] = "auto",
+        execution: Execution | None = None,
     ) -> "Synthesizer":
         """Load a diffusers folder, a hub id or `embedded:digits`; device: `cuda` where there is one, else `cpu`.
 
@@ -136,7 +116,7 @@ class Synthesizer:
         """
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         prior = load_model(model, device=where, dtype=getattr(torch, recipe.dtype), loras=loras)
-        return cls(prior, recipe, guidance, decoder, fuse, compile, look, micro_batch)
+        return cls(prior, recipe, guidance, decoder, fuse, compile, look, micro_batch, execution)
 
     @classmethod
     def from_pipeline(
@@ -149,11 +129,18 @@ class Synthesizer:
         fuse: FuseChoice = "auto",
         compile: CompileChoice = "auto",
         micro_batch: int | Literal["auto"] = "auto",
+        execution: Execution | None = None,
     ) -> "Synthesizer":
         """Use a live diffusers pipeline where it is, in its own dtype; it is left as it was after every group."""
-        return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile, None, micro_batch)
+        return cls(wrap_pipeline(pipe), recipe, guidance, decoder, fuse, compile, None, micro_batch, execution)
 
     def _compiler(self, choice: CompileChoice) -> CompiledCall:
+        if self._routes.live and choice not in ("auto", "off"):
+            raise SynthkdError(
+                f"compile {choice!r} makes a whole call one graph, and roles have backends of their own "
+                f"({self._routes.key}); use one of the two (--backend compile compiles role by role)"
+            )
+        choice = "off" if self._routes.live else choice
         return CompiledCall(choice, self.model.device, max(self.recipe.height, self.recipe.width))
 
     @property
@@ -164,7 +151,13 @@ class Synthesizer:
     @property
     def how(self) -> dict[str, Any]:
         """What an environment says of the way networks run: parts of a group, what is fused, how calls are compiled."""
-        return {"micro_batch": self.memory.key, "fused": self.fused, "compiled": self.compiled}
+        how = {"micro_batch": self.memory.key, "fused": self.fused, "compiled": self.compiled}
+        return how | {"roles": self._routes.key}
+
+    @property
+    def routes(self) -> Routes:
+        """The roles with a backend of their own, and what was built for them."""
+        return self._routes
 
     @property
     def compiled(self) -> str:
@@ -255,23 +248,21 @@ class Synthesizer:
         clock = StageClock(self.model.device)
         with ExitStack() as stack:
             self._settle(stack)
+            if self._routes.live:
+                with clock("compile"):
+                    self._prepare()
+                stack.enter_context(self._routes.on(self.model))
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
             steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
             if parted:
                 denoise = self._compiled.in_parts(denoise)
-            drawn = sample(
-                self.initial_latents(unit.ids, seed, attempt),
-                denoise,
-                self._tables,
-                (self.recipe.guidance_scale, self.recipe.guidance_rescale),
-                steer,
-                clock,
-                None if parted else self._compiled.advance,
-            )
+            cfg = self.recipe.guidance_scale, self.recipe.guidance_rescale
+            z, advance = self.initial_latents(unit.ids, seed, attempt), None if parted else self._compiled.advance
+            drawn = sample(z, denoise, self._tables, cfg, steer, clock, advance)
             images = [self._decoded(z, clock) for z in (drawn.latents, *drawn.previews)]
-        pixels = [to_uint8(x) for x in images]
-        notes = [self._annotate(x, clock) for x in pixels]
+            pixels = [to_uint8(x) for x in images]
+            notes = [self._annotate(x, clock) for x in pixels]
         finite = torch.isfinite(drawn.latents).all()
         for tensor in (*drawn.previews, *images, *(t for terms in (*notes, *drawn.log) for t in terms.values())):
             finite = finite & torch.isfinite(tensor).all()
@@ -282,7 +273,8 @@ class Synthesizer:
 
     def _decoded(self, z: Tensor, clock: StageClock) -> Tensor:
         with torch.no_grad(), clock("decode"):
-            parts = [self.model.decoder(z[part]) for part in parts_of(len(z), self.memory.decode)]
+            decode = self._routes.function("vae", self.model.decoder)
+            parts = [decode(z[part]) for part in parts_of(len(z), self.memory.decode)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _settle(self, stack: ExitStack) -> None:
@@ -297,7 +289,8 @@ class Synthesizer:
         if self.guidance is None:
             return {}
         with torch.no_grad(), clock("annotate"):
-            return self.guidance.annotate(pixels.float() / 255)
+            noted: dict[str, Tensor] = self._routes.function("teacher", self.guidance.annotate)(pixels.float() / 255)
+            return noted
 
     def _batch(
         self,
@@ -341,7 +334,22 @@ class Synthesizer:
         """All that the group's calls need, made before the loop starts."""
         steer = steering(self.recipe, unit, seed, attempt, self._tables, self._shape, self.model.dtype)
         memory = self.guidance.begin() if isinstance(self.guidance, GroupGuidance) else None
-        return replace(steer, loss=self.guidance, decode=self._guide_through, memory=memory, chunks=self._chunks)
+        return replace(
+            steer, loss=self.guidance, decode=self._guide_through, memory=memory, chunks=self._chunks,
+            gradient=self._routes.gradient(self.guidance),
+        )  # fmt: skip
+
+    def prepare(self, say: Callable[[str], None] | None = None) -> Routes:
+        """Build or load the backends of the roles now, not with the first group; say: told each stage of a build."""
+        with ExitStack() as stack:
+            self._settle(stack)
+            self._prepare(say)
+        return self._routes
+
+    def _prepare(self, say: Callable[[str], None] | None = None) -> None:
+        """Networks are settled."""
+        parts = Parts(self.model, self.recipe, self._tables, self.guidance, self._look, self.memory)
+        self._routes.prepare(parts, say)
 
     @property
     def _chunks(self) -> Chunks:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from synthkd.dfkd.losses import DIVERGENCES, bn_distance, class_scores, disagreement, entropy, head_alignment
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
@@ -79,6 +80,7 @@ class TeacherGuidance:
         self.entropy = float(entropy) if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
         self.head = float(head) if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
         self.teacher, self.student, self.round, self.about = teacher, student, round, dict(about or {})
+        self._given: dict[str, Any] | None = None
         self._check(known, aligned)
         if alpha > 0 and not known:
             logging.getLogger("synthkd").warning(
@@ -119,8 +121,35 @@ class TeacherGuidance:
 
     def look(self, images: Tensor) -> Evidence:
         """What teacher and student show of images [b,3,H,W] in [0,1]."""
-        told = self.student(images) if self.gamma > 0 and self.student is not None else None
-        return Evidence(self.teacher.look(images), told)
+        given, told = self._given, None
+        if self.gamma > 0 and self.student is not None:
+            told = functional_call(self.student, given["student"], images) if given else self.student(images)
+        look = self.teacher.look(images)
+        return Evidence(_aimed(look, given["targets"]) if given else look, told)
+
+    def given(self) -> dict[str, Any]:
+        """The statistics to match, and the student's tensors: what a graph of the gradient takes as inputs.
+
+        targets: name of a BatchNorm layer -> (mean, variance), [C] each; student: name -> parameter or buffer.
+        """
+        layers: dict[str, Any] = batchnorm_layers(self.teacher.net) if self.alpha > 0 else {}
+        targets = {name: (layer.running_mean, layer.running_var) for name, layer in layers.items()}
+        student = self.student if self.gamma > 0 else None
+        named = {} if student is None else {**dict(student.named_parameters()), **dict(student.named_buffers())}
+        return {"targets": targets, "student": {name: tensor.detach() for name, tensor in named.items()}}
+
+    @contextmanager
+    def using(self, given: dict[str, Any]) -> Iterator[None]:
+        """Within it `look` takes these in place of its own."""
+        before, self._given = self._given, given
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def constant(self) -> Sequence[nn.Module]:
+        """The teacher."""
+        return (self.teacher,)
 
     def begin(self) -> Memory | None:
         """The running statistics themselves: what the group's are averaged with before it has any."""
@@ -192,6 +221,12 @@ class TeacherGuidance:
     def modules(self) -> Iterable[nn.Module]:
         """The teacher, and the student where there is one."""
         return (self.teacher,) if self.student is None else (self.teacher, self.student)
+
+
+def _aimed(look: Look, targets: Mapping[str, tuple[Tensor, Tensor]]) -> Look:
+    """The look with other statistics to match, by layer name."""
+    taps = [t._replace(running_mean=targets[t.name][0], running_var=targets[t.name][1]) for t in look.taps]
+    return look._replace(taps=taps)
 
 
 def _rows(teacher: Teacher) -> Tensor | None:

@@ -13,9 +13,10 @@ HEAVY = {
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
     "timm": ["dfkd/model_zoo.py"],
+    "torchao": ["export/fp8.py"],
     "torchvision": ["dfkd/model_zoo.py"],
 }
-NEVER = ("webdataset", "datasets", "matplotlib", "pandas")
+NEVER = ("webdataset", "datasets", "matplotlib", "pandas", "xformers")  # xformers: through diffusers alone
 
 
 def sources() -> list[Path]:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer, models
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
-from synthkd.engine.priors import decode_dtype, guidance_embedding
+from synthkd.engine.precision import decode_dtype
+from synthkd.engine.priors import guidance_embedding
 
 PROMPTS = ["cat", "dog", "cat"]
 Folders = Mapping[str, Path]
