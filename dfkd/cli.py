@@ -56,6 +56,8 @@ def run(
     backend: options.Backend = None,
     artifacts: options.Artifacts = None,
     trust: options.Trust = False,
+    attention: options.Attention = "sdpa",
+    quantize: options.Quantize = "",
     device: options.Device = None,
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
@@ -66,6 +68,7 @@ def run(
     asked = options.Asked(
         gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, decoder=decoder, fuse=fuse,
         compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
+        attention=attention, quantize=quantize,
     )  # fmt: skip
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
@@ -126,6 +129,8 @@ def synth(
     backend: options.Backend = None,
     artifacts: options.Artifacts = None,
     trust: options.Trust = False,
+    attention: options.Attention = "sdpa",
+    quantize: options.Quantize = "",
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
@@ -136,7 +141,8 @@ def synth(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
         allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
-        backends=backend or (), artifacts=artifacts, trust=trust,
+        backends=backend or (), artifacts=artifacts, trust=trust, attention=attention,
+        quantize=quantize,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)

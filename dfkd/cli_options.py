@@ -49,6 +49,10 @@ Backend = Annotated[
         "teacher, gradient; may be given several times.",
     ),
 ]
+Attention = Annotated[str, typer.Option(help="Kernel: sdpa (torch's choice), or on a GPU cudnn, flash, xformers.")]
+Quantize = Annotated[
+    str, typer.Option(help="fp8: the UNet in 8-bit floats (GPUs that have them); fp8-emulated: its rounding anywhere.")
+]
 Artifacts = Annotated[
     str | None, typer.Option(help="Folder of built backends (default: $SYNTHKD_ARTIFACTS or the user's cache).")
 ]
@@ -131,11 +135,16 @@ class Asked:
     backends: Sequence[str] = ()
     artifacts: str | None = None
     trust: bool = False
+    attention: str = "sdpa"
+    quantize: str = ""
 
     @property
     def execution(self) -> Execution:
         """What the networks run on."""
-        return Execution(backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust)
+        return Execution(
+            backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust, attention=self.attention,
+            quantize=self.quantize,
+        )  # fmt: skip
 
 
 def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:

@@ -51,7 +51,7 @@ def replay_sample(
     job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
     said = _environment(set_dir, group, group // recipe.groups_per_shard)
     chosen: Any = fuse or _fused(said)  # checked when the job is built
-    execution = Execution(backends=_roles(said), artifacts=artifacts)
+    execution = replace(_execution(said), artifacts=artifacts)
     job = obey(replace(job, fuse=chosen, compile=_compiled(said), execution=execution), set_dir)
     stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
     if (parts := plan_of(recipe.group_size, said.get("micro_batch"))) is not None:
@@ -81,10 +81,15 @@ def _compiled(environment: Mapping[str, Any]) -> CompileChoice:
     return next((mode for words, mode in found.items() if said.endswith(words)), "off" if said else "auto")
 
 
-def _roles(environment: Mapping[str, Any]) -> tuple[str, ...]:
-    """The roles that had a backend of their own in an environment, in a recipe's vocabulary; all others were eager."""
-    told = [entry.split(" ") for entry in str(environment.get("roles", "")).split(", ") if entry.count(" ") == 1]
-    return ("eager", *(f"{role}={name}" for role, name in told)) if environment else ()
+def _execution(environment: Mapping[str, Any]) -> Execution:
+    """What networks ran on in an environment; as the recipe says where it is not known."""
+    if not environment:
+        return Execution()
+    entries = [entry.split(" ") for entry in str(environment.get("roles", "")).split(", ") if entry.count(" ") == 1]
+    told = dict(entries)
+    attention, quantize = told.pop("attention", "sdpa"), told.pop("quantize", "")
+    backends = ("eager", *(f"{role}={name}" for role, name in told.items()))
+    return Execution(backends=backends, attention=attention, quantize=quantize)
 
 
 def _fused(environment: Mapping[str, Any]) -> FuseChoice:

@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.attention import ATTENTIONS, attending, check_attention
+from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import Guidance, GuidanceStep
 from synthkd.engine.latent_model import LatentModel
+from synthkd.engine.quantized import QUANTIZE, check_quality, denoiser_twin
 from synthkd.engine.roles import ROLES, Parts, RoleCall, calls_of, given_of, parse_backends, routed_by
 from synthkd.export import Compiled, ExportError, Options, build
 from synthkd.kernels import implementation
@@ -25,10 +27,13 @@ class Execution:
 
     backends: `role=name` or `name`, on top of the recipe's (roles: ROLES; names: `export.BACKENDS`);
     artifacts: folder of built artifacts (None: `export.default_store`); trust: load machine code from elsewhere;
-    options: of the backends.
+    options: of the backends; attention: see `engine.attention`; quantize: "", or the denoiser in `fp8`, or with fp8's
+    rounding in its own dtype, `fp8-emulated` (see `export.fp8`).
     """
 
     backends: tuple[str, ...] = ()
+    attention: str = "sdpa"
+    quantize: str = ""
     artifacts: str | None = None
     trust: bool = False
     options: Options = Options()  # noqa: RUF009
@@ -38,26 +43,64 @@ class Routes:
     """The compiled functions of a Synthesizer, by name; empty where every role is eager."""
 
     def __init__(self, recipe_says: Sequence[str], execution: Execution) -> None:
-        """Raises SynthkdError for an unknown role or backend; nothing is built yet."""
+        """Raises SynthkdError for an unknown role, backend, attention or quantization; nothing is built yet."""
         self.chosen = parse_backends((*recipe_says, *execution.backends))
         self.compiled: dict[str, Compiled] = {}
-        self._execution = execution
+        self.quality: dict[str, float] = {}
+        self._execution, self._ready = execution, False
+        self._twin: nn.Module | None = None
+        if execution.attention not in ATTENTIONS:
+            raise SynthkdError(f"attention {execution.attention!r}: {suggest(execution.attention, ATTENTIONS)}")
+        if execution.quantize not in QUANTIZE:
+            raise SynthkdError(f"quantize {execution.quantize!r}: {suggest(execution.quantize, QUANTIZE[1:])}")
+        whole = self.chosen.get("unet", "eager")
+        if execution.quantize and whole not in ("eager", "compile"):
+            raise SynthkdError(f"quantize {execution.quantize!r}: unet={whole} takes no fp8; use eager or compile")
 
     @property
     def key(self) -> str:
-        """For the environment key: `unet onnx, vae onnx`; "" where every role is eager."""
-        return ", ".join(f"{role} {name}" for role, name in self.chosen.items())
+        """For the environment key: `unet onnx, vae onnx, attention flash`; "" where all is as by default."""
+        told = [f"{role} {name}" for role, name in self.chosen.items()]
+        told += [f"attention {self._execution.attention}"] * (self._execution.attention != "sdpa")
+        told += [f"quantize {self._execution.quantize}"] * bool(self._execution.quantize)
+        return ", ".join(told)
 
     @property
     def live(self) -> bool:
         """Whether any role is not eager."""
         return bool(self.chosen)
 
-    def prepare(self, parts: Parts, say: Callable[[str], None] | None = None) -> None:
-        """Build or load what is not there yet; networks are frozen, fused and tapped as for a group.
+    @contextmanager
+    def on(self, parts: Parts, say: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Within it networks compute as chosen; what is not there yet is built or loaded first.
 
-        Raises SynthkdError where a role cannot have the backend that was asked for.
+        Networks are frozen, fused and tapped as for a group. Raises SynthkdError where a role cannot have the backend
+        that was asked for, where no layer can have the attention, and where quantized images are too far off.
         """
+        model, attention = parts.model, self._execution.attention
+        networks = [*model.modules(), parts.look.module]
+        with ExitStack() as stack:
+            if not self._ready:
+                check_attention(networks, attention, model.device)
+            stack.enter_context(attending(networks, attention, model.device))
+            if self._execution.quantize:
+                stack.enter_context(self._quantized(parts))
+            if not self._ready:
+                self._prepare(parts, say)
+            stack.enter_context(self._put_in(model))
+            self._ready = True
+            yield
+
+    @contextmanager
+    def _quantized(self, parts: Parts) -> Iterator[None]:
+        model: Any = parts.model
+        if self._twin is None:
+            self._twin = denoiser_twin(model, parts.recipe, self._execution.quantize)
+            self.quality = check_quality(model, parts.recipe, parts.tables, self._twin)
+        with model.replaced(self._twin):
+            yield
+
+    def _prepare(self, parts: Parts, say: Callable[[str], None] | None) -> None:
         for role in ROLES:
             if role not in self.chosen:
                 continue
@@ -79,7 +122,7 @@ class Routes:
                     most=call.most,
                     gradient=call.gradient,
                     name=call.name,
-                    identity=call.identity,
+                    identity={**call.identity, "attention": self._execution.attention},
                     store=Path(folder) if folder else None,
                     options=self._execution.options,
                     trust=self._execution.trust,
@@ -89,7 +132,7 @@ class Routes:
             raise SynthkdError(f"backend {call.name}={backend}: {error}") from error
 
     @contextmanager
-    def on(self, model: LatentModel) -> Iterator[None]:
+    def _put_in(self, model: LatentModel) -> Iterator[None]:
         """The prior's text encoders and denoiser are these, inside; an error of a backend is one of this engine."""
         try:
             with routed_by(model, self.compiled):

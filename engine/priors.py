@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from synthkd.engine.decoders import Decoder, VaeDecoder, evaluating, latent_layout, unmarked
+from synthkd.engine.embeddings import guidance_embedding
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_class, check_parts, check_scheduler, label_numbers
 from synthkd.engine.latent_model import Conditioning, LatentModel
@@ -108,6 +109,15 @@ class _PipelinePrior:
             yield
         finally:
             self._routes = before
+
+    @contextmanager
+    def replaced(self, denoiser: nn.Module) -> Iterator[None]:
+        """See `roles.ReplaceableModel`."""
+        before, self._denoiser = self._denoiser, denoiser
+        try:
+            yield
+        finally:
+            self._denoiser = before
 
     def _evaluate(self, z: Tensor, t: Tensor, told: Conditioning) -> Tensor:
         raise NotImplementedError
@@ -369,17 +379,6 @@ def _text_call(name: str, encoder: Any, function: Callable[..., Any], inputs: tu
     return RoleCall(
         name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, identity=settings
     )
-
-
-def guidance_embedding(guidance_scale: float, width: int) -> Tensor:
-    """Sinusoidal embedding [1,width], float32, of 1000 w with w = guidance_scale - 1 (arXiv 2310.04378, section 4.2).
-
-    The angles reach thousands, where float32 rounds visibly: they are formed in the order the UNets were trained with.
-    """
-    half = width // 2
-    frequency = torch.exp(torch.arange(half, dtype=torch.float32) * -(torch.tensor(10000.0).log() / (half - 1)))
-    angle = torch.tensor([guidance_scale - 1.0]) * 1000.0 * frequency
-    return torch.cat([angle.sin(), angle.cos(), torch.zeros(width % 2)])[None]
 
 
 def _check_live(pipe: Any) -> None:

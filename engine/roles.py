@@ -54,6 +54,15 @@ class RoutedModel(LatentModel, Protocol):
 
 
 @runtime_checkable
+class ReplaceableModel(LatentModel, Protocol):
+    """A prior whose denoiser can be replaced by another module of the same calls; it is the first of `modules`."""
+
+    def replaced(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """Within it this one is called."""
+        ...
+
+
+@runtime_checkable
 class PortableGuidance(GroupGuidance, Protocol):
     """A guidance whose gradient outlives a change of its student: what may change is an input of the graph."""
 

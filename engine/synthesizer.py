@@ -248,10 +248,9 @@ class Synthesizer:
         clock = StageClock(self.model.device)
         with ExitStack() as stack:
             self._settle(stack)
-            if self._routes.live:
+            if self._routes.key:
                 with clock("compile"):
-                    self._prepare()
-                stack.enter_context(self._routes.on(self.model))
+                    stack.enter_context(self._routes.on(self._parts()))
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
             steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
@@ -343,13 +342,11 @@ class Synthesizer:
         """Build or load the backends of the roles now, not with the first group; say: told each stage of a build."""
         with ExitStack() as stack:
             self._settle(stack)
-            self._prepare(say)
+            stack.enter_context(self._routes.on(self._parts(), say))
         return self._routes
 
-    def _prepare(self, say: Callable[[str], None] | None = None) -> None:
-        """Networks are settled."""
-        parts = Parts(self.model, self.recipe, self._tables, self.guidance, self._look, self.memory)
-        self._routes.prepare(parts, say)
+    def _parts(self) -> Parts:
+        return Parts(self.model, self.recipe, self._tables, self.guidance, self._look, self.memory)
 
     @property
     def _chunks(self) -> Chunks:

@@ -169,7 +169,8 @@ OTHER: dict[str, Any] = {
 
 def test_the_fingerprint_sees_every_field(recipe: Callable[..., Recipe]) -> None:
     seen = {fingerprint(recipe(), 0, {}), fingerprint(recipe(), 1, {}), fingerprint(recipe(), 0, {"kind": "other"})}
-    assert {f.name for f in fields(Recipe)} - set(OTHER) == {"groups_per_round"}  # which goes with rounds alone
+    assert {f.name for f in fields(Recipe)} - set(OTHER) == {"groups_per_round", "backends"}  # with rounds; none of it
+    assert fingerprint(recipe(backends=("unet=onnx",)), 0, {}) == fingerprint(recipe(), 0, {})
     seen |= {fingerprint(recipe(**{name: value}), 0, {}) for name, value in OTHER.items()}
     seen.add(fingerprint(recipe(rounds=2, groups_per_round=6), 0, {}))
     assert len(seen) == 4 + len(OTHER)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from synthkd.engine import GuidanceSpec, Recipe, Request, Synthesizer, models
+from synthkd.engine.embeddings import guidance_embedding
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.precision import decode_dtype
-from synthkd.engine.priors import guidance_embedding
 
 PROMPTS = ["cat", "dog", "cat"]
 Folders = Mapping[str, Path]
