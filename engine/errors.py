@@ -1,8 +1,7 @@
 """Errors a user can act on: each is one line that names what was found, what was expected and what to do."""
 
-from synthkd.export.errors import suggest
-
-__all__ = ["NonFiniteError", "SynthkdError", "WorkerLostError", "suggest"]
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class SynthkdError(Exception):
@@ -20,3 +19,10 @@ class NonFiniteError(SynthkdError):
 class WorkerLostError(SynthkdError):
     """A worker process ended unasked; every finished group is safe."""
 
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The tail of an unknown-name message: the nearest right name, then all of them."""
+    names = sorted(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(names)}"

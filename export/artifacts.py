@@ -32,7 +32,7 @@ _LIBRARIES = {
     "compile": ("torch",),
     "aoti": ("torch",),
     "onnx": ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu"),
-    "tensorrt": ("torch", "onnx", "onnxscript", "tensorrt"),
+    "tensorrt": ("torch", "onnx", "onnxscript"),
 }
 
 

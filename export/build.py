@@ -124,8 +124,8 @@ def build(
     most = max(most or 2 * call.batch, call.batch)
     if backend in ("eager", "compile"):
         return _live(call, backend, chosen, dynamic, most, gradient)
-    _check_installed(backend)
     device = call.tensors[0].device
+    _check_possible(backend, chosen, device, dynamic)
     parts = _parts(call, backend, device, chosen, dynamic, most, gradient, identity or {})
     slot = Slot(store or default_store(), name, backend, parts)
     with slot.locked():
@@ -157,12 +157,16 @@ def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, 
     return Compiled(call, signature, structure, running, None)
 
 
-def _check_installed(backend: str) -> None:
-    if backend in ("onnx", "tensorrt"):
+def _check_possible(backend: str, options: Options, device: torch.device, dynamic: bool) -> None:
+    """Refuse now what would fail after minutes: a missing package, a place or a batch that the backend cannot have."""
+    if backend == "onnx":
+        onnx.pick_provider(options, device)
+    if backend == "tensorrt":
         onnx.check_installed()
-    why_not = tensorrt.unavailable() if backend == "tensorrt" else ""
-    if why_not:
-        raise ExportError(why_not)
+        if why_not := tensorrt.unavailable(device):
+            raise ExportError(why_not)
+    if options.cuda_graph and dynamic:
+        raise ExportError("cuda_graph: a recorded run has one batch; pass dynamic=False")
 
 
 def _parts(
@@ -179,9 +183,15 @@ def _parts(
         "most": most if dynamic else call.batch,
         "gradient": gradient,
         "options": {**options.to_dict(), "opset": opset_of(options, backend)},
-        "versions": versions_for(backend),
+        "versions": _versions(backend),
         "processor": processor(device),
     }
+
+
+def _versions(backend: str) -> dict[str, str]:
+    """TensorRT's distribution has several names, so it is asked itself."""
+    own = {"tensorrt": tensorrt.version()} if backend == "tensorrt" else {}
+    return versions_for(backend) | own
 
 
 def _signature(call: Call, manifest: Manifest) -> Signature:
@@ -209,7 +219,7 @@ def load(
         raise ExportError(f"artifact {folder}: {why_not}")
     call = call_of(function, example_inputs, None, batched)
     device = call.tensors[0].device
-    now = {"versions": versions_for(manifest.backend), "processor": processor(device)}
+    now = {"versions": _versions(manifest.backend), "processor": processor(device)}
     stale = differences({name: manifest.parts.get(name) for name in now}, now)
     if stale:
         raise ExportError(f"artifact {folder}: made for something else ({stale[0]}); build it anew")

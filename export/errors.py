@@ -9,7 +9,7 @@ class ExportError(Exception):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """The tail of an unknown-name message: the nearest right name, then all of them."""
+    """The tail of an unknown-name message, as in `engine.errors`, which must not load torch and so not this package."""
     names = sorted(known)
     near = get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""

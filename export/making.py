@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from synthkd.export import aoti, onnx, tensorrt, tensorrt_engine
-from synthkd.export.artifacts import Manifest, Slot, write_manifest
+from synthkd.export.artifacts import Manifest, Slot, key_of, processor, write_manifest
 from synthkd.export.errors import ExportError
 from synthkd.export.gradient import exported_gradient
 from synthkd.export.graph import Call, check_plain, exported
@@ -125,10 +125,14 @@ class Build:
             with self._stage("compile"), torch.cuda.device(self.device):
                 tensorrt.build_engine(
                     folder / onnx.FILE, folder / tensorrt.FILE, signature, self.options,
-                    self.slot.store / f"timing-{tensorrt.version()}.cache", self.say,
+                    self.slot.store / f"timing-{tensorrt.version()}-{self._architecture()}.cache", self.say,
                 )  # fmt: skip
             for name in (onnx.FILE, onnx.WEIGHTS):
                 (folder / name).unlink(missing_ok=True)
+
+    def _architecture(self) -> str:
+        """For the timing cache's name: tactics of one GPU are of no use to another."""
+        return key_of({"processor": processor(self.device)})[:8]
 
     def _verified(self, compiled: Any) -> dict[str, Any]:
         """Differences from eager at the example's batch and, where samples stand alone or any batch goes, at 1."""

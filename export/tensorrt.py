@@ -47,8 +47,8 @@ MISSING = "TensorRT is not installed; pip install 'synthkd[tensorrt]'"
 Say = Callable[[str], None]
 
 
-def unavailable() -> str:
-    """Why TensorRT cannot be used here, in one line; empty where it can."""
+def unavailable(device: torch.device | None = None) -> str:
+    """Why TensorRT cannot be used here, or on a device, in one line; empty where it can."""
     try:
         import tensorrt
     except ModuleNotFoundError as error:
@@ -57,7 +57,11 @@ def unavailable() -> str:
         return f"TensorRT does not load: {first_line(error)}"
     if numbers(tensorrt.__version__) < OLDEST:
         return f"TensorRT is {tensorrt.__version__}; expected 10.9 or later"
-    return "" if torch.cuda.is_available() else "TensorRT needs a CUDA device; torch finds none"
+    if not torch.cuda.is_available():
+        return "TensorRT needs a CUDA device; torch finds none"
+    if device is not None and device.type != "cuda":
+        return f"TensorRT needs a CUDA device; module and inputs lie on {device.type}"
+    return ""
 
 
 def version() -> str:

@@ -12,6 +12,10 @@ HEAVY = {
     "diffusers": ["engine/models.py"],
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
+    "onnx": ["export/onnx.py"],
+    "onnxruntime": ["export/onnx.py"],
+    "onnxscript": ["export/onnx.py"],
+    "tensorrt": ["export/tensorrt.py"],
     "timm": ["dfkd/model_zoo.py"],
     "torchao": ["export/fp8.py"],
     "torchvision": ["dfkd/model_zoo.py"],

@@ -124,6 +124,7 @@ def test_installed_but_not_loading(monkeypatch: pytest.MonkeyPatch, error: Impor
 def test_too_old_and_no_device(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each in one line; with neither, it is there."""
     assert tensorrt.unavailable() == ""
+    assert tensorrt.unavailable(torch.device("cpu")).endswith("lie on cpu")
     assert tensorrt.version() == "11.4.0.106"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "needs a CUDA device" in tensorrt.unavailable()
@@ -299,7 +300,7 @@ def test_export_build(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """The whole way, on a real ONNX graph: traced, checked, built, compared with eager, kept, and loaded again."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # torch's exporter would look for the device
-    monkeypatch.setattr(tensorrt, "unavailable", lambda: "")
+    monkeypatch.setattr(tensorrt, "unavailable", lambda device=None: "")
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.GroupNorm(2, 4), torch.nn.SiLU()).eval()
     example = (torch.randn(2, 3, 5, 7),)
     for _ in range(2):
