@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 OUT ?= out/digits
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint bench gpu assets clean
+.PHONY: demo test test-backends lint bench gpu assets clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 15
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,8 +20,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: $(VENV)/.ready ## the main job: draw a guided set of digits, distil a student, write the report
 	$(BIN)/synthkd run digits --out $(OUT)
 
-test: $(VENV)/.ready ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 2
+test: $(VENV)/.ready ## all tests that need no GPU, but for the next target's
+	$(BIN)/python -m pytest -m "not gpu and not backends" -n 2
+
+test-backends: $(VENV)/.ready ## every backend of every small pipeline and role (about 20 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "backends and not gpu" -n 2 tests/backends
 
 lint: $(VENV)/.ready ## ruff, mypy --strict, import contracts
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd
@@ -33,6 +36,7 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 	$(BIN)/synthkd bench kernels --record
 	$(BIN)/synthkd bench engine --seeds 0,1,2,3,4 --record
 	$(BIN)/synthkd bench engine --case sd15-512 --case sdxl-1024 --counts --record
+	$(BIN)/synthkd bench backends --record
 	$(BIN)/synthkd bench ablation --seeds 0 --num-images 400 --record
 	$(BIN)/python -m pytest tests/bench/benchmark_kernels.py --benchmark-only -q
 	$(BIN)/python -m synthkd.bench.resources

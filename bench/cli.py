@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from synthkd.bench.ablation import AblationSpec, measure_ablation, recorded
 from synthkd.bench.adversarial import run_seed as adversarial_seed
+from synthkd.bench.cli_backends import backends
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
 from synthkd.bench.engine import EngineSpec, measure_engine, summary
@@ -30,6 +31,8 @@ from synthkd.kernels.dispatch import DTYPES
 app = typer.Typer(
     help="Benchmark suites; each prints its rows and can append them to bench/results/.", no_args_is_help=True
 )
+
+app.command(epilog="Example: synthkd bench backends --role unet --backend onnx --json")(backends)
 
 
 @app.command(epilog="Example: synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record")
