@@ -131,7 +131,7 @@ def upsample_nearest2d_backward(
     up, across = output_size[0] // height, output_size[1] // width
     if (height * up, width * across) != tuple(output_size):
         raise ExportError(f"the gradient of a resize from {height}x{width} to {output_size} is not written yet")
-    return grad.unflatten(3, (width, across)).unflatten(2, (height, up)).sum((3, 5))
+    return grad.reshape(grad.shape[0], grad.shape[1], height, up, width, across).sum((3, 5))
 
 
 def _resize_matrix(have: int, want: int, like: Tensor) -> Tensor:
