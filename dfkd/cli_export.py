@@ -45,6 +45,7 @@ def export(
     lora: Annotated[list[str] | None, typer.Option(help="LoRA to fuse into the model, PATH or PATH@WEIGHT.")] = None,
     opset: Annotated[int, typer.Option(help="ONNX opset, 21 or 23 (default: 23; 21 where attention is unknown).")] = 0,
     provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt.")] = "auto",
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="For one batch alone (CUDA graphs).")] = False,
     artifacts: options.Artifacts = None,
     trust: options.Trust = False,
     allow_code: options.AllowCode = False,
@@ -63,7 +64,8 @@ def export(
             raise SynthkdError(f"--role {name!r}: {suggest(name, ROLES)}")
     if batch is not None and batch < 1:
         raise SynthkdError(f"--batch is {batch}; expected a whole number >= 1")
-    execution = Execution(artifacts=artifacts, trust=trust, options=_options(opset, provider))
+    chosen = _options(opset, provider)
+    execution = Execution(artifacts=artifacts, trust=trust, options=chosen, fixed_batch=fixed_batch)
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, loras=lora or (), allow_code=allow_code,
         micro_batch=str(batch) if batch else "auto", compile="off",

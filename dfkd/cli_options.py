@@ -137,13 +137,14 @@ class Asked:
     trust: bool = False
     attention: str = "sdpa"
     quantize: str = ""
+    fixed_batch: bool = False
 
     @property
     def execution(self) -> Execution:
         """What the networks run on."""
         return Execution(
             backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust, attention=self.attention,
-            quantize=self.quantize,
+            quantize=self.quantize, fixed_batch=self.fixed_batch,
         )  # fmt: skip
 
 

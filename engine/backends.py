@@ -28,12 +28,14 @@ class Execution:
     backends: `role=name` or `name`, on top of the recipe's (roles: ROLES; names: `export.BACKENDS`);
     artifacts: folder of built artifacts (None: `export.default_store`); trust: load machine code from elsewhere;
     options: of the backends; attention: see `engine.attention`; quantize: "", or the denoiser in `fp8`, or with fp8's
-    rounding in its own dtype, `fp8-emulated` (see `export.fp8`).
+    rounding in its own dtype, `fp8-emulated` (see `export.fp8`); fixed_batch: build for the batch of most calls alone,
+    others are cut and filled up to it (a recorded CUDA run needs that; memory plans with small parts waste by it).
     """
 
     backends: tuple[str, ...] = ()
     attention: str = "sdpa"
     quantize: str = ""
+    fixed_batch: bool = False
     artifacts: str | None = None
     trust: bool = False
     options: Options = Options()  # noqa: RUF009
@@ -118,7 +120,7 @@ class Routes:
                     backend=backend,
                     modules=call.modules,
                     batched=call.batched,
-                    dynamic=call.dynamic,
+                    dynamic=call.dynamic and not self._execution.fixed_batch,
                     most=call.most,
                     gradient=call.gradient,
                     name=call.name,

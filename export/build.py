@@ -35,14 +35,17 @@ class Compiled:
     """A function in another backend; called like the function, with tensors of any batch that it was built for.
 
     A larger batch is cut into runs, and where the batch is fixed a smaller one is filled up, if every output is one of
-    samples; otherwise ExportError. manifest: None for eager and compile, which leave nothing behind.
+    samples and no gradient was taken inside (that of a mean, say, knows the batch); otherwise ExportError.
+    manifest: None for eager and compile, which leave nothing behind.
     """
 
-    def __init__(self, call: Call, signature: Signature, structure: Any, run: Run, manifest: Manifest | None) -> None:
-        """run: flat tensors in, flat tensors out; structure: see `structure_of`."""
+    def __init__(
+        self, call: Call, signature: Signature, structure: Any, run: Run, manifest: Manifest | None, samples: bool
+    ) -> None:
+        """run: flat tensors in, flat tensors out; structure: see `structure_of`; samples: they stand alone."""
         self.signature, self.manifest = signature, manifest
         self._call, self._structure, self._run = call, structure, run
-        self.samples = all(spec.batched for spec in signature.outputs)
+        self.samples = samples and all(spec.batched for spec in signature.outputs)
 
     def __call__(self, *args: Any) -> Any:
         """What the function returns."""
@@ -136,7 +139,7 @@ def build(
             manifest = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say).made(Compiled)
     signature = _signature(call, manifest)
     run = loaded(slot.folder, backend, signature, chosen, device)
-    return Compiled(call, signature, manifest.structure, run, manifest)
+    return Compiled(call, signature, manifest.structure, run, manifest, not gradient)
 
 
 def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, gradient: bool) -> Compiled:
@@ -144,7 +147,7 @@ def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, 
     outputs, structure = outputs_of(call)
     signature = Signature(inputs=call.inputs(), outputs=outputs, batch=call.batch, most=most, dynamic=dynamic)
     if backend == "eager":
-        return Compiled(call, signature, structure, lambda tensors: call.run(*tensors), None)
+        return Compiled(call, signature, structure, lambda tensors: call.run(*tensors), None, not gradient)
     run: Any = exported_gradient(call, dynamic).module() if gradient else call.run
     mode = None if options.mode == "default" else options.mode
     compiled: Any = torch.compile(run, fullgraph=True, dynamic=dynamic or None, mode=mode)
@@ -154,7 +157,7 @@ def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, 
             out: Sequence[Tensor] = compiled(*tensors)
         return [x.clone() for x in out] if mode else out  # a replay writes over what the one before returned
 
-    return Compiled(call, signature, structure, running, None)
+    return Compiled(call, signature, structure, running, None, not gradient)
 
 
 def _check_possible(backend: str, options: Options, device: torch.device, dynamic: bool) -> None:
@@ -230,4 +233,5 @@ def load(
     check_maker(folder, manifest, trust)
     signature = _signature(call, manifest)
     run = loaded(folder, manifest.backend, signature, options or Options(), device)
-    return Compiled(call, signature, manifest.structure, run, manifest)
+    samples = not manifest.parts.get("gradient", False)
+    return Compiled(call, signature, manifest.structure, run, manifest, samples)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._decomp import core_aten_decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
@@ -62,7 +63,7 @@ def _recorded(call: Call, example: list[Tensor], dynamic: bool) -> GraphModule:
         else:
             mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
             fakes = [_fake(mode, x, batched) for x, batched in zip(example, call.batched, strict=True)]
-            with mode:
+            with mode, enable_python_dispatcher():  # sizes stay symbols on their way through autograd
                 graph = make_fx(Flat(call), decomposition_table=table(), _allow_non_fake_inputs=True)(*fakes)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -126,17 +127,18 @@ def upsample_nearest2d_backward(
     grad: Tensor, output_size: Any, input_size: Any, scales_h: Any = None, scales_w: Any = None
 ) -> Tensor:
     """Each position's gradient is the sum over its copies; whole factors only."""
-    batch, channels, height, width = input_size
+    height, width = input_size[2:]
     up, across = output_size[0] // height, output_size[1] // width
     if (height * up, width * across) != tuple(output_size):
         raise ExportError(f"the gradient of a resize from {height}x{width} to {output_size} is not written yet")
-    return grad.reshape(batch, channels, height, up, width, across).sum((3, 5))
+    return grad.reshape(grad.shape[0], grad.shape[1], height, up, width, across).sum((3, 5))
 
 
 def _resize_matrix(have: int, want: int, like: Tensor) -> Tensor:
     """The matrix [want,have] of a bilinear antialiased resize along one axis, a constant of the graph."""
     with _disable_current_modes():
-        lines = torch.eye(have, device=like.device)[None, None]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        lines = torch.eye(have, device=like.device, dtype=dtype)[None, None]
         matrix = F.interpolate(lines, size=[want, have], mode="bilinear", antialias=True, align_corners=False)
         return matrix[0, 0].to(like.dtype).clone()
 

@@ -96,7 +96,7 @@ class Build:
             with self._stage("load"):
                 run = loaded(folder, self.slot.backend, signature, self.options, self.device)
             with self._stage("compare"):
-                verified = self._verified(wrap(self.call, signature, structure, run, None))
+                verified = self._verified(wrap(self.call, signature, structure, run, None, not self.gradient))
             del run
             return write_manifest(
                 folder,
