@@ -121,13 +121,16 @@ class BackendSpec:
 class Contender:
     """One way to compute the same, warm, or why it is not: skipped (it is not there) or failed.
 
-    ready: networks are set up within it, outside of what is timed; bytes: of artifacts; spent: seconds by round.
+    ready: networks are set up within it, outside of what is timed; compiles: with its first call; timed: False for one
+    whose results alone count; bytes: of artifacts; spent: seconds by round, of which each is that of `number` calls.
     """
 
     call: Callable[[], Any] | None = None
     ready: Callable[[], AbstractContextManager[Any]] = nullcontext
     skipped: str | None = None
     failed: str | None = None
+    compiles: bool = False
+    timed: bool = True
     batch: int | None = None
     build_seconds: float | None = None
     load_seconds: float | None = None
@@ -148,7 +151,7 @@ def rounds(found: Mapping[str, Contender], device: torch.device, repeats: int) -
     watch = Stopwatch(device)
     for _ in range(repeats):
         for entry in found.values():
-            if entry.runs:
+            if entry.runs and entry.timed:
                 with attempted(entry), entry.ready():
                     entry.spent.append(watch.microseconds(lambda e=entry: _repeated(e)) / entry.number / 1e6)  # type: ignore[misc]
 
@@ -170,14 +173,13 @@ def attempted(entry: Contender) -> Iterator[None]:
 
 
 def warmed(entry: Contender, cuda: bool) -> Any:
-    """The second call's result; the first one's time above it is that of compiling, where nothing else was built."""
+    """The second call's result; where calls are compiled, the first one's time above it is that of building."""
     with entry.ready(), torch.no_grad():
         first, _ = _timed(entry, cuda)
         second, result = _timed(entry, cuda)
-        third, result = _timed(entry, cuda)
-    if entry.build_seconds is None:
-        entry.build_seconds = round(max(0.0, first - third), 3)
-    entry.number = 1 if cuda else max(1, math.ceil(_LEAST / max(min(second, third), 1e-6)))
+    if entry.compiles:
+        entry.build_seconds = round(max(0.0, first - second), 3)
+    entry.number = 1 if cuda else max(1, math.ceil(_LEAST / max(second, 1e-6)))
     return result
 
 
@@ -196,11 +198,13 @@ def flat(result: Any) -> list[Tensor]:
     return [x.detach().cpu() for x in tensors]
 
 
-def rebuilt(base: Synthesizer, execution: Execution, **changes: Any) -> Synthesizer:
+def rebuilt(
+    base: Synthesizer, execution: Execution, kind: type[Synthesizer] = Synthesizer, **changes: Any
+) -> Synthesizer:
     """The same networks and group, computed in another way; changes: to the arguments of a Synthesizer."""
     given: dict[str, Any] = {"recipe": replace(base.recipe, backends=()), "guidance": base.guidance, "decoder": base.look}
     given |= {"compile": "off", "micro_batch": base.recipe.group_size, **changes}
-    synth = Synthesizer(base.model, execution=execution, **given)
+    synth = kind(base.model, execution=execution, **given)
     if execution.quantize:  # unchecked: random weights draw nothing whose quality could be judged
         synth.routes._twin = denoiser_twin(synth.model, synth.recipe, execution.quantize)
     return synth
@@ -249,6 +253,7 @@ def _prepare(entry: Contender, base: Synthesizer, role: str, variant: Variant, s
         started = time.perf_counter()
         synth.prepare()
         entry.load_seconds = round(time.perf_counter() - started, 3)
+    entry.compiles = variant.backend == "compile"
     entry.ready = lambda: ready(synth)
     with entry.ready():
         entry.call, entry.batch = _calling(synth, role)
