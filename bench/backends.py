@@ -94,13 +94,14 @@ def _computes_fp8(device: torch.device) -> bool:
 @dataclass(frozen=True, kw_only=True)
 class BackendSpec:
     """What is measured. roles: of `ROLES` and `run`, all where empty; backends: of VARIANTS, those of the device where
-    empty; artifacts: folder (None: the user's); seed: of the group that is drawn whole."""
+    empty; dtype: of random weights; artifacts: folder (None: the user's); seed: of the group that is drawn whole."""
 
     case: str
     device: torch.device
     roles: Sequence[str] = ()
     backends: Sequence[str] = ()
     rounds: int = 5
+    dtype: torch.dtype = torch.bfloat16
     artifacts: str | None = None
     seed: int = 0
 
@@ -202,8 +203,8 @@ def rebuilt(
     base: Synthesizer, execution: Execution, kind: type[Synthesizer] = Synthesizer, **changes: Any
 ) -> Synthesizer:
     """The same networks and group, computed in another way; changes: to the arguments of a Synthesizer."""
-    given: dict[str, Any] = {"recipe": replace(base.recipe, backends=()), "guidance": base.guidance, "decoder": base.look}
-    given |= {"compile": "off", "micro_batch": base.recipe.group_size, **changes}
+    given: dict[str, Any] = {"recipe": replace(base.recipe, backends=()), "guidance": base.guidance}
+    given |= {"decoder": base.look, "compile": "off", "micro_batch": base.recipe.group_size, **changes}
     synth = kind(base.model, execution=execution, **given)
     if execution.quantize:  # unchecked: random weights draw nothing whose quality could be judged
         synth.routes._twin = denoiser_twin(synth.model, synth.recipe, execution.quantize)
@@ -286,9 +287,9 @@ def base_of(spec: BackendSpec, preset: Preset) -> Synthesizer:
 def _random_base(case: Case, spec: BackendSpec) -> Synthesizer:
     """Guided, through a fitted decoder, only where teacher or gradient are asked for."""
     guided = any(role in ("teacher", "gradient") for role in spec.roles)
-    prior = random_prior(case.architecture, device=spec.device, dtype=torch.bfloat16)
+    prior = random_prior(case.architecture, device=spec.device, dtype=spec.dtype)
     name = "guided" if guided else "plain"
-    guidance = random_guidance(random_recipe(case, name, torch.bfloat16).classes)
+    guidance = random_guidance(random_recipe(case, name, spec.dtype).classes)
     drawer = random_drawer(case, name, prior, guidance, group=_PART)
     assert isinstance(drawer, Synthesizer)
     return drawer

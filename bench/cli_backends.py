@@ -31,6 +31,7 @@ def backends(
     backend: Annotated[
         list[str] | None, typer.Option(help="Beside eager; may be repeated (default: aoti and onnx, on a GPU all).")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of random weights: bfloat16 or float16.")] = "bfloat16",
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; each times every backend of a role once.")] = 5,
     record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/backends.jsonl.")] = False,
     artifacts: Artifacts = None,
@@ -46,13 +47,15 @@ def backends(
         ("case", case, CASES),
         ("role", role, (*ROLES, RUN)),
         ("backend", backend, tuple(VARIANTS)),
+        ("dtype", [dtype], ("bfloat16", "float16")),
     ):
         _check(option, given or (), known)
     where, rows = torch.device(pick_device(device)), []
     for name in case or [EMBEDDED]:
         spec = BackendSpec(
-            case=name, device=where, roles=role or (), backends=backend or (), rounds=rounds, artifacts=artifacts
-        )
+            case=name, device=where, roles=role or (), backends=backend or (), rounds=rounds, artifacts=artifacts,
+            dtype=getattr(torch, dtype),
+        )  # fmt: skip
         for row in measure_backends(spec, load_preset("digits"), _tell):
             rows.append(row)
             if record:

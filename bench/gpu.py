@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 
 from synthkd.bench import adversarial
+from synthkd.bench.backend_runs import measure_backends
+from synthkd.bench.backends import RUN, BackendSpec
 from synthkd.bench.decoder import DIRECTIONS, DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
 from synthkd.bench.engine import EngineSpec, measure_engine
@@ -40,6 +42,15 @@ ENGINE = {
     "sdxl-512": (("plain", "guided", "as-published"), ("plain", "tiny", "pooled:2", "vae")),
 }
 COMPILED = ("plain", "as-published", "as-published, compiled")
+# Backends of a case that are timed together, always with eager; a large network takes minutes to build. In float16 what
+# onnxruntime and TensorRT build, since CUDA's provider has few kernels of bfloat16.
+BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    RUN: (("compile",), ("fp8",)),
+    "unet": (("compile",), ("fp8",), ("aoti",), ("onnx",), ("onnx-tensorrt",), ("tensorrt",),
+             ("flash", "cudnn", "xformers")),
+    "vae": (("compile",), ("aoti",), ("onnx",), ("onnx-tensorrt",), ("tensorrt",)),
+}  # fmt: skip
+HALF = ("onnx", "onnx-tensorrt", "tensorrt")
 LONGEST = 570  # seconds of one part, after which it is ended
 
 Parts = dict[str, Callable[[], None]]
@@ -113,6 +124,35 @@ def engine_parts() -> Parts:
     return {f"engine: {case} {' + '.join(v)}": partial(engine_part, case, v) for case, v in groups}
 
 
+def backends_part(case: str, role: str, names: tuple[str, ...]) -> None:
+    """Some backends of a role, or of whole plain runs; what is not installed has a row that says so.
+
+    What was built is removed at the end: an SDXL UNet is 5 GB in each form.
+    """
+    dtype, folder = torch.float16 if names[0] in HALF else torch.bfloat16, STATE.parent / "artifacts"
+    spec = BackendSpec(
+        case=case, device=torch.device("cuda"), roles=(role,), backends=names, dtype=dtype, artifacts=str(folder)
+    )
+    for row in measure_backends(spec, load_preset("digits"), _tell):
+        append_row("backends", row)
+        bar = row.get("bar_images_per_second")
+        asked = "" if bar is None else f", bar {bar}: {'reached' if row['bar_reached'] else 'NOT reached'}"
+        speed = f"{row['images_per_second']} images/s, {row['times_eager']} x eager, PSNR {row['psnr']}"
+        _tell(f"backends, {case}: {role}, {row['backend']}: {row['skipped'] or row['failed'] or speed + asked}")
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def backends_parts() -> Parts:
+    """SDXL first, whose whole runs have a bar."""
+    cases = ("sdxl-1024", "sd15-512")
+    groups = [(case, role, names) for case in cases for role, found in BACKENDS.items() for names in found]
+    return {
+        f"backends: {case} {role} {' + '.join(names)}": partial(backends_part, case, role, names)
+        for case, role, names in groups
+        if role != RUN or case == "sdxl-1024"
+    }
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
@@ -122,7 +162,7 @@ def parts() -> Parts:
     found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
     found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
     found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
-    found |= engine_parts()
+    found |= engine_parts() | backends_parts()
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}

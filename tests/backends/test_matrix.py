@@ -66,7 +66,12 @@ def priors(pipelines: Mapping[str, Any]) -> Callable[[str], Any]:
 
 @pytest.fixture
 def make(
-    priors: Callable[[str], Any], recipe: Callable[..., Any], teacher_card: Path, store: Path, build: Any, tmp_path: Path
+    priors: Callable[[str], Any],
+    recipe: Callable[..., Any],
+    teacher_card: Path,
+    store: Path,
+    build: Any,
+    tmp_path: Path,
 ) -> Callable[..., Synthesizer]:
     """A guided Synthesizer of a pipeline, two of its parts computed 4 samples at a time."""
 

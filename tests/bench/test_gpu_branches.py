@@ -1,9 +1,12 @@
 """What the benchmarks do on a GPU only, line by line on a CPU: stand-ins for events and compiling."""
 
+import copy
 import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from synthkd.bench import gpu, kernels, record, timing
+from synthkd.bench import backends, engine_cases, gpu, kernels, record, timing
+from synthkd.engine import Recipe, random_models
 from synthkd.kernels.case import Case, Suite, Tolerance
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
@@ -109,6 +113,47 @@ def test_kernel_rows(as_gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     monkeypatch.setattr(kernels, "contenders", lambda *_: {"kernel": _breaking, "reference": _square})
     found = kernels._speed(work, "forward", torch.device("cuda"), 10.0, 1)
     assert found.keys() == {"warm_up_seconds", "failed"}
+
+
+def _tiny_sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SDXL's code path at a thousandth of its size, 2 calls of the denoiser, images of 64x128."""
+    made = random_models.ARCHITECTURES["sdxl"]
+    small = {"unet": (32, 32, 32), "vae": (32, 32, 32, 32)}
+    networks = {
+        part: (made.networks[part][0], {**made.networks[part][1], "block_out_channels": widths, "layers_per_block": 1})
+        for part, widths in small.items()
+    }
+    networks["unet"][1].update(attention_head_dim=(2, 2, 2), transformer_layers_per_block=1)
+    monkeypatch.setattr(random_models, "ARCHITECTURES", {"sdxl": replace(made, networks=networks)})
+    case = replace(engine_cases.CASES["sdxl-1024"], height=64, width=128)
+    monkeypatch.setattr(engine_cases, "CASES", {"sdxl-1024": case})
+    monkeypatch.setattr(engine_cases, "Recipe", partial(Recipe, steps=2))
+    monkeypatch.setattr(backends, "_PART", 2)
+    monkeypatch.setattr(backends, "denoiser_twin", lambda model, *_: copy.deepcopy(next(iter(model.modules()))))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def test_backends_parts(as_gpu: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole runs against the bar of an H200, a role on its backends; what is not installed is skipped, unloaded."""
+    _tiny_sdxl(monkeypatch)
+    parts = gpu.backends_parts()
+    for name in ("run fp8", "run compile", "vae compile", "unet flash + cudnn + xformers", "unet onnx-tensorrt"):
+        parts[f"backends: sdxl-1024 {name}"]()
+    rows = [json.loads(line) for line in (as_gpu / "backends.jsonl").read_text().splitlines()]
+    named = [(r["role"], r["backend"]) for r in rows]
+    assert named[:6] == [("run", "eager"), ("run", "fp8"), ("run", "eager"), ("run", "compiled"), ("vae", "eager"),
+                         ("vae", "compile")]  # fmt: skip
+    for row in rows[:6]:
+        assert row["failed"] is row["skipped"] is None
+        assert (row["dtype"], row["device"], row["batch"]) == ("bfloat16", "cuda", 2)
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"]["median"], rel=1e-3)
+        assert row["max_abs_diff"] == 0  # the twin is a copy, and nothing is compiled
+    assert [r.get("bar_images_per_second") for r in rows[:6]] == [2.4] * 4 + [None] * 2
+    assert [r["bar_reached"] for r in rows[:4]] == [r["images_per_second"] > 2.4 for r in rows[:4]]
+    flash = next(r for r in rows if r["backend"] == "flash")
+    assert "found cpu" in flash["failed"]
+    assert "TensorrtExecutionProvider" in rows[-1]["skipped"] or "not installed" in rows[-1]["skipped"]
+    assert "bar 2.4: " in capsys.readouterr().out
 
 
 def test_parts_are_processes(as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
