@@ -40,21 +40,24 @@ class Execution:
     trust: bool = False
     options: Options = Options()  # noqa: RUF009
 
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for an unknown attention or quantization."""
+        if self.attention not in ATTENTIONS:
+            raise SynthkdError(f"attention {self.attention!r}: {suggest(self.attention, ATTENTIONS)}")
+        if self.quantize not in QUANTIZE:
+            raise SynthkdError(f"quantize {self.quantize!r}: {suggest(self.quantize, QUANTIZE[1:])}")
+
 
 class Routes:
     """The compiled functions of a Synthesizer, by name; empty where every role is eager."""
 
     def __init__(self, recipe_says: Sequence[str], execution: Execution) -> None:
-        """Raises SynthkdError for an unknown role, backend, attention or quantization; nothing is built yet."""
+        """Raises SynthkdError for an unknown role or backend, and two that exclude each other; nothing is built yet."""
         self.chosen = parse_backends((*recipe_says, *execution.backends))
         self.compiled: dict[str, Compiled] = {}
         self.quality: dict[str, float] = {}
         self._execution, self._ready = execution, False
         self._twin: nn.Module | None = None
-        if execution.attention not in ATTENTIONS:
-            raise SynthkdError(f"attention {execution.attention!r}: {suggest(execution.attention, ATTENTIONS)}")
-        if execution.quantize not in QUANTIZE:
-            raise SynthkdError(f"quantize {execution.quantize!r}: {suggest(execution.quantize, QUANTIZE[1:])}")
         whole = self.chosen.get("unet", "eager")
         if execution.quantize and whole not in ("eager", "compile"):
             raise SynthkdError(f"quantize {execution.quantize!r}: unet={whole} takes no fp8; use eager or compile")
