@@ -135,6 +135,24 @@ def test_a_guided_run(
     check_for_tensorrt(other)
 
 
+@pytest.mark.parametrize("looks", [1, 2])
+def test_a_group_in_parts(
+    looks: int, pipelines: Mapping[str, Any], recipe: Callable[..., Recipe], guide: Callable[..., TeacherGuidance],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Groups of six in parts of four: look, judge and pull in onnxruntime give what autograd gives at once."""
+    wanted = recipe(guidance=GuidanceSpec(scale=0.05, looks=looks, decoder="pooled:2"), steps=3)
+    roles = Execution(backends=("gradient=onnx",))
+    whole = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide())
+    other = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide(), micro_batch=4, execution=roles)
+    torch.testing.assert_close(drawn(other), drawn(whole), atol=2e-3, rtol=0)
+    kinds = {f"gradient-{name}" for name in ("look-4", "look-2", "judge-4", "pull-4", "pull-2")}
+    assert set(other.routes.compiled) == kinds | ({f"{kind}-view" for kind in kinds} if looks > 1 else set())
+    monkeypatch.setattr(torch.autograd, "grad", None)  # neither a second start nor a group takes a gradient
+    again = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide(), micro_batch=4, execution=roles)
+    assert torch.equal(drawn(again), drawn(other))
+
+
 def relative(found: Tensor, wanted: Tensor) -> float:
     """||found - wanted|| / ||wanted||."""
     return float((found - wanted).norm() / wanted.norm())
@@ -318,7 +336,6 @@ def test_what_cannot_be(
     through = recipe(guidance=GuidanceSpec(scale=0.1, gradient="unet"))
     refused("guidance.gradient 'unet' goes through the denoiser", through, execution=gradient)
     guided = recipe(guidance=GuidanceSpec(scale=0.1))
-    refused("exported whole, and memory suffices for 2", guided, execution=gradient, micro_batch=2)
     refused("use one of the two", guided, execution=gradient, compile="default")
     refused("TensorRT is not installed|TensorRT", recipe(backends=("vae=tensorrt",)), guided=False)
     refused("attention 'flash': needs a CUDA GPU", recipe(), guided=False, execution=Execution(attention="flash"))
