@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -21,6 +22,7 @@ from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.environment import versions
+from synthkd.export import available, default_store
 from synthkd.kernels.dispatch import backend
 
 app = typer.Typer(
@@ -274,6 +276,9 @@ def info() -> None:
     table.add_row("GPU", torch.cuda.get_device_name() if here == "cuda" else "none")
     table.add_row("kernels", {"triton": "Triton", "reference": "plain torch"}[backend(torch.device(here))])
     table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    for name, why_not in available().items():
+        table.add_row(f"backend {name}", escape(why_not) or "yes")
+    table.add_row("artifacts", str(default_store()))
     table.add_row("presets", ", ".join(preset_names()))
     table.add_row("embedded models", "embedded:digits")
     out.print(table)

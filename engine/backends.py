@@ -40,21 +40,25 @@ class Execution:
     trust: bool = False
     options: Options = Options()  # noqa: RUF009
 
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for an unknown attention or quantization."""
+        if self.attention not in ATTENTIONS:
+            raise SynthkdError(f"attention {self.attention!r}: {suggest(self.attention, ATTENTIONS)}")
+        if self.quantize not in QUANTIZE:
+            raise SynthkdError(f"quantize {self.quantize!r}: {suggest(self.quantize, QUANTIZE[1:])}")
+
 
 class Routes:
     """The compiled functions of a Synthesizer, by name; empty where every role is eager."""
 
     def __init__(self, recipe_says: Sequence[str], execution: Execution) -> None:
-        """Raises SynthkdError for an unknown role, backend, attention or quantization; nothing is built yet."""
+        """Raises SynthkdError for an unknown role or backend, and two that exclude each other; nothing is built yet."""
         self.chosen = parse_backends((*recipe_says, *execution.backends))
         self.compiled: dict[str, Compiled] = {}
         self.quality: dict[str, float] = {}
         self._execution, self._ready = execution, False
         self._twin: nn.Module | None = None
-        if execution.attention not in ATTENTIONS:
-            raise SynthkdError(f"attention {execution.attention!r}: {suggest(execution.attention, ATTENTIONS)}")
-        if execution.quantize not in QUANTIZE:
-            raise SynthkdError(f"quantize {execution.quantize!r}: {suggest(execution.quantize, QUANTIZE[1:])}")
+        self._whole: Callable[..., Any] | None = None
         whole = self.chosen.get("unet", "eager")
         if execution.quantize and whole not in ("eager", "compile"):
             raise SynthkdError(f"quantize {execution.quantize!r}: unet={whole} takes no fp8; use eager or compile")
@@ -109,6 +113,7 @@ class Routes:
             for call in calls_of(role, parts):
                 if call.name not in self.compiled:
                     self.compiled[call.name] = self._built(call, self.chosen[role], say)
+                self._whole = call.run if role == "gradient" else self._whole
 
     def _built(self, call: RoleCall, backend: str, say: Callable[[str], None] | None) -> Compiled:
         folder = self._execution.artifacts
@@ -148,13 +153,16 @@ class Routes:
 
     def gradient(self, guidance: Guidance | None) -> Callable[..., GuidanceStep] | None:
         """(x0, targets, looks, memory) -> GuidanceStep, without autograd; None where the gradient is eager."""
-        compiled = self.compiled.get("gradient")
-        if compiled is None:
+        if "gradient" not in self.chosen or not any(name.startswith("gradient") for name in self.compiled):
             return None
-        given = given_of(guidance)
+        given, whole = given_of(guidance), self._whole
+        pieces = {name.removeprefix("gradient-"): compiled for name, compiled in self.compiled.items()}
 
         def gradient(x0: Tensor, targets: Tensor, looks: Any, memory: Any) -> GuidanceStep:
-            return GuidanceStep(*compiled(x0, targets, tuple(looks), memory, given))
+            if whole is not None:
+                step: GuidanceStep = whole(pieces, given, x0, targets, tuple(looks), memory)
+                return step
+            return GuidanceStep(*pieces["gradient"](x0, targets, tuple(looks), memory, given))
 
         return gradient
 

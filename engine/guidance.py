@@ -155,36 +155,66 @@ def chunked_gradient(
     means and per-sample terms alike are those of the group at once: averaging the gradients of runs is not, since a
     distance of statistics is no mean over samples.
     """
-    half, parts, total = zero.dtype == torch.float16, parts_of(len(zero), chunk), None
-    found: list[tuple[Tensor, Terms, Any]] = []
-    for look in (None, *looks):
-        views = [_view_of(loss_of, decode, look, part) for part in parts]
+    half = zero.dtype == torch.float16
+
+    def seen(part: slice, look: Look | None) -> Any:
         with torch.no_grad():
-            seen = [view(latent(part, zero[part])) for view, part in zip(views, parts, strict=True)]
-        (loss, terms, after), cotangents = _judged_apart(loss_of, seen, targets, memory, half)
-        found.append((loss, terms, after))
-        grads = []
-        for view, part, wanted in zip(views, parts, cotangents, strict=True):
-            leaf = zero[part].detach().requires_grad_()
-            with torch.enable_grad():
-                grad = _pulled_back(view(latent(part, leaf)), wanted, leaf)
-            grads.append(grad.float() / HALF_LOSS_SCALE if half else grad)
-        total = torch.cat(grads) if total is None else total + torch.cat(grads)
+            return view_of(loss_of, decode, look)(latent(part, zero[part]))
+
+    def pulled(part: slice, look: Look | None, wanted: list[Tensor | None]) -> Tensor:
+        leaf = zero[part].detach().requires_grad_()
+        with torch.enable_grad():
+            return pulled_back(view_of(loss_of, decode, look)(latent(part, leaf)), wanted, leaf)
+
+    def judged(shown: list[Any]) -> Any:
+        return judged_apart(loss_of, shown, targets, memory, half)
+
+    return two_passes(parts_of(len(zero), chunk), looks, seen, judged, pulled, half, memory is not None)
+
+
+def two_passes(
+    parts: Sequence[slice],
+    looks: Sequence[Look],
+    look: Callable[[slice, Look | None], Any],
+    judge: Callable[[list[Any]], tuple[tuple[Tensor, Terms, Any], list[list[Tensor | None]]]],
+    pull: Callable[[slice, Look | None, list[Tensor | None]], Tensor],
+    half: bool,
+    remembers: bool,
+) -> GuidanceStep:
+    """A group's gradient from its runs: `look` at each, `judge` all, `pull` the judgement back through each.
+
+    The look of a view is the run's part of it; remembers: the loss has a memory.
+    """
+    total: Tensor | None = None
+    found: list[tuple[Tensor, Terms, Any]] = []
+    for view in (None, *looks):
+        views = [None if view is None else view.part(part) for part in parts]
+        shown = [look(part, seen_as) for part, seen_as in zip(parts, views, strict=True)]
+        judged, cotangents = judge(shown)
+        found.append(judged)
+        rows = zip(parts, views, cotangents, strict=True)
+        grads = torch.cat([_unscaled(pull(part, seen_as, wanted), half) for part, seen_as, wanted in rows])
+        total = grads if total is None else total + grads
     assert total is not None
     loss = torch.stack([value for value, _, _ in found]).sum() / len(found)
-    after = None if memory is None else found[0][2]
-    return _finished(total / len(found), False, loss, found[0][1], after)
+    return _finished(total / len(found), False, loss, found[0][1], found[0][2] if remembers else None)
 
 
-def _view_of(loss_of: GroupGuidance, decode: Decode, look: Look | None, part: slice) -> Callable[[Tensor], Any]:
+def _unscaled(grad: Tensor, half: bool) -> Tensor:
+    return grad.float() / HALF_LOSS_SCALE if half else grad
+
+
+def view_of(loss_of: GroupGuidance, decode: Decode, look: Look | None) -> Callable[[Tensor], Any]:
+    """What the networks show of the images of clean latents [b,C,h,w], in a view."""
+
     def view(x0: Tensor) -> Any:
         images = decode(x0).clamp(0.0, 1.0)
-        return loss_of.look(images if look is None else viewed(images, look.part(part)))
+        return loss_of.look(images if look is None else viewed(images, look))
 
     return view
 
 
-def _judged_apart(
+def judged_apart(
     loss_of: GroupGuidance, seen: list[Any], targets: Tensor, memory: Any, half: bool
 ) -> tuple[tuple[Tensor, Terms, Any], list[list[Tensor | None]]]:
     """Loss, terms and memory of a group, and the loss's gradient with respect to every tensor that was seen."""
@@ -200,7 +230,8 @@ def _judged_apart(
     return judged, [everything[sum(counts[:k]) : sum(counts[: k + 1])] for k in range(len(counts))]
 
 
-def _pulled_back(seen: Any, wanted: list[Tensor | None], leaf: Tensor) -> Tensor:
+def pulled_back(seen: Any, wanted: Sequence[Tensor | None], leaf: Tensor) -> Tensor:
+    """The gradient like leaf of sum(wanted * seen), over the tensors of `seen` in order."""
     pairs = [
         (x, g)
         for x, g in zip(tree_flatten(seen)[0], wanted, strict=True)

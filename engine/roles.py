@@ -1,7 +1,7 @@
 """The parts of a guided run that can have a backend of their own, each as a function with an example of its inputs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +15,7 @@ from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.guidance import GroupGuidance, Guidance, GuidanceStep, guidance_gradient
 from synthkd.engine.latent_model import Conditioning, LatentModel
 from synthkd.engine.memory import MemoryPlan
+from synthkd.engine.parted import PartedGradient
 from synthkd.engine.schedule import Tables
 from synthkd.export import BACKENDS
 
@@ -23,7 +24,10 @@ ROLES = ("text_encoder", "unet", "vae", "teacher", "gradient")
 
 @dataclass(frozen=True, kw_only=True)
 class RoleCall:
-    """One function of a role. name: of its artifact and its route; the rest as in `export.build`."""
+    """One function of a role. name: of its artifact and its route; the rest as in `export.build`.
+
+    run: of a role of several functions, (those by name, compiled; given; arguments) -> the result of the whole.
+    """
 
     name: str
     function: Callable[..., Any]
@@ -34,6 +38,7 @@ class RoleCall:
     most: int = 0
     gradient: bool = False
     identity: Mapping[str, Any] = field(default_factory=dict)
+    run: Callable[..., Any] | None = None
 
 
 @runtime_checkable
@@ -206,16 +211,16 @@ def given_of(guidance: Guidance | None) -> dict[str, Any]:
 
 
 def _gradient(parts: Parts) -> list[RoleCall]:
-    """For a whole group: its loss knows statistics of all its samples, so that there is nothing to fill up."""
+    """Of a whole group, or of the parts that memory holds: its loss knows all samples, so nothing is filled up."""
     guidance, recipe = parts.guidance, parts.recipe
     if guidance is None or recipe.guidance.scale == 0:
         return []
     if recipe.guidance.gradient != "x0":
         raise SynthkdError("backend: guidance.gradient 'unet' goes through the denoiser; use gradient=eager, or 'x0'")
-    if parts.memory.guide < recipe.group_size or parts.memory.checkpoint:
+    if parts.memory.checkpoint:
         raise SynthkdError(
-            f"backend: the gradient of a group of {recipe.group_size} images is exported whole, and memory suffices "
-            f"for {parts.memory.guide} at a time; lower classes_per_group or samples_per_class, or use gradient=eager"
+            "backend: one image's gradient does not fit the memory without a checkpointed decoder, which no graph has; "
+            "take a smaller guidance.decoder, or gradient=eager"
         )
     batch = recipe.group_size
     device = parts.model.device
@@ -223,17 +228,49 @@ def _gradient(parts: Parts) -> list[RoleCall]:
     targets[torch.arange(batch), torch.arange(batch) % len(recipe.classes)] = 1
     still = Look(torch.zeros(batch, 2, device=device), torch.zeros(batch, dtype=torch.bool, device=device))
     memory = guidance.begin() if isinstance(guidance, GroupGuidance) else None
+    views, given = (still,) * (recipe.guidance.looks - 1), given_of(guidance)
+    inputs = (parts.latents(batch), targets, views, memory, given)
+    modules = (parts.look.module, *_networks(guidance))
+    identity = {"decoder": parts.look.settings, "guidance": guidance.describe()}
+    if parts.memory.guide < batch and isinstance(guidance, GroupGuidance):
+        return _parted(guidance, parts, inputs, modules, identity)
     return [
         RoleCall(
             name="gradient",
             function=gradient_function(guidance, parts.look),
-            modules=(parts.look.module, *_networks(guidance)),
-            inputs=(parts.latents(batch), targets, (still,) * (recipe.guidance.looks - 1), memory, given_of(guidance)),
+            modules=modules,
+            inputs=inputs,
             batched=(True, True, True, False, False),
             dynamic=False,
             gradient=True,
-            identity={"decoder": parts.look.settings, "guidance": guidance.describe()},
+            identity=identity,
         )
+    ]
+
+
+def _parted(
+    guidance: GroupGuidance, parts: Parts, inputs: tuple[Any, ...], modules: tuple[nn.Module, ...],
+    identity: Mapping[str, Any],
+) -> list[RoleCall]:  # fmt: skip
+    """Three functions and more, each of a fixed batch."""
+
+    def using(given: Any) -> AbstractContextManager[None]:
+        return guidance.using(given) if isinstance(guidance, PortableGuidance) else nullcontext()
+
+    whole = PartedGradient(guidance, parts.look, len(inputs[0]), parts.memory.guide, using)
+    return [
+        RoleCall(
+            name=f"gradient-{piece.name}",
+            function=piece.function,
+            modules=modules,
+            inputs=piece.inputs,
+            batched=(False,) * len(piece.inputs),
+            dynamic=False,
+            gradient=piece.gradient,
+            identity={**identity, "group": len(inputs[0]), "part": parts.memory.guide},
+            run=whole,
+        )
+        for piece in whole.pieces(*inputs)
     ]
 
 

@@ -6,8 +6,8 @@
 """
 
 from synthkd.export.artifacts import Manifest, default_store
-from synthkd.export.build import Compiled, build, load
+from synthkd.export.build import Compiled, available, build, load
 from synthkd.export.errors import ExportError
 from synthkd.export.spec import BACKENDS, Options
 
-__all__ = ["BACKENDS", "Compiled", "ExportError", "Manifest", "Options", "build", "default_store", "load"]
+__all__ = ["BACKENDS", "Compiled", "ExportError", "Manifest", "Options", "available", "build", "default_store", "load"]

@@ -142,6 +142,17 @@ def build(
     return Compiled(call, signature, manifest.structure, run, manifest, not gradient)
 
 
+def available() -> dict[str, str]:
+    """Each backend, and why it cannot be used here; "" for one that can."""
+    found = dict.fromkeys(BACKENDS, "")
+    try:
+        onnx.check_installed()
+    except ExportError as error:
+        found["onnx"] = str(error)
+    found["tensorrt"] = tensorrt.unavailable() or found["onnx"]
+    return found
+
+
 def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, gradient: bool) -> Compiled:
     """Eager, and torch.compile, whose graphs torch itself keeps on disk."""
     outputs, structure = outputs_of(call)

@@ -149,6 +149,9 @@ class Session:
         self.signature, self.device = signature, device
         self.provider = pick_provider(options, device)
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._recorded = options.cuda_graph and self._stream is not None
+        self._places: list[Tensor] = []
+        self._out: list[Tensor] = []
         settings = ort.SessionOptions()
         settings.log_severity_level = 3
         settings.use_deterministic_compute = True
@@ -204,9 +207,27 @@ class Session:
         """Outputs are allocated by torch."""
         batch = next((len(x) for x, s in zip(tensors, self.signature.inputs, strict=True) if s.batched), 1)
         given = [x.detach().contiguous() for x in tensors]
-        out = [
-            torch.empty(spec.at(batch), dtype=spec.dtype, device=self.device) for spec in self.signature.outputs
-        ]
+        if self._recorded:  # a recorded run knows addresses
+            out = self._same_places(given)
+            given = self._places
+        else:
+            out = self._fresh(batch)
+        self._run(given, out)
+        return [x.clone() for x in out] if self._recorded else out
+
+    def _fresh(self, batch: int) -> list[Tensor]:
+        return [torch.empty(s.at(batch), dtype=s.dtype, device=self.device) for s in self.signature.outputs]
+
+    def _same_places(self, given: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs' places, after the inputs were copied into theirs."""
+        if not self._places:
+            self._places = [x.clone() for x in given]
+            self._out = self._fresh(self.signature.batch)
+        for place, x in zip(self._places, given, strict=True):
+            place.copy_(x)
+        return self._out
+
+    def _run(self, given: Sequence[Tensor], out: Sequence[Tensor]) -> None:
         binding, where = self._session.io_binding(), (self.device.type, self.device.index or 0)
         for spec, x in zip(self.signature.inputs, given, strict=True):
             if spec.name in self._takes:
@@ -218,7 +239,6 @@ class Session:
                 self._session.run_with_iobinding(binding, self._run_options)
             except Exception as error:
                 raise ExportError(f"onnx: a run failed ({first_line(error)})") from error
-        return out
 
     @contextmanager
     def _in_order(self, tensors: Sequence[Tensor]) -> Iterator[None]:
