@@ -23,7 +23,7 @@ demo: $(VENV)/.ready ## the main job: draw a guided set of digits, distil a stud
 test: $(VENV)/.ready ## all tests that need no GPU, but for the next target's
 	$(BIN)/python -m pytest -m "not gpu and not backends" -n 2
 
-test-backends: $(VENV)/.ready ## every backend of every small pipeline and role (about 20 minutes on 2 cores)
+test-backends: $(VENV)/.ready ## every backend of every small pipeline and role (half an hour at most on 2 cores)
 	$(BIN)/python -m pytest -m "backends and not gpu" -n 2 tests/backends
 
 lint: $(VENV)/.ready ## ruff, mypy --strict, import contracts
