@@ -21,7 +21,6 @@ from synthkd.dfkd.presets import Preset
 from synthkd.engine import Execution, Synthesizer, SynthkdError
 from synthkd.engine.attention import check_attention
 from synthkd.engine.backends import seconds_of
-from synthkd.engine.quantized import denoiser_twin
 from synthkd.engine.random_models import random_prior
 from synthkd.engine.roles import ROLES, calls_of
 from synthkd.engine.workers import one_thread
@@ -205,10 +204,8 @@ def rebuilt(
     """The same networks and group, computed in another way; changes: to the arguments of a Synthesizer."""
     given: dict[str, Any] = {"recipe": replace(base.recipe, backends=()), "guidance": base.guidance}
     given |= {"decoder": base.look, "compile": "off", "micro_batch": base.recipe.group_size, **changes}
-    synth = kind(base.model, execution=execution, **given)
-    if execution.quantize:  # unchecked: random weights draw nothing whose quality could be judged
-        synth.routes._twin = denoiser_twin(synth.model, synth.recipe, execution.quantize)
-    return synth
+    unchecked = replace(execution, check_quality=False)  # random weights draw nothing whose quality could be judged
+    return kind(base.model, execution=unchecked, **given)
 
 
 @contextmanager

@@ -28,13 +28,15 @@ class Execution:
     backends: `role=name` or `name`, on top of the recipe's (roles: ROLES; names: `export.BACKENDS`);
     artifacts: folder of built artifacts (None: `export.default_store`); trust: load machine code from elsewhere;
     options: of the backends; attention: see `engine.attention`; quantize: "", or the denoiser in `fp8`, or with fp8's
-    rounding in its own dtype, `fp8-emulated` (see `export.fp8`); fixed_batch: build for the batch of most calls alone,
+    rounding in its own dtype, `fp8-emulated` (see `export.fp8`); check_quality: refuse it where its images are too far
+    off (random weights, in a benchmark, cannot be judged so); fixed_batch: build for the batch of most calls alone,
     others are cut and filled up to it (a recorded CUDA run needs that; memory plans with small parts waste by it).
     """
 
     backends: tuple[str, ...] = ()
     attention: str = "sdpa"
     quantize: str = ""
+    check_quality: bool = True
     fixed_batch: bool = False
     artifacts: str | None = None
     trust: bool = False
@@ -102,7 +104,8 @@ class Routes:
         model: Any = parts.model
         if self._twin is None:
             self._twin = denoiser_twin(model, parts.recipe, self._execution.quantize)
-            self.quality = check_quality(model, parts.recipe, parts.tables, self._twin)
+            if self._execution.check_quality:
+                self.quality = check_quality(model, parts.recipe, parts.tables, self._twin)
         with model.replaced(self._twin):
             yield
 

@@ -129,7 +129,8 @@ def _tiny_sdxl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_cases, "CASES", {"sdxl-1024": case})
     monkeypatch.setattr(engine_cases, "Recipe", partial(Recipe, steps=2))
     monkeypatch.setattr(backends, "_PART", 2)
-    monkeypatch.setattr(backends, "denoiser_twin", lambda model, *_: copy.deepcopy(next(iter(model.modules()))))
+    twin = lambda model, *_: copy.deepcopy(next(iter(model.modules())))  # noqa: E731
+    monkeypatch.setattr("synthkd.engine.backends.denoiser_twin", twin)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
