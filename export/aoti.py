@@ -1,5 +1,6 @@
 """AOTInductor: a graph compiled ahead of time into a .pt2 package of machine code."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,9 @@ FILE = "model.pt2"
 def compile_program(program: ExportedProgram, folder: Path) -> None:
     """Write FILE into a folder; takes half a minute and more. Raises ExportError where the compiler fails."""
     try:
-        torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own remarks about itself
+            torch._inductor.aoti_compile_and_package(program, package_path=str(folder / FILE))
     except Exception as error:  # a compiler raises anything
         raise ExportError(f"aoti: the graph cannot be compiled ({first_line(error)})") from error
 

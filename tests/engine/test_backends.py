@@ -17,8 +17,10 @@ from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import CutMixSpec, Execution, GuidanceSpec, Plan, Recipe, Request, Synthesizer, SynthkdError
+from synthkd.engine.augment import Look
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.models import load_model, wrap_pipeline
+from synthkd.engine.parted import PartedGradient
 from synthkd.engine.roles import ROLES, Parts, calls_of, parse_backends
 from synthkd.export import default_store
 from synthkd.export.onnx import operators
@@ -112,7 +114,7 @@ def test_a_padded_remainder(family: str, prior: Callable[[str], Any], recipe: Ca
     assert synth.routes.compiled["unet"].signature.batch == 8
 
 
-GRADIENTS = {"vae": {}, "pooled": {"decoder": "pooled:2"}, "looks": {"looks": 3, "look_flip": True}}
+GRADIENTS = {"vae": {}, "pooled with looks": {"decoder": "pooled:2", "looks": 2, "look_flip": True}}
 
 
 @pytest.mark.parametrize("case", GRADIENTS)
@@ -135,22 +137,43 @@ def test_a_guided_run(
     check_for_tensorrt(other)
 
 
-@pytest.mark.parametrize("looks", [1, 2])
 def test_a_group_in_parts(
-    looks: int, pipelines: Mapping[str, Any], recipe: Callable[..., Recipe], guide: Callable[..., TeacherGuidance],
+    pipelines: Mapping[str, Any], recipe: Callable[..., Recipe], guide: Callable[..., TeacherGuidance],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Groups of six in parts of four: look, judge and pull in onnxruntime give what autograd gives at once."""
-    wanted = recipe(guidance=GuidanceSpec(scale=0.05, looks=looks, decoder="pooled:2"), steps=3)
+    wanted = recipe(guidance=GuidanceSpec(scale=0.05, decoder="pooled:2"), steps=3)
     roles = Execution(backends=("gradient=onnx",))
     whole = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide())
     other = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide(), micro_batch=4, execution=roles)
     torch.testing.assert_close(drawn(other), drawn(whole), atol=2e-3, rtol=0)
     kinds = {f"gradient-{name}" for name in ("look-4", "look-2", "judge-4", "pull-4", "pull-2")}
-    assert set(other.routes.compiled) == kinds | ({f"{kind}-view" for kind in kinds} if looks > 1 else set())
+    assert set(other.routes.compiled) == kinds
     monkeypatch.setattr(torch.autograd, "grad", None)  # neither a second start nor a group takes a gradient
     again = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guide(), micro_batch=4, execution=roles)
     assert torch.equal(drawn(again), drawn(other))
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+def test_parts_with_views(
+    memory: float, pipelines: Mapping[str, Any], recipe: Callable[..., Recipe], guide: Callable[..., TeacherGuidance]
+) -> None:
+    """The pieces themselves, eager: two views, a memory, parts of four sizes; against the group at once."""
+    guidance, wanted = guide(bn_momentum=memory), recipe(guidance=GuidanceSpec(scale=0.1, looks=3))
+    synth = Synthesizer.from_pipeline(pipelines["sd1"], wanted, guidance=guidance)
+    (call,) = calls_in(synth)
+    x0, targets, looks, before, given = call.inputs
+    looks = tuple(Look(look.shift + 0.1 * (i + 1), look.mirror | (i == 1)) for i, look in enumerate(looks))
+    with guidance.attached():
+        exact = call.function(x0, targets, looks, before, given)
+        for chunk in (5, 4, 2, 1):
+            parted = PartedGradient(guidance, synth.look, 6, chunk, guidance.using)
+            run = {piece.name: piece.function for piece in parted.pieces(x0, targets, looks, before, given)}
+            found = parted(run, given, x0, targets, looks, before)
+            assert relative(found.grad, exact.grad) < 1e-5
+            torch.testing.assert_close(found.loss, exact.loss)
+            torch.testing.assert_close(found.terms, exact.terms, rtol=1e-4, atol=1e-5)
+            assert (found.memory is None) == (memory == 0.0)
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
@@ -158,7 +181,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).norm() / wanted.norm())
 
 
-@pytest.mark.parametrize("decoder", ["vae", "fitted:embedded:digits", "pooled:2"])
+@pytest.mark.parametrize("decoder", ["vae", "fitted:embedded:digits"])
 def test_the_gradient_of_the_embedded_model(decoder: str) -> None:
     """Relative error <= 1e-4 against autograd, the issue's bound; and the whole preset's images where it is well posed.
 
