@@ -58,7 +58,7 @@ class Routes:
         self.chosen = parse_backends((*recipe_says, *execution.backends))
         self.compiled: dict[str, Compiled] = {}
         self.quality: dict[str, float] = {}
-        self._execution, self._ready = execution, False
+        self._execution, self.ready = execution, False
         self._twin: nn.Module | None = None
         self._whole: Callable[..., Any] | None = None
         whole = self.chosen.get("unet", "eager")
@@ -88,15 +88,15 @@ class Routes:
         model, attention = parts.model, self._execution.attention
         networks = [*model.modules(), parts.look.module]
         with ExitStack() as stack:
-            if not self._ready:
+            if not self.ready:
                 check_attention(networks, attention, model.device)
             stack.enter_context(attending(networks, attention, model.device))
             if self._execution.quantize:
                 stack.enter_context(self._quantized(parts))
-            if not self._ready:
+            if not self.ready:
                 self._prepare(parts, say)
             stack.enter_context(self._put_in(model))
-            self._ready = True
+            self.ready = True
             yield
 
     @contextmanager

@@ -91,8 +91,8 @@ class Recorder:
     def __init__(
         self, model: LatentModel, recipe: Recipe, guidance: Guidance | None = None, decoder: Decoder | None = None
     ) -> None:
-        """See `Synthesizer`; nothing is fused or compiled here."""
-        self.recipe = recipe = replace(recipe, rounds=1, groups_per_round=0, previews=())
+        """See `Synthesizer`; nothing is fused or compiled here, nor on another backend: a decision hangs on it."""
+        self.recipe = recipe = replace(recipe, rounds=1, groups_per_round=0, previews=(), backends=())
         tables = solver_tables(
             model.scheduler_config, recipe.steps, model.device, model.dtype,
             sampler=recipe.sampler, eta=recipe.eta, spacing=recipe.spacing,

@@ -247,10 +247,12 @@ class Synthesizer:
         """One attempt at a group; None where a latent, a term or an image is not finite."""
         clock = StageClock(self.model.device)
         with ExitStack() as stack:
+            if self._routes.key and not self._routes.ready:
+                with clock("compile"):
+                    self.prepare()
             self._settle(stack)
             if self._routes.key:
-                with clock("compile"):
-                    stack.enter_context(self._routes.on(self._parts()))
+                stack.enter_context(self._routes.on(self._parts()))
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
             steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
@@ -276,9 +278,10 @@ class Synthesizer:
             parts = [decode(z[part]) for part in parts_of(len(z), self.memory.decode)]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _settle(self, stack: ExitStack) -> None:
+    def _settle(self, stack: ExitStack, fuse: bool = True) -> None:
         """Networks fused, frozen and tapped until the stack ends."""
-        stack.enter_context(self._fuser.on(self.model.device))
+        if fuse:
+            stack.enter_context(self._fuser.on(self.model.device))
         guiding = self.guidance.modules() if self.guidance else ()
         stack.enter_context(frozen([*self.model.modules(), self._look.module, *guiding]))
         if isinstance(self.guidance, GroupGuidance):
@@ -341,7 +344,7 @@ class Synthesizer:
     def prepare(self, say: Callable[[str], None] | None = None) -> Routes:
         """Build or load the backends of the roles now, not with the first group; say: told each stage of a build."""
         with ExitStack() as stack:
-            self._settle(stack)
+            self._settle(stack, fuse=False)  # the modules themselves: other runtimes fuse in ways of their own
             stack.enter_context(self._routes.on(self._parts(), say))
         return self._routes
 

@@ -91,6 +91,27 @@ def weights_sha256(modules: Iterable[nn.Module]) -> str:
     return digest.hexdigest()
 
 
+def state_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Classes and plain attributes of every module: what beside its tensors decides what a network computes.
+
+    An adapter's scale is among them (a dict of numbers), and whether it is merged or switched off.
+    """
+    rows: list[Any] = []
+    for module in modules:
+        for name, part in module.named_modules():
+            told = {n: str(v) for n, v in sorted(vars(part).items()) if n != "training" and _plain(v)}
+            rows.append([name, type(part).__qualname__, told])
+    return rows
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return bool(value) and all(isinstance(k, str) and _plain(v) for k, v in value.items())
+    if isinstance(value, tuple | list):
+        return all(_plain(v) for v in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _bytes(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""

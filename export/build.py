@@ -18,6 +18,7 @@ from synthkd.export.artifacts import (
     differences,
     processor,
     read_manifest,
+    state_of,
     versions_for,
     weights_sha256,
 )
@@ -190,7 +191,7 @@ def _parts(
     """All that the key knows."""
     return {
         "weights": weights_sha256(call.modules),
-        "networks": described([repr(m) for m in call.modules]),
+        "networks": described([[repr(m) for m in call.modules], state_of(call.modules)]),
         "identity": dict(identity),
         "inputs": [spec.to_dict() for spec in call.inputs()],
         "dynamic": dynamic,

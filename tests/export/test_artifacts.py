@@ -266,6 +266,25 @@ def test_where_they_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         pass
 
 
+def test_the_key_sees_an_adapters_scale(tmp_path: Path) -> None:
+    """Or any other plain attribute: no tensor of the network changes with it."""
+
+    class Adapted(nn.Linear):
+        scaling: dict[str, float]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.scaling["default"]
+
+    torch.manual_seed(0)
+    module = Adapted(12, 3).requires_grad_(False)
+    module.scaling = {"default": 1.0}
+    one = made(tmp_path, module=module)[0](X)
+    module.scaling = {"default": 0.5}
+    other, fresh = made(tmp_path, module=module)
+    assert fresh
+    torch.testing.assert_close(other(X), one / 2)
+
+
 def test_weights_digest_sees_every_tensor() -> None:
     """Non-persistent buffers too, which no state_dict has."""
     module = linear()
