@@ -60,6 +60,9 @@ def run(
     trust: options.Trust = False,
     attention: options.Attention = "sdpa",
     quantize: options.Quantize = "",
+    opset: options.Opset = 0,
+    provider: options.Provider = "auto",
+    fixed_batch: options.FixedBatch = False,
     device: options.Device = None,
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
@@ -70,7 +73,7 @@ def run(
     asked = options.Asked(
         gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, decoder=decoder, fuse=fuse,
         compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
-        attention=attention, quantize=quantize,
+        attention=attention, quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
     )  # fmt: skip
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
     if steps is not None:
@@ -133,6 +136,9 @@ def synth(
     trust: options.Trust = False,
     attention: options.Attention = "sdpa",
     quantize: options.Quantize = "",
+    opset: options.Opset = 0,
+    provider: options.Provider = "auto",
+    fixed_batch: options.FixedBatch = False,
     device: options.Device = None,
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
@@ -144,7 +150,7 @@ def synth(
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
         allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
         backends=backend or (), artifacts=artifacts, trust=trust, attention=attention,
-        quantize=quantize,
+        quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)

@@ -18,7 +18,8 @@ from synthkd.engine import Execution, Recipe, Synthesizer, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.models import load_model
 from synthkd.engine.roles import ROLES, native_size
-from synthkd.export import BACKENDS, Compiled, ExportError, Options, default_store
+from synthkd.engine.workers import one_thread
+from synthkd.export import BACKENDS, Compiled, default_store
 
 out = Console()
 err = Console(stderr=True)
@@ -43,9 +44,10 @@ def export(
     teacher: Annotated[str | None, typer.Option(help="Teacher card; roles teacher and gradient need one.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML file of the recipe of the sets to come.")] = None,
     lora: Annotated[list[str] | None, typer.Option(help="LoRA to fuse into the model, PATH or PATH@WEIGHT.")] = None,
-    opset: Annotated[int, typer.Option(help="ONNX opset, 21 or 23 (default: 23; 21 where attention is unknown).")] = 0,
-    provider: Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt.")] = "auto",
-    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="For one batch alone (CUDA graphs).")] = False,
+    opset: options.Opset = 0,
+    provider: options.Provider = "auto",
+    fixed_batch: options.FixedBatch = False,
+    attention: options.Attention = "sdpa",
     artifacts: options.Artifacts = None,
     trust: options.Trust = False,
     allow_code: options.AllowCode = False,
@@ -64,15 +66,18 @@ def export(
             raise SynthkdError(f"--role {name!r}: {suggest(name, ROLES)}")
     if batch is not None and batch < 1:
         raise SynthkdError(f"--batch is {batch}; expected a whole number >= 1")
-    chosen = _options(opset, provider)
-    execution = Execution(artifacts=artifacts, trust=trust, options=chosen, fixed_batch=fixed_batch)
+    chosen = options.backend_options(opset, provider)
+    execution = Execution(
+        artifacts=artifacts, trust=trust, options=chosen, fixed_batch=fixed_batch, attention=attention
+    )
+    told = [name for name in role or () if name in ("teacher", "gradient")]
+    if told and not (teacher or preset):
+        raise SynthkdError(f"--role {told[0]}: needs a --teacher (or a --preset that brings one)")
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, loras=lora or (), allow_code=allow_code,
         micro_batch=str(batch) if batch else "auto", compile="off",
     )  # fmt: skip
-    synth, guided = _synthesizer(asked, preset, execution, role, backend, dtype, device)
-    if not guided and any(name in ("teacher", "gradient") for name in role or ()):
-        raise SynthkdError(f"--role {role[-1] if role else ''}: needs a --teacher (or a --preset that brings one)")
+    synth = _synthesizer(asked, preset, execution, role, backend, dtype, device)
     rows = _built(synth, json_output)
     if json_output:
         for row in rows:
@@ -82,26 +87,21 @@ def export(
     out.print(f"artifacts: {artifacts or default_store()}", highlight=False, soft_wrap=True)
 
 
-def _options(opset: int, provider: str) -> Options:
-    try:
-        return Options(opset=opset, provider=provider)
-    except ExportError as error:
-        raise SynthkdError(f"--{error}") from error
-
-
 def _synthesizer(
     asked: options.Asked, preset: str | None, execution: Execution, role: list[str] | None, backend: str,
     dtype: str | None, device: str | None,
-) -> tuple[Synthesizer, bool]:  # fmt: skip
-    """A Synthesizer of the roles asked for, and whether it has a teacher."""
+) -> Synthesizer:  # fmt: skip
+    """A Synthesizer of the roles asked for."""
     chosen = load_preset(preset).job if preset else None
     if chosen is None and asked.teacher is None:
-        return _unguided(asked, execution, role, backend, dtype, device), False
+        return _unguided(asked, execution, role, backend, dtype, device)
     job = options.build_job(chosen, asked, device)
     recipe = replace(job.recipe, backends=(), dtype=dtype or job.recipe.dtype)
     entries = _entries(role or _all(recipe), backend)
     job = replace(job, recipe=recipe, execution=replace(execution, backends=entries))
-    return job.build(), True
+    if "gradient" in (role or ()) and recipe.guidance.scale == 0:
+        raise SynthkdError("--role gradient: guidance.scale is 0, which guides nothing; raise it in the --recipe")
+    return job.build()
 
 
 def _unguided(
@@ -111,9 +111,10 @@ def _unguided(
     if asked.model is None:
         raise SynthkdError("export needs a MODEL, or a --preset that brings one")
     said = options.recipe_fields(asked.recipe) | ({"dtype": dtype} if dtype else {})
-    fields: dict[str, Any] = {"classes": ["thing"], "classes_per_group": 1, **said, "backends": []}
+    fields: dict[str, Any] = {"classes": ["thing"], "classes_per_group": 1, **said}
     fields["guidance"] = {**fields.get("guidance", {}), "scale": 0.0, "decoder": "vae"}
     checked = Recipe.from_dict(fields)
+    fields["backends"] = []
     prior = load_model(
         asked.model, device=options.pick_device(device), dtype=getattr(torch, checked.dtype), loras=asked.loras
     )
@@ -147,7 +148,8 @@ def _built(synth: Synthesizer, quiet: bool) -> list[dict[str, Any]]:
             if shown is not None:
                 shown.update(f"{line} ({time.perf_counter() - start:.0f} s so far)")
 
-        routes = synth.prepare(say)
+        with one_thread(synth.model.device):  # as every worker has
+            routes = synth.prepare(say)
     fresh = {line.removeprefix("building ").partition(" for ")[0] for line in said if line.startswith("building ")}
     return [_row(name, compiled, name in fresh) for name, compiled in routes.compiled.items()]
 

@@ -17,6 +17,7 @@ from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine import Execution, Recipe, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.index import read_manifest
+from synthkd.export import ExportError, Options
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to; made where it does not exist.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
@@ -53,6 +54,9 @@ Attention = Annotated[str, typer.Option(help="Kernel: sdpa (torch's choice), or 
 Quantize = Annotated[
     str, typer.Option(help="fp8: the UNet in 8-bit floats (GPUs that have them); fp8-emulated: its rounding anywhere.")
 ]
+Opset = Annotated[int, typer.Option(help="ONNX opset, 21 or 23 (default: 23; 21 where attention is unknown).")]
+Provider = Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda, tensorrt.")]
+FixedBatch = Annotated[bool, typer.Option("--fixed-batch", help="Backends for one batch, others filled up to it.")]
 Artifacts = Annotated[
     str | None, typer.Option(help="Folder of built backends (default: $SYNTHKD_ARTIFACTS or the user's cache).")
 ]
@@ -138,14 +142,24 @@ class Asked:
     attention: str = "sdpa"
     quantize: str = ""
     fixed_batch: bool = False
+    opset: int = 0
+    provider: str = "auto"
 
     @property
     def execution(self) -> Execution:
         """What the networks run on."""
         return Execution(
             backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust, attention=self.attention,
-            quantize=self.quantize, fixed_batch=self.fixed_batch,
+            quantize=self.quantize, fixed_batch=self.fixed_batch, options=backend_options(self.opset, self.provider),
         )  # fmt: skip
+
+
+def backend_options(opset: int, provider: str) -> Options:
+    """Raises SynthkdError for a value outside its range."""
+    try:
+        return Options(opset=opset, provider=provider)
+    except ExportError as error:
+        raise SynthkdError(f"--{error}") from error
 
 
 def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJob:

@@ -21,6 +21,7 @@ from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import encode_image
+from synthkd.export import Options
 
 
 def replay_sample(
@@ -88,8 +89,16 @@ def _execution(environment: Mapping[str, Any]) -> Execution:
     entries = [entry.split(" ") for entry in str(environment.get("roles", "")).split(", ") if entry.count(" ") == 1]
     told = dict(entries)
     attention, quantize = told.pop("attention", "sdpa"), told.pop("quantize", "")
+    fixed, plain = told.pop("fixed_batch", "") == "True", Options().to_dict()
+    given = {name: _as(told.pop(name), plain[name]) for name in plain if name in told}
     backends = ("eager", *(f"{role}={name}" for role, name in told.items()))
-    return Execution(backends=backends, attention=attention, quantize=quantize)
+    options = Options.from_dict(given)
+    return Execution(backends=backends, attention=attention, quantize=quantize, fixed_batch=fixed, options=options)
+
+
+def _as(text: str, like: Any) -> Any:
+    """A plain value from its text."""
+    return text == "True" if isinstance(like, bool) else type(like)(text)
 
 
 def _fused(environment: Mapping[str, Any]) -> FuseChoice:

@@ -71,6 +71,9 @@ class Routes:
         told = [f"{role} {name}" for role, name in self.chosen.items()]
         told += [f"attention {self._execution.attention}"] * (self._execution.attention != "sdpa")
         told += [f"quantize {self._execution.quantize}"] * bool(self._execution.quantize)
+        told += ["fixed_batch True"] * (self._execution.fixed_batch and self.live)
+        plain, chosen = Options().to_dict(), self._execution.options.to_dict()
+        told += [f"{name} {chosen[name]}" for name in plain if chosen[name] != plain[name] and self.live]
         return ", ".join(told)
 
     @property
@@ -105,7 +108,7 @@ class Routes:
         if self._twin is None:
             self._twin = denoiser_twin(model, parts.recipe, self._execution.quantize)
             if self._execution.check_quality:
-                self.quality = check_quality(model, parts.recipe, parts.tables, self._twin)
+                self.quality = check_quality(parts, self._twin)
         with model.replaced(self._twin):
             yield
 
@@ -131,8 +134,9 @@ class Routes:
                     dynamic=call.dynamic and not self._execution.fixed_batch,
                     most=call.most,
                     gradient=call.gradient,
+                    traced=call.traced,
                     name=call.name,
-                    identity={**call.identity, "attention": self._execution.attention},
+                    identity={**call.identity, "attention": self._execution.attention if backend == "aoti" else ""},
                     store=Path(folder) if folder else None,
                     options=self._execution.options,
                     trust=self._execution.trust,

@@ -11,6 +11,9 @@ import torch
 from synthkd.kernels.dispatch import backend
 
 _LIBRARIES = ("torch", "numpy", "pillow", "diffusers", "transformers", "synthkd")
+_RUNTIMES = (
+    "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "xformers",
+)  # fmt: skip
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -46,7 +49,7 @@ def environment(
         "micro_batch": micro_batch,
         "backend": _backend(device, fused, compiled),
         "versions": versions("triton") if backend(device) == "triton" else versions(),
-        **({"roles": roles, "runtimes": versions("onnxruntime", "onnxruntime-gpu", "tensorrt")} if roles else {}),
+        **({"roles": roles, "runtimes": versions(*_RUNTIMES)} if roles else {}),
     }
 
 

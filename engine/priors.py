@@ -139,7 +139,7 @@ class StableDiffusion(_PipelinePrior):
     def __init__(self, pipe: Any) -> None:
         """See the base class."""
         super().__init__(pipe)
-        self._cache: OrderedDict[tuple[str, bool], Conditioning] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
         if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
             raise SynthkdError(
                 "model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()"
@@ -174,7 +174,8 @@ class StableDiffusion(_PipelinePrior):
 
     def _encoded(self, prompt: str) -> Conditioning:
         """Conditions of one prompt, tensors [1,...]."""
-        key = prompt, "text_encoder" in self._routes  # another backend's states are other ones in their last bits
+        route = self._routes.get("text_encoder")  # another backend's states are other ones in their last bits
+        key = prompt, id(route) if route is not None else 0
         if key not in self._cache:
             told = {name: x.to(self.device, self.dtype) for name, x in self._encode(prompt).items()}
             self._cache[key] = told
@@ -376,9 +377,10 @@ def wrap_pipeline(pipe: Any) -> LatentModel:
 def _text_call(name: str, encoder: Any, function: Callable[..., Any], inputs: tuple[Any, ...]) -> RoleCall:
     """A text encoder on one prompt: its length is fixed, and a batch of one cannot change a bit."""
     fixed, settings = (False,) * len(inputs), settings_of(encoder)
-    return RoleCall(
-        name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, identity=settings
-    )
+    return RoleCall(  # traced: transformers takes a lock where hidden states are asked for
+        name=name, function=function, modules=(encoder,), inputs=inputs, batched=fixed, dynamic=False, traced=True,
+        identity=settings,
+    )  # fmt: skip
 
 
 def _check_live(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor, nn
 
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.guidance import parts_of
 from synthkd.engine.latent_model import LatentModel, Prompted
 from synthkd.engine.plan import Plan
-from synthkd.engine.roles import ReplaceableModel
-from synthkd.engine.sampler import sample
-from synthkd.engine.schedule import Tables
+from synthkd.engine.roles import Parts, ReplaceableModel
+from synthkd.engine.sampler import Chunks, sample
 from synthkd.engine.steering import noise, steering
 from synthkd.export import ExportError, fp8
 
@@ -38,14 +39,15 @@ def denoiser_twin(model: LatentModel, recipe: Recipe, choice: str) -> nn.Module:
         raise SynthkdError(f"quantize {choice!r}: {error}") from error
 
 
-def check_quality(model: ReplaceableModel, recipe: Recipe, tables: Tables, twin: nn.Module) -> dict[str, float]:
+def check_quality(parts: Parts, twin: nn.Module) -> dict[str, float]:
     """Quality of one unguided group of the twin's beside the denoiser's own, from the same noise.
 
     Raises SynthkdError where its PSNR is below `fp8.PSNR`.
     """
-    own = _drawn(model, recipe, tables)
+    model: Any = parts.model
+    own = _drawn(parts)
     with model.replaced(twin):
-        found = fp8.quality(own, _drawn(model, recipe, tables))
+        found = fp8.quality(own, _drawn(parts))
     said = f"quantize: PSNR {found['psnr']:.1f} dB beside the denoiser as it is, {found['worst_psnr']:.1f} of the worst"
     if not found["psnr"] >= fp8.PSNR:
         raise SynthkdError(f"{said} image; at least {fp8.PSNR:.0f} are needed: leave quantize out for this prior")
@@ -53,18 +55,20 @@ def check_quality(model: ReplaceableModel, recipe: Recipe, tables: Tables, twin:
     return found
 
 
-def _drawn(model: LatentModel, recipe: Recipe, tables: Tables) -> Tensor:
-    """Images [B,3,H,W] in [0,1] of the recipe's first group, without guidance and Latent CutMix."""
+def _drawn(parts: Parts) -> Tensor:
+    """Images [B,3,H,W] in [0,1] of the recipe's first group, unguided, as much at a time as the memory plan says."""
+    model, recipe, tables = parts.model, parts.recipe, parts.tables
     unit = Plan(recipe, Request(num_samples=recipe.group_size)).unit(0)
     shape, words = model.latent_shape(recipe.height, recipe.width), [recipe.word(c) for c in unit.classes]
     prompts = [recipe.prompts[0].replace("{class}", word) for word in words]
     size = (recipe.height, recipe.width)
     told: Any = Prompted(model, *model.conditions(prompts, recipe.negative_prompt, recipe.guidance_scale, size))
-    steer = steering(recipe, unit, 0, 0, tables, shape, model.dtype)
+    steer = replace(steering(recipe, unit, 0, 0, tables, shape, model.dtype), chunks=Chunks(parts.memory.denoise, 0))
     z = noise(shape, unit.ids, 0, "latents", 0).to(device=model.device, dtype=model.dtype)
     with torch.no_grad():
         drawn = sample(z, told, tables, (recipe.guidance_scale, recipe.guidance_rescale), steer, _untimed)
-        return model.decoder(drawn.latents).float().clamp(0, 1)
+        runs = [drawn.latents[part] for part in parts_of(len(z), parts.memory.decode)]
+        return torch.cat([model.decoder(run).float().clamp(0, 1) for run in runs])
 
 
 def _untimed(stage: str) -> Any:

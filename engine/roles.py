@@ -18,6 +18,7 @@ from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.parted import PartedGradient
 from synthkd.engine.schedule import Tables
 from synthkd.export import BACKENDS
+from synthkd.export.artifacts import state_of
 
 ROLES = ("text_encoder", "unet", "vae", "teacher", "gradient")
 
@@ -37,6 +38,7 @@ class RoleCall:
     dynamic: bool = True
     most: int = 0
     gradient: bool = False
+    traced: bool = False
     identity: Mapping[str, Any] = field(default_factory=dict)
     run: Callable[..., Any] | None = None
 
@@ -231,7 +233,9 @@ def _gradient(parts: Parts) -> list[RoleCall]:
     views, given = (still,) * (recipe.guidance.looks - 1), given_of(guidance)
     inputs = (parts.latents(batch), targets, views, memory, given)
     modules = (parts.look.module, *_networks(guidance))
-    identity = {"decoder": parts.look.settings, "guidance": guidance.describe()}
+    others = [m for m in guidance.modules() if all(m is not kept for kept in _networks(guidance))]  # a student
+    built = [str(m) for m in others]
+    identity = {"decoder": parts.look.settings, "guidance": guidance.describe(), "others": [built, state_of(others)]}
     if parts.memory.guide < batch and isinstance(guidance, GroupGuidance):
         return _parted(guidance, parts, inputs, modules, identity)
     return [

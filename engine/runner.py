@@ -26,6 +26,7 @@ from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.synthesizer import Synthesizer
+from synthkd.engine.workers import one_thread
 
 Factory = Callable[[], Synthesizer]
 _worker: Synthesizer | None = None
@@ -94,6 +95,9 @@ class PoolStream:
         first = next(todo, None)
         if first is None:
             return
+        if self._local.routes.key:  # built here, once and told; every worker loads it
+            with one_thread(self._local.model.device):
+                self._local.prepare()
         pool = ProcessPoolExecutor(
             self.workers,
             mp.get_context("spawn"),

@@ -26,6 +26,7 @@ from synthkd.export.errors import ExportError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_NOTES = ("training", "name_or_path", "config")
 CODE = ("aoti", "tensorrt")  # backends whose files are machine code
 _LIBRARIES = {
     "eager": ("torch",),
@@ -40,9 +41,9 @@ _LIBRARIES = {
 class Manifest:
     """What an artifact is, what it depends on, and how far it is from eager.
 
-    parts: what the key hashes; signature: tensors in and out; structure: the nesting of the result; seconds: of each
-    stage of the build; files: name -> size and SHA-256; verified: batch -> max_abs, relative, psnr; notes: what was
-    decided on the way.
+    parts: what the key hashes; signature: tensors in and out; structure: the nesting of the result; samples: whether
+    each sample's result is its own; seconds: of each stage of the build; files: name -> size and SHA-256;
+    verified: batch -> max_abs, relative, psnr; notes: what was decided on the way.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Manifest:
     verified: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     format: int = FORMAT
+    samples: bool = True
     maker: str = ""
 
     @property
@@ -71,8 +73,12 @@ class Manifest:
 def default_store() -> Path:
     """Where artifacts are kept if nothing else is said: $SYNTHKD_ARTIFACTS, or the user's cache folder."""
     said = os.environ.get("SYNTHKD_ARTIFACTS")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(said) if said else cache / "synthkd" / "artifacts"
+    return Path(said) if said else own_cache() / "artifacts"
+
+
+def own_cache() -> Path:
+    """This user's cache folder for this package."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "synthkd"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -94,19 +100,20 @@ def weights_sha256(modules: Iterable[nn.Module]) -> str:
 def state_of(modules: Iterable[nn.Module]) -> list[Any]:
     """Classes and plain attributes of every module: what beside its tensors decides what a network computes.
 
-    An adapter's scale is among them (a dict of numbers), and whether it is merged or switched off.
+    An adapter's scale is among them, a dict of numbers, and what is merged. Not what a library notes for itself: names
+    with an underscore, where a network came from.
     """
     rows: list[Any] = []
     for module in modules:
         for name, part in module.named_modules():
-            told = {n: str(v) for n, v in sorted(vars(part).items()) if n != "training" and _plain(v)}
-            rows.append([name, type(part).__qualname__, told])
+            told = {n: v for n, v in sorted(vars(part).items()) if n[0] != "_" and n not in _NOTES and _plain(v)}
+            rows.append([name, type(part).__qualname__, {n: str(v) for n, v in told.items()}])
     return rows
 
 
 def _plain(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return bool(value) and all(isinstance(k, str) and _plain(v) for k, v in value.items())
+        return bool(value) and all(isinstance(k, str) and isinstance(v, bool | int | float) for k, v in value.items())
     if isinstance(value, tuple | list):
         return all(_plain(v) for v in value)
     return value is None or isinstance(value, bool | int | float | str)
@@ -174,9 +181,9 @@ class Slot:
         """Why there is no such artifact: damaged, or what the most alike one of this name was made for; "" if none."""
         if self.folder.exists():
             return read_manifest(self.folder)[1] or "its key is another"
-        rows = [read_manifest(folder)[0] for folder in sorted(self.store.glob(f"{self.name}-{self.backend}-*"))]
+        rows = [_parsed(folder)[0] for folder in sorted(self.store.glob(f"{self.name}-{self.backend}-*"))]
         told = [differences(row.parts, self.parts) for row in rows if row is not None]
-        return min(told, key=len)[0] if told else ""
+        return min((lines for lines in told if lines), key=len, default=[""])[0]
 
     @contextlib.contextmanager
     def building(self) -> Iterator[Path]:
@@ -221,21 +228,34 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
         if p.is_file()
     }
     unsigned = Manifest(**{**manifest.__dict__, "files": files, "maker": ""})
-    signed = Manifest(**{**unsigned.__dict__, "maker": _mark(unsigned)})
+    mark = _mark(unsigned) if manifest.backend in CODE else ""
+    signed = Manifest(**{**unsigned.__dict__, "maker": mark})
     (folder / MANIFEST).write_text(json.dumps(signed.to_dict(), indent=2, sort_keys=True) + "\n")
     return signed
 
 
-def read_manifest(folder: Path) -> tuple[Manifest | None, str]:
-    """The manifest of a folder, and what is wrong with it or with the files, "" for nothing."""
+def _parsed(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a folder, its files unseen, and why there is none."""
     try:
         data = json.loads((folder / MANIFEST).read_text())
         manifest = Manifest(**{**data, "notes": tuple(data["notes"])})
-        files = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in manifest.files.items()}
+        tables = (manifest.parts, manifest.signature, manifest.files, manifest.verified, manifest.seconds)
+        if not all(isinstance(table, dict) for table in tables):
+            return None, f"its {MANIFEST} cannot be read"
+        _ = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in manifest.files.items()}
     except OSError:
         return None, f"no {MANIFEST} in it"
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None, f"its {MANIFEST} cannot be read"
+    return manifest, ""
+
+
+def read_manifest(folder: Path) -> tuple[Manifest | None, str]:
+    """The manifest of a folder, and what is wrong with it or with the files, "" for nothing."""
+    manifest, why_not = _parsed(folder)
+    if manifest is None:
+        return None, why_not
+    files = {name: (int(e["bytes"]), str(e["sha256"])) for name, e in manifest.files.items()}
     if manifest.format != FORMAT:
         return None, f"it is of format {manifest.format}; this version reads {FORMAT}"
     if manifest.key != key_of(manifest.parts):
@@ -261,6 +281,14 @@ def check_maker(folder: Path, manifest: Manifest, trust: bool) -> None:
         )
 
 
+def check_key() -> None:
+    """Raise ExportError, before minutes are spent, where this user's key cannot be had."""
+    try:
+        _secret()
+    except OSError as error:
+        raise ExportError(f"artifacts: the key that marks what you made cannot be kept ({error})") from error
+
+
 def _mark(manifest: Manifest) -> str:
     text = json.dumps(manifest.to_dict(), sort_keys=True).encode()
     return hmac.new(_secret(), text, hashlib.sha256).hexdigest()
@@ -273,7 +301,7 @@ def _secret() -> bytes:
     with contextlib.suppress(FileNotFoundError):
         return path.read_bytes()
     home.mkdir(parents=True, exist_ok=True)
-    fresh = home / f".artifacts.key-{os.getpid()}"
+    fresh = home / f".artifacts.key-{secrets.token_hex(8)}"
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as handle:
         handle.write(secrets.token_bytes(32))

@@ -1,12 +1,15 @@
 """`build`: a function and example inputs -> a callable of another backend, from the store where it was built before."""
 
+import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 
 from synthkd.export import onnx, tensorrt
 from synthkd.export.artifacts import (
@@ -24,8 +27,8 @@ from synthkd.export.artifacts import (
 )
 from synthkd.export.errors import ExportError, suggest
 from synthkd.export.gradient import exported_gradient
-from synthkd.export.graph import Call, call_of, resized
-from synthkd.export.making import Build, Run, loaded, opset_of, outputs_of
+from synthkd.export.graph import Call, call_of, exported, first_line, resized
+from synthkd.export.making import Build, Run, compare, judge, loaded, opset_of, outputs_of
 from synthkd.export.spec import BACKENDS, Options, Signature, TensorSpec
 from synthkd.export.structure import built
 
@@ -76,7 +79,9 @@ class Compiled:
     def _checked(self, tensors: list[Tensor]) -> int:
         """The batch of a call; raises ExportError for a tensor of another shape or dtype than it was built for."""
         found: int | None = None
-        for x, spec in zip(tensors, self.signature.inputs, strict=True):
+        for x, spec, example in zip(tensors, self.signature.inputs, self._call.tensors, strict=True):
+            if x.device != example.device:
+                raise ExportError(f"{spec.name} lies on {x.device}; built for {example.device}")
             batch = len(x) if spec.batched and x.dim() else self.signature.batch
             if tuple(x.shape) != spec.at(batch) or x.dtype != spec.dtype:
                 want = ["B", *spec.shape[1:]] if spec.batched else list(spec.shape)
@@ -84,6 +89,8 @@ class Compiled:
             if spec.batched and found not in (None, batch):
                 raise ExportError(f"{spec.name} has a batch of {batch}, an input before it one of {found}")
             found = batch if spec.batched else found
+        if found == 0:
+            raise ExportError("an empty batch; expected at least one sample")
         return found or self.signature.batch
 
 
@@ -97,6 +104,7 @@ def build(
     dynamic: bool = True,
     most: int = 0,
     gradient: bool = False,
+    traced: bool = False,
     name: str = "module",
     identity: Mapping[str, Any] | None = None,
     store: Path | None = None,
@@ -115,6 +123,7 @@ def build(
     batched: per argument, whether dimension 0 of its tensors is the batch (all of them by default; a 0-d tensor has
     none); dynamic: any batch from 1 to `most` (0: twice the example's), else the example's alone;
     gradient: the function calls torch.autograd.grad inside: it becomes a graph of forward operators;
+    traced: `compile` takes a graph of the function, for one that Dynamo cannot follow;
     name: a word for the artifact's folder; identity: plain values that decide what it computes beside weights and
     shapes (settings in closures, say); store: where artifacts are kept (`default_store()`); trust: load machine code
     that somebody else made; tolerance: largest relative difference from eager, by dtype if None; say: told each stage.
@@ -123,24 +132,32 @@ def build(
     """
     if backend not in BACKENDS:
         raise ExportError(f"backend {backend!r}: {suggest(backend, BACKENDS)}")
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ExportError(f"name {name!r}: expected letters, digits, '-' and '_'")
     call = call_of(function, example_inputs, modules, batched)
     chosen, say = options or Options(), say or _log.debug
     most = max(most or 2 * call.batch, call.batch)
     if backend in ("eager", "compile"):
-        return _live(call, backend, chosen, dynamic, most, gradient)
+        return _live(call, backend, chosen, dynamic, most, gradient, traced)
     device = call.tensors[0].device
     _check_possible(backend, chosen, device, dynamic)
     parts = _parts(call, backend, device, chosen, dynamic, most, gradient, identity or {})
     slot = Slot(store or default_store(), name, backend, parts)
-    with slot.locked():
-        manifest = slot.found(trust)
-        if manifest is None:
-            why = slot.why_new()
-            say(f"building {name} for {backend}" + (f" ({why})" if why else ""))
-            manifest = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say).made(Compiled)
+    manifest = slot.found(trust)  # without the lock first: a store that cannot be written can be read
+    if manifest is None:
+        with slot.locked():
+            manifest = slot.found(trust)
+            if manifest is None:
+                why = slot.why_new()
+                say(f"building {name} for {backend}" + (f" ({why})" if why else ""))
+                making = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say)
+                try:
+                    manifest = making.made(Compiled)
+                except OSError as error:
+                    raise ExportError(f"artifacts folder {slot.store}: cannot be written ({error})") from error
     signature = _signature(call, manifest)
     run = loaded(slot.folder, backend, signature, chosen, device)
-    return Compiled(call, signature, manifest.structure, run, manifest, not gradient)
+    return Compiled(call, signature, manifest.structure, run, manifest, manifest.samples)
 
 
 def available() -> dict[str, str]:
@@ -154,22 +171,35 @@ def available() -> dict[str, str]:
     return found
 
 
-def _live(call: Call, backend: str, options: Options, dynamic: bool, most: int, gradient: bool) -> Compiled:
+def _live(
+    call: Call, backend: str, options: Options, dynamic: bool, most: int, gradient: bool, traced: bool
+) -> Compiled:
     """Eager, and torch.compile, whose graphs torch itself keeps on disk."""
-    outputs, structure = outputs_of(call)
+    outputs, structure, samples = outputs_of(call)
+    samples = samples and not gradient
     signature = Signature(inputs=call.inputs(), outputs=outputs, batch=call.batch, most=most, dynamic=dynamic)
     if backend == "eager":
-        return Compiled(call, signature, structure, lambda tensors: call.run(*tensors), None, not gradient)
-    run: Any = exported_gradient(call, dynamic).module() if gradient else call.run
+        return Compiled(call, signature, structure, lambda tensors: call.run(*tensors), None, samples)
+    run: Any = call.run
+    if gradient or traced:
+        run = (exported_gradient if gradient else exported)(call, dynamic).module()
     mode = None if options.mode == "default" else options.mode
-    compiled: Any = torch.compile(run, fullgraph=True, dynamic=dynamic or None, mode=mode)
+    compiled: Any = torch.compile(run, fullgraph=True, dynamic=None if dynamic else False, mode=mode)
 
     def running(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        with torch.no_grad():
-            out: Sequence[Tensor] = compiled(*tensors)
+        for x, batched in zip(tensors, call.batched, strict=True):
+            if dynamic and batched and len(x) > 1:
+                torch._dynamo.maybe_mark_dynamic(x, 0)  # the batch alone: all else stays a number
+        try:
+            with torch.no_grad():
+                out: Sequence[Tensor] = compiled(*tensors)
+        except TorchDynamoException as error:  # a compiler's own failures are among them
+            raise ExportError(f"compile: the function cannot be made one graph ({first_line(error)})") from error
         return [x.clone() for x in out] if mode else out  # a replay writes over what the one before returned
 
-    return Compiled(call, signature, structure, running, None, not gradient)
+    if gradient:  # of our own operators, so compared here as an artifact is when it is built
+        judge(f"the gradient for {backend}", {"the example": compare(call, running, call.tensors)}, call)
+    return Compiled(call, signature, structure, running, None, samples)
 
 
 def _check_possible(backend: str, options: Options, device: torch.device, dynamic: bool) -> None:
@@ -192,12 +222,14 @@ def _parts(
     return {
         "weights": weights_sha256(call.modules),
         "networks": described([[repr(m) for m in call.modules], state_of(call.modules)]),
-        "identity": dict(identity),
+        "identity": json.loads(json.dumps(dict(identity), default=str)),
+        "call": call.identity(),
+        "threads": torch.get_num_threads() if backend == "aoti" and device.type == "cpu" else 0,
         "inputs": [spec.to_dict() for spec in call.inputs()],
         "dynamic": dynamic,
         "most": most if dynamic else call.batch,
         "gradient": gradient,
-        "options": {**options.to_dict(), "opset": opset_of(options, backend)},
+        "options": {**options.to_dict(), "opset": opset_of(options, backend, device)},
         "versions": _versions(backend),
         "processor": processor(device),
     }
@@ -245,5 +277,4 @@ def load(
     check_maker(folder, manifest, trust)
     signature = _signature(call, manifest)
     run = loaded(folder, manifest.backend, signature, options or Options(), device)
-    samples = not manifest.parts.get("gradient", False)
-    return Compiled(call, signature, manifest.structure, run, manifest, samples)
+    return Compiled(call, signature, manifest.structure, run, manifest, manifest.samples)

@@ -127,11 +127,19 @@ def upsample_nearest2d_backward(
     grad: Tensor, output_size: Any, input_size: Any, scales_h: Any = None, scales_w: Any = None
 ) -> Tensor:
     """Each position's gradient is the sum over its copies; whole factors only."""
+    _check_scales(output_size, input_size, scales_h, scales_w)
     height, width = input_size[2:]
     up, across = output_size[0] // height, output_size[1] // width
     if (height * up, width * across) != tuple(output_size):
         raise ExportError(f"the gradient of a resize from {height}x{width} to {output_size} is not written yet")
     return grad.reshape(grad.shape[0], grad.shape[1], height, up, width, across).sum((3, 5))
+
+
+def _check_scales(output_size: Any, input_size: Any, scales_h: Any, scales_w: Any, aligned: bool = False) -> None:
+    """Refuse a resize by another factor than its sizes have, or one with aligned corners: not written yet."""
+    for axis, scale in ((0, scales_h), (1, scales_w)):
+        if aligned or (scale is not None and scale * input_size[2 + axis] != output_size[axis]):
+            raise ExportError(f"the gradient of a resize by {scale} (corners aligned: {aligned}) is not written yet")
 
 
 def _resize_matrix(have: int, want: int, like: Tensor) -> Tensor:
@@ -147,6 +155,7 @@ def upsample_bilinear2d_aa(
     x: Tensor, output_size: Any, align_corners: bool, scales_h: Any = None, scales_w: Any = None
 ) -> Tensor:
     """A resize as two matrix products."""
+    _check_scales(output_size, x.shape, scales_h, scales_w, align_corners)
     rows = _resize_matrix(x.shape[2], output_size[0], x)
     columns = _resize_matrix(x.shape[3], output_size[1], x)
     return torch.matmul(torch.matmul(rows, x), columns.mT)
@@ -156,6 +165,7 @@ def upsample_bilinear2d_aa_backward(
     grad: Tensor, output_size: Any, input_size: Any, align_corners: bool, scales_h: Any = None, scales_w: Any = None
 ) -> Tensor:
     """The same two matrices the other way round."""
+    _check_scales(output_size, input_size, scales_h, scales_w, align_corners)
     rows = _resize_matrix(input_size[2], output_size[0], grad)
     columns = _resize_matrix(input_size[3], output_size[1], grad)
     return torch.matmul(torch.matmul(rows.mT.contiguous(), grad), columns)

@@ -1,6 +1,9 @@
 """A callable with its example inputs -> flat tensors in and out -> a graph of plain operators."""
 
+import functools
+import hashlib
 import operator
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +40,17 @@ class Call:
         """The tensors of a call's arguments; raises ExportError where they are not built like the example's."""
         leaves, spec = tree_flatten(tuple(args))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
+        others = {i: x for i, x in enumerate(leaves) if not isinstance(x, Tensor)}
+        if spec == self.spec and len(tensors) == len(self.tensors) and others != self.others:
+            raise ExportError(f"a call with {others} beside its tensors, by place; built for {self.others}")
         if spec != self.spec or len(tensors) != len(self.tensors):
             raise ExportError(f"a call with {len(tensors)} tensors, {spec}; built for {len(self.tensors)}, {self.spec}")
         return tensors
+
+    def identity(self) -> dict[str, Any]:
+        """What beside tensors and networks decides a result: nesting, values of other kinds, and the code itself."""
+        others = {str(i): repr(x) for i, x in self.others.items()}
+        return {"nesting": str(self.spec), "values": others, "code": code_of(self.function)}
 
     def run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The function on flat tensors, its result flat too."""
@@ -66,6 +77,25 @@ class Call:
         """What goes in."""
         rows = zip(self.names, self.tensors, self.batched, strict=True)
         return tuple(TensorSpec(name, tuple(x.shape), x.dtype, batched) for name, x, batched in rows)
+
+
+def code_of(function: Any) -> str:
+    """SHA-256 over the code of a function, method, partial or callable object; what it closes over is not seen."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    if isinstance(function, nn.Module):
+        function = type(function).forward
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    named = f"{getattr(function, '__module__', '')} {getattr(function, '__qualname__', type(function).__qualname__)}"
+    return hashlib.sha256(repr((named, _code(code))).encode()).hexdigest()
+
+
+def _code(code: Any) -> Any:
+    """Bytes and constants of a code object and of those inside it; a set's order hangs on the process."""
+    if not isinstance(code, types.CodeType):
+        return sorted(map(repr, code)) if isinstance(code, frozenset) else repr(code)
+    return code.co_code, code.co_names, [_code(c) for c in code.co_consts if c is not code.co_name]
 
 
 def resized(x: Tensor, batch: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from synthkd.export import aoti, onnx, tensorrt, tensorrt_engine
-from synthkd.export.artifacts import Manifest, Slot, key_of, processor, write_manifest
+from synthkd.export.artifacts import CODE, Manifest, Slot, check_key, key_of, processor, write_manifest
 from synthkd.export.errors import ExportError
 from synthkd.export.gradient import exported_gradient
 from synthkd.export.graph import Call, check_plain, exported
@@ -26,26 +26,69 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 5e-2, torc
 _SCALES = (1.0, 0.97, 0.93)
 
 
-def opset_of(options: Options, backend: str) -> int:
-    """23, which keeps attention whole, but for a TensorRT that is too old, as onnxruntime's TensorRT provider's is."""
+def opset_of(options: Options, backend: str, device: torch.device) -> int:
+    """23, which keeps attention whole, where the runtime has it: onnxruntime on a CPU, TensorRT from 10.14 on.
+
+    onnxruntime has had Attention on CUDA since 2026 only (its issue 28025), and its TensorRT provider is older still.
+    """
     if options.opset:
         return options.opset
     if backend == "tensorrt":
         return opset_for(tensorrt.version())
-    return OPSETS[0] if backend == "onnx" and options.provider == "tensorrt" else OPSETS[-1]
+    return OPSETS[0] if device.type == "cuda" else OPSETS[-1]
 
 
-def outputs_of(call: Call) -> tuple[tuple[TensorSpec, ...], Any]:
-    """What the function returns, by running it at two batches: what differs between them is the batch."""
+def outputs_of(call: Call) -> tuple[tuple[TensorSpec, ...], Any, bool]:
+    """What the function returns, its nesting, and whether each sample's result is its own.
+
+    Found by running it at two batches. Raises ExportError where a result changes with the batch in another way than by
+    its dimension 0.
+    """
+    size = call.batch
+    less = size - 1 if size > 1 else size + 1
     with torch.no_grad():
         first = call.run(*call.tensors)
         structure = call.structure
-        other = call.run(*call.at(call.batch + 1)) if any(call.batched) else first
-    rows = enumerate(zip(first, other, strict=True))
-    specs = [
-        TensorSpec(f"out{i}", tuple(x.shape), x.dtype, x.dim() > 0 and x.shape != y.shape) for i, (x, y) in rows
-    ]
-    return tuple(specs), structure
+        other = call.run(*call.at(less)) if any(call.batched) else first
+    specs = []
+    for i, (x, y) in enumerate(zip(first, other, strict=True)):
+        batched = x.shape != y.shape
+        if batched and not (x.shape[:1] == (size,) and y.shape == (less, *x.shape[1:])):
+            raise ExportError(
+                f"result {i} is {list(x.shape)} for a batch of {size} and {list(y.shape)} for {less}; expected the "
+                "batch as its dimension 0, or not at all"
+            )
+        specs.append(TensorSpec(f"out{i}", tuple(x.shape), x.dtype, batched))
+    both = min(size, less)
+    pairs = [(y[:both], x[:both]) for spec, x, y in zip(specs, first, other, strict=True) if spec.batched]
+    alone = all(spec.batched for spec in specs) and allowed(call) >= max(
+        (compared([found], [wanted])["relative"] for found, wanted in pairs), default=0.0
+    )
+    return tuple(specs), structure, alone
+
+
+def allowed(call: Call) -> float:
+    """The loosest of what goes in and is computed with."""
+    dtypes = [x.dtype for x in call.tensors]
+    dtypes += [p.dtype for module in call.modules for p in module.parameters()]
+    return max((TOLERANCE[d] for d in dtypes if d in TOLERANCE), default=TOLERANCE[torch.float32])
+
+
+def compare(call: Call, run: Run, tensors: list[Tensor]) -> dict[str, float]:
+    """A backend's result beside eager's."""
+    with torch.no_grad():
+        return compared(run(tensors), call.run(*tensors))
+
+
+def judge(what: str, rows: Mapping[str, Mapping[str, float]], call: Call, most: float | None = None) -> None:
+    """Raise ExportError where a row is off by more than `most`, by dtype if None."""
+    limit = allowed(call) if most is None else most
+    for batch, row in rows.items():
+        if not row["relative"] <= limit:
+            raise ExportError(
+                f"{what} differs from eager by {row['relative']:.2g} of its size at {batch} (allowed: {limit:.2g}); "
+                "nothing was kept"
+            )
 
 
 def loaded(folder: Path, backend: str, signature: Signature, options: Options, device: torch.device) -> Run:
@@ -86,9 +129,12 @@ class Build:
 
     def made(self, wrap: Callable[..., Any]) -> Manifest:
         """The manifest of the new artifact; wrap: makes a callable of what was built, for the comparison."""
+        if self.slot.backend in CODE:
+            check_key()
         with self.slot.building() as folder:
             with self._stage("trace"):
-                outputs, structure = outputs_of(self.call)
+                outputs, structure, alone = outputs_of(self.call)
+                alone = alone and not self.gradient
                 program = (exported_gradient if self.gradient else exported)(self.call, self.dynamic)
                 check_plain(program)
             signature = Signature(
@@ -98,7 +144,7 @@ class Build:
             with self._stage("load"):
                 run = loaded(folder, self.slot.backend, signature, self.options, self.device)
             with self._stage("compare"):
-                verified = self._verified(wrap(self.call, signature, structure, run, None, not self.gradient))
+                verified = self._verified(wrap(self.call, signature, structure, run, None, alone))
             del run
             return write_manifest(
                 folder,
@@ -111,6 +157,7 @@ class Build:
                     structure=structure,
                     seconds=self.seconds,
                     verified=verified,
+                    samples=alone,
                 ),
             )
 
@@ -121,7 +168,7 @@ class Build:
                 aoti.compile_program(program, folder)
             return
         with self._stage("convert"):
-            onnx.write_model(program, folder, signature, opset_of(self.options, backend))
+            onnx.write_model(program, folder, signature, opset_of(self.options, backend, self.device))
         if backend == "tensorrt":
             onnx.prepare_for_tensorrt(folder, tensorrt.version())
             with self._stage("compile"), torch.cuda.device(self.device):
@@ -144,33 +191,20 @@ class Build:
         rows = {}
         for batch in sizes:
             tried = [self._compared(compiled, batch, 1.0)]
-            while self.gradient and tried[-1]["relative"] > self._allowed() and len(tried) < len(_SCALES):
+            while self.gradient and tried[-1]["relative"] > self._most() and len(tried) < len(_SCALES):
                 tried.append(self._compared(compiled, batch, _SCALES[len(tried)]))
             rows[f"batch {batch}"] = min(tried, key=lambda row: row["relative"])
-        self._judge(rows)
+        judge(f"{self.slot.name} for {self.slot.backend}", rows, self.call, self.tolerance)
         return rows
 
     def _compared(self, compiled: Any, batch: int, scale: float) -> dict[str, float]:
         """At the example, its first tensor scaled."""
         tensors = self.call.at(batch)
         tensors[0] = tensors[0] if scale == 1.0 else tensors[0] * scale
-        with torch.no_grad():
-            return compared(compiled.flat(tensors, batch), self.call.run(*tensors))
+        return compare(self.call, lambda flat: compiled.flat(flat, batch), tensors)
 
-    def _allowed(self) -> float:
-        if self.tolerance is not None:
-            return self.tolerance
-        loosest = max((TOLERANCE.get(s.dtype, 0.0) for s in self.call.inputs()), default=0.0)
-        return loosest or TOLERANCE[torch.float32]
-
-    def _judge(self, rows: Mapping[str, Any]) -> None:
-        most = self._allowed()
-        for batch, row in rows.items():
-            if not row["relative"] <= most:
-                raise ExportError(
-                    f"{self.slot.name} for {self.slot.backend} differs from eager by {row['relative']:.2g} of its size "
-                    f"at {batch} (allowed: {most:.2g}); nothing was kept"
-                )
+    def _most(self) -> float:
+        return allowed(self.call) if self.tolerance is None else self.tolerance
 
 
 def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, float]:
@@ -184,7 +218,7 @@ def compared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> dict[str, flo
         a, b = x.detach().double().cpu(), y.detach().double().cpu()
         if not a.numel():
             continue
-        same = torch.isnan(a) & torch.isnan(b)
+        same = (torch.isnan(a) & torch.isnan(b)) | (torch.isinf(b) & (a == b))
         apart = torch.where(same | (a == b), 0.0, a - b)
         size, off = float(torch.where(same, 0.0, b).norm()), float(apart.norm())
         if not math.isfinite(off):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from synthkd.export.artifacts import own_cache
 from synthkd.export.errors import ExportError
 from synthkd.export.graph import first_line
 from synthkd.export.spec import Options, Signature
@@ -174,7 +175,12 @@ class Session:
         if self._stream is None:
             return [_PROVIDERS["cpu"]]
         number = self.device.index or 0
-        cuda: dict[str, Any] = {"device_id": number, "user_compute_stream": str(self._stream.cuda_stream)}
+        cuda: dict[str, Any] = {
+            "device_id": number,
+            "user_compute_stream": str(self._stream.cuda_stream),
+            "use_tf32": "0",  # float32 is float32
+            "cudnn_conv_algo_search": "HEURISTIC",  # by timing, bits would differ from process to process
+        }
         if options.cuda_graph:
             cuda["enable_cuda_graph"] = "1"
         providers: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
@@ -190,7 +196,7 @@ class Session:
             for i, name in ((1, "min"), (2, "opt"), (3, "max"))
         }
         half = any(s.dtype == torch.float16 for s in self.signature.inputs)
-        kept = str(folder.parent / f"{folder.name}.trt")
+        kept = str(own_cache() / "onnxruntime-tensorrt" / folder.name)  # machine code, and nobody else's
         return {
             "device_id": number,
             "user_compute_stream": str(self._stream.cuda_stream) if self._stream else "0",

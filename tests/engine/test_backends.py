@@ -197,16 +197,18 @@ def test_the_gradient_of_the_embedded_model(decoder: str) -> None:
     (call,) = calls_in(synth)
     x0, targets, looks, memory, given = call.inputs
     compiled = synth.prepare().compiled["gradient"]
-    for seed in (1, 2):
+    exact_ones = 0
+    for seed in range(4):
         x0 = torch.randn(x0.shape, generator=torch.Generator().manual_seed(seed))
         with guidance.attached():
             exact = call.function(x0, targets, looks, memory, given)
         found = compiled(x0, targets, looks, memory, given)
         apart = sorted(relative(a, b) for a, b in zip(found.grad, exact.grad, strict=True))
-        assert apart[-2] <= 1e-4
-        assert apart[-1] <= 1e-2  # one sample may have a value within rounding of a ReLU's kink
+        assert apart[-2] <= 1e-4  # in one sample of 40 a value may lie within rounding of a ReLU's kink
+        exact_ones += relative(found.grad, exact.grad) <= 1e-4
         torch.testing.assert_close(found.loss, exact.loss, rtol=1e-5, atol=1e-5)
         assert found.memory is None
+    assert exact_ones >= 2
     check_for_tensorrt(synth)
     eager = Synthesizer.from_pretrained(job.model, wanted, guidance=guidance, device="cpu")
     torch.testing.assert_close(drawn(synth), drawn(eager), atol=2e-3, rtol=0)

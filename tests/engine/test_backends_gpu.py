@@ -10,7 +10,7 @@ import torch
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 from synthkd.engine import Execution, GuidanceSpec, Plan, Recipe, Request, Synthesizer
 from synthkd.engine.config import DTYPES
-from synthkd.export import Options, available
+from synthkd.export import Options, available, fp8
 from synthkd.export.onnx import pick_provider
 
 pytestmark = pytest.mark.gpu
@@ -45,17 +45,21 @@ def test_roles_on_a_gpu(
     backend: str, roles: str, dtype: str, pipelines: Mapping[str, Any], recipe: Callable[..., Recipe],
     guide: Callable[..., TeacherGuidance],
 ) -> None:  # fmt: skip
-    """The manifest's own comparison is within its bounds, and a guided group is drawn, finite, with the same labels."""
+    """The manifest's own comparison is within its bounds, and a guided group at a small scale is eager's."""
     if why := refused(backend):
         pytest.skip(why)
+    if (backend, dtype) == ("onnx", "bfloat16"):
+        pytest.skip("onnxruntime's CUDA provider has no bfloat16 convolution")
     pipe = deepcopy(pipelines["sd1"]).to("cuda", getattr(torch, dtype))
     wanted = recipe(guidance=GuidanceSpec(scale=0.05), dtype=dtype)
     entries = tuple(f"{role}={backend}" for role in ROLES[roles])
     synth = Synthesizer.from_pipeline(
         pipe, wanted, guidance=guide(), compile="off", execution=Execution(backends=entries)
     )
-    batch = synth.run(Plan(wanted, Request(num_samples=6)).unit(0), 0)
-    assert batch.images.shape == (6, 3, 16, 16)
+    unit = Plan(wanted, Request(num_samples=6)).unit(0)
+    eager = Synthesizer.from_pipeline(pipe, wanted, guidance=guide(), compile="off")
+    found = fp8.quality(eager.run(unit, 0).images, synth.run(unit, 0).images)
+    assert found["psnr"] > (40 if dtype == "float32" else 25), found
     for name, compiled in synth.routes.compiled.items():
         if compiled.manifest is None:  # compile leaves nothing behind
             continue
@@ -98,8 +102,6 @@ def test_fp8_on_a_gpu(
     pipelines: Mapping[str, Any], recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real fp8 products against their emulation: the same rounding, another order of sums."""
-    from synthkd.export import fp8
-
     if torch.cuda.get_device_capability() < fp8.CAPABILITY:
         pytest.skip("no fp8 on this GPU")
     real = fp8.quantized

@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,6 +119,50 @@ def test_damage_is_seen_and_mended(tmp_path: Path) -> None:
         assert fresh
         torch.testing.assert_close(compiled(X), linear()(X))
         assert len(folders(tmp_path)) == 1
+
+
+def test_odd_neighbours(tmp_path: Path) -> None:
+    """A copy of an artifact under another name, one with an odd manifest: neither is in the way of a build."""
+    made(tmp_path)
+    (folder,) = folders(tmp_path)
+    shutil.copytree(folder, tmp_path / f"{folder.name}.bak")
+    odd = tmp_path / "module-onnx-odd"
+    shutil.copytree(folder, odd)
+    (odd / "manifest.json").write_text(json.dumps({**json.loads((odd / "manifest.json").read_text()), "parts": None}))
+    shutil.rmtree(folder)
+    assert made(tmp_path)[1]
+    assert made(tmp_path, most=7)[1]
+
+
+def test_a_store_that_can_only_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was built before is used; a build says what is wrong."""
+    made(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    assert not made(tmp_path)[1]
+    with pytest.raises(ExportError, match="cannot be written"):
+        made(tmp_path, most=7)
+
+
+UNET = """
+import sys
+from diffusers import UNet2DConditionModel
+from synthkd.export.artifacts import described, state_of
+from synthkd.export.graph import code_of
+unet = UNet2DConditionModel.from_pretrained(sys.argv[1], subfolder="unet")
+print(described([str(unet), state_of([unet]), code_of(UNet2DConditionModel.forward)]))
+"""
+
+
+def test_a_key_is_the_same_in_another_process(pipeline_folder: Path, tmp_path: Path) -> None:
+    """With another order of sets, and from another place: a library's notes about itself are in no key."""
+    shutil.copytree(pipeline_folder, tmp_path / "moved")
+    found = set()
+    for seed, place in (("1", pipeline_folder), ("2", tmp_path / "moved")):
+        words = [sys.executable, "-c", UNET, str(place)]
+        done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        found.add(done.stdout)
+        assert done.returncode == 0, done.stderr
+    assert len(found) == 1
 
 
 def test_a_manifest_names_no_file_outside(tmp_path: Path) -> None:

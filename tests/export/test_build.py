@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from synthkd import export
-from synthkd.export import ExportError, Options, build, onnx
+from synthkd.export import ExportError, Options, build, making, onnx
 from synthkd.export.graph import call_of, exported, foreign_operators
 
 pytest.importorskip("onnxruntime", reason="part of the onnx extra")
@@ -167,6 +167,60 @@ def test_a_result_of_the_whole_batch_is_not_cut() -> None:
     compiled = build(whole, (torch.randn(2, 3),), backend="eager", most=2)
     with pytest.raises(ExportError, match="belongs to the whole batch"):
         compiled(torch.randn(5, 3))
+
+
+def test_what_hangs_on_the_batch_is_seen() -> None:
+    """Centred samples are not cut or filled up; a batch in another place than dimension 0 is refused."""
+
+    def centred(x: Tensor) -> Tensor:
+        return x - x.mean(dim=0)
+
+    compiled = build(centred, (torch.randn(3, 4),), backend="eager", dynamic=False)
+    assert not compiled.samples
+    with pytest.raises(ExportError, match="belongs to the whole batch"):
+        compiled(torch.randn(2, 4))
+    for function in (lambda x: x.T * 1, lambda x: x.repeat(2, 1)):
+        with pytest.raises(ExportError, match="expected the batch as its dimension 0"):
+            build(function, (torch.randn(3, 4),), backend="eager")
+    with pytest.raises(ExportError, match="an empty batch"):
+        build(lambda x: x * 2, (torch.randn(3, 4),), backend="eager")(torch.randn(0, 4))
+
+
+def test_other_arguments_and_other_code_are_other_artifacts(tmp_path: Path) -> None:
+    """A number, None in another place, another function over the same networks, another nesting of the result."""
+
+    def scaled(x: Tensor, factor: float, shift: Tensor | None, more: Tensor | None) -> Any:
+        return x * factor + (shift if shift is not None else 0) - (more if more is not None else 0)
+
+    x = torch.randn(2, 3)
+    keys = set()
+    for args in ((x, 2.0, x, None), (x, 5.0, x, None), (x, 2.0, None, x)):
+        compiled = build(scaled, args, store=tmp_path)
+        torch.testing.assert_close(compiled(*args), scaled(*args))
+        keys.add(compiled.manifest.key if compiled.manifest else "")
+    assert len(keys) == 3
+    for wrong in ((x, 7.0, None, x), (x, 2.0, x, None)):
+        with pytest.raises(ExportError, match="beside its tensors"):
+            compiled(*wrong)
+    module = nn.Linear(3, 2).eval()
+    functions: list[Callable[[Tensor], Any]] = [lambda x: module(x), lambda x: module(x) + 1, lambda x: (module(x),)]
+    for function in functions:
+        found = build(function, (x,), modules=(module,), store=tmp_path)(x)
+        torch.testing.assert_close(found, function(x))
+
+
+def test_a_half_precision_network_behind_whole_numbers(tmp_path: Path) -> None:
+    """What a build may be off by follows the weights' dtype too: token ids have none."""
+    assert making.allowed(call_of(nn.Embedding(4, 3).bfloat16(), (torch.tensor([[1, 2]]),))) == 1e-1
+    assert making.allowed(call_of(nn.Embedding(4, 3), (torch.tensor([[1, 2]]),))) == 1e-3
+
+
+def test_differences_are_not_hidden_by_what_is_not_finite() -> None:
+    inf, nan = float("inf"), float("nan")
+    same = making.compared([torch.tensor([inf, nan, 1.0])], [torch.tensor([inf, nan, 1.0])])
+    assert same["relative"] == 0
+    assert making.compared([torch.tensor([inf, 1.0])], [torch.tensor([inf, 2.0])])["relative"] == 0.5
+    assert making.compared([torch.tensor([nan, 1.0])], [torch.tensor([3.0, 1.0])])["relative"] == inf
 
 
 def test_a_function_that_cannot_be_traced(tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ def test_what_is_not_written_says_so() -> None:
     weight = torch.randn(6, 4, 3, 3, requires_grad=True)
     cases: dict[str, Callable[[Tensor], Tensor]] = {
         "resize from 9x11 to": lambda x: F.interpolate(x, size=(13, 11)),
+        "resize by 2.1": lambda x: F.interpolate(x, scale_factor=2.1),
+        "corners aligned: True": lambda x: torch.ops.aten._upsample_bilinear2d_aa(x, [5, 4], True),
         "dilated max pooling": lambda x: F.max_pool2d(x, 2, dilation=2),
         "freeze the networks": lambda x: F.conv2d(x, weight),
     }
