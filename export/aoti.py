@@ -14,8 +14,18 @@ from synthkd.export.graph import first_line
 FILE = "model.pt2"
 
 
+def unavailable() -> str:
+    """Why nothing can be compiled here, in one line; empty where it can."""
+    home = str(Path(torch.__file__).parent)
+    if any(c.isspace() for c in home):
+        return f"aoti: torch lies in {home!r}, and its compiler cannot link where a path has a space; install it elsewhere"
+    return ""
+
+
 def compile_program(program: ExportedProgram, folder: Path) -> None:
     """Write FILE into a folder; takes half a minute and more. Raises ExportError where the compiler fails."""
+    if why_not := unavailable():
+        raise ExportError(why_not)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own remarks about itself

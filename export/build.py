@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from synthkd.export import onnx, tensorrt
+from synthkd.export import aoti, onnx, tensorrt
 from synthkd.export.artifacts import (
     Manifest,
     Slot,
@@ -167,6 +167,7 @@ def available() -> dict[str, str]:
         onnx.check_installed()
     except ExportError as error:
         found["onnx"] = str(error)
+    found["aoti"] = aoti.unavailable()
     found["tensorrt"] = tensorrt.unavailable() or found["onnx"]
     return found
 
@@ -204,6 +205,8 @@ def _live(
 
 def _check_possible(backend: str, options: Options, device: torch.device, dynamic: bool) -> None:
     """Refuse now what would fail after minutes: a missing package, a place or a batch that the backend cannot have."""
+    if backend == "aoti" and (why_not := aoti.unavailable()):
+        raise ExportError(why_not)
     if backend == "onnx":
         onnx.pick_provider(options, device)
     if backend == "tensorrt":

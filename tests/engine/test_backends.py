@@ -22,7 +22,7 @@ from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.models import load_model, wrap_pipeline
 from synthkd.engine.parted import PartedGradient
 from synthkd.engine.roles import ROLES, Parts, calls_of, parse_backends
-from synthkd.export import default_store
+from synthkd.export import available, default_store
 from synthkd.export.onnx import operators
 from synthkd.export.tensorrt_operators import unsupported_operators
 
@@ -417,6 +417,8 @@ def test_fp8_emulated(
 @pytest.mark.slow
 def test_aoti(pipelines: Mapping[str, Any], recipe: Callable[..., Recipe]) -> None:
     """Machine code of one UNet and one decoder, made ahead of time: eager's images, for parts too."""
+    if why := available()["aoti"]:
+        pytest.skip(why)
     wanted = recipe(classes_per_group=2, samples_per_class=2, steps=2)
     execution = Execution(backends=("unet=aoti", "vae=aoti"))
     synth = Synthesizer.from_pipeline(pipelines["sd1"], wanted, execution=execution)

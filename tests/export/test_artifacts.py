@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from synthkd.export import Compiled, ExportError, Options, artifacts, build, load, making
+from synthkd.export import Compiled, ExportError, Options, aoti, artifacts, build, load, making
 from synthkd.export.artifacts import Slot, default_store, differences, read_manifest, weights_sha256
 
 pytest.importorskip("onnxruntime", reason="part of the onnx extra")
@@ -270,6 +270,7 @@ class _Doubling:
 def test_machine_code_of_others_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """aoti and tensorrt: only what this user made is loaded, unless it is trusted; onnx holds no code."""
     monkeypatch.setattr(making, "aoti", _Doubling)
+    monkeypatch.setattr(aoti, "unavailable", lambda: "")
     assert made(tmp_path / "store", backend="aoti")[1]
     assert made(tmp_path / "store")[1]
     assert not made(tmp_path / "store", backend="aoti")[1]

@@ -278,3 +278,11 @@ def test_unknown_options() -> None:
             Options(**change)  # type: ignore[arg-type]
     assert Options.from_dict(Options(opset=21).to_dict()) == Options(opset=21)
     assert export.BACKENDS[0] == "eager"
+
+
+def test_aoti_where_torchs_path_has_a_space(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its linker takes no such path: one line, before anything is traced."""
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "with space" / "torch" / "__init__.py"))
+    with pytest.raises(ExportError, match="cannot link where a path has a space"):
+        build(net(), inputs(2), backend="aoti", store=tmp_path)
+    assert "space" in export.available()["aoti"]
