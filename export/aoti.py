@@ -18,7 +18,7 @@ def unavailable() -> str:
     """Why nothing can be compiled here, in one line; empty where it can."""
     home = str(Path(torch.__file__).parent)
     if any(c.isspace() for c in home):
-        return f"aoti: torch lies in {home!r}, and its compiler cannot link where a path has a space; install it elsewhere"
+        return f"aoti: torch lies in {home!r}: its compiler cannot link where a path has a space; install it elsewhere"
     return ""
 
 
