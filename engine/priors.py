@@ -139,7 +139,7 @@ class StableDiffusion(_PipelinePrior):
     def __init__(self, pipe: Any) -> None:
         """See the base class."""
         super().__init__(pipe)
-        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], Conditioning] = OrderedDict()
         if getattr(self._denoiser, "encoder_hid_proj", None) is not None:
             raise SynthkdError(
                 "model: the unet has an IP-Adapter, which is not supported yet; call unload_ip_adapter()"
@@ -175,7 +175,7 @@ class StableDiffusion(_PipelinePrior):
     def _encoded(self, prompt: str) -> Conditioning:
         """Conditions of one prompt, tensors [1,...]."""
         route = self._routes.get("text_encoder")  # another backend's states are other ones in their last bits
-        key = prompt, id(route) if route is not None else 0
+        key = prompt, "" if route is None else getattr(getattr(route, "manifest", None), "key", "compiled")
         if key not in self._cache:
             told = {name: x.to(self.device, self.dtype) for name, x in self._encode(prompt).items()}
             self._cache[key] = told
