@@ -21,7 +21,7 @@ from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import encode_image
-from synthkd.export import Options
+from synthkd.export import ExportError, Options
 
 
 def replay_sample(
@@ -90,9 +90,12 @@ def _execution(environment: Mapping[str, Any]) -> Execution:
     told = dict(entries)
     attention, quantize = told.pop("attention", "sdpa"), told.pop("quantize", "")
     fixed, plain = told.pop("fixed_batch", "") == "True", Options().to_dict()
-    given = {name: _as(told.pop(name), plain[name]) for name in plain if name in told}
+    try:
+        options = Options.from_dict({name: _as(told.pop(name), plain[name]) for name in plain if name in told})
+    except (ValueError, ExportError) as error:
+        said = environment.get("roles")
+        raise SynthkdError(f"environments: roles says {said!r}, which no set has ({error})") from error
     backends = ("eager", *(f"{role}={name}" for role, name in told.items()))
-    options = Options.from_dict(given)
     return Execution(backends=backends, attention=attention, quantize=quantize, fixed_batch=fixed, options=options)
 
 
