@@ -67,6 +67,12 @@ def test_export_then_draw_then_replay(
     replayed = call("replay", place / "set", "--id", 7, "--out", target, "--artifacts", place / "store")
     assert "identical to the stored image" in replayed.stdout, replayed.stderr
     assert call("verify", place / "set").returncode == 0
+    twice = call(
+        "synth", "--model", pipeline_folder, "--teacher", teacher_card, "--out", place / "two", "--num-samples", 12,
+        "--backend", "vae=onnx", "--backend", "teacher=onnx", "--workers", 2, *shared,
+    )  # fmt: skip
+    assert twice.returncode == 0, twice.stderr
+    assert (place / "two" / row.file).read_bytes() == (place / "set" / row.file).read_bytes()
     grown = call(
         "synth", "--model", pipeline_folder, "--teacher", teacher_card, "--out", place / "set", "--num-samples", 18,
         "--backend", "eager", "--workers", 1, *shared,
