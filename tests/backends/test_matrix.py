@@ -22,6 +22,7 @@ from synthkd.engine.fitted import FittedDecoder, FittedNet, shape_for
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.models import load_model
 from synthkd.engine.roles import ROLES, RoleCall, calls_of
+from synthkd.export import available
 from synthkd.export import build as build_backend
 
 pytestmark = pytest.mark.backends
@@ -35,6 +36,14 @@ SERIES = [
 DECODERS = [("sd1", "tiny"), ("sd1", "pooled:2"), ("sd1", "fitted")]
 DECODERS += [("digits", "fitted:embedded:digits"), ("digits", "pooled:2")]
 DECODERS += [(name, "vae") for name in PIPELINES]
+
+
+@pytest.fixture(autouse=True)
+def there(request: pytest.FixtureRequest) -> None:
+    """A backend that cannot be used here says why."""
+    for name, why_not in available().items():
+        if why_not and f"-{name}" in request.node.name:
+            pytest.skip(why_not)
 
 
 @pytest.fixture(autouse=True)
