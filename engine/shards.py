@@ -39,6 +39,7 @@ from synthkd.engine.index import (
     write_atomically,
 )
 from synthkd.engine.plan import Plan, WorkUnit, preview_key
+from synthkd.export.artifacts import sync_folder
 
 _BLOCK = tarfile.BLOCKSIZE
 _PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
@@ -175,7 +176,7 @@ class ShardFile:
                 f.flush()
                 os.fsync(f.fileno())
             self.part.replace(self.final)
-            _sync_folder(folder)
+            sync_folder(folder)
         groups = [self.rows[g] for g in sorted(self.rows)]
         row = ShardRow(
             shard=self.shard,
@@ -221,14 +222,6 @@ class ShardFile:
 
 def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else float(value)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardFolder:

@@ -43,7 +43,7 @@ class Manifest:
 
     parts: what the key hashes; signature: tensors in and out; structure: the nesting of the result; samples: whether
     each sample's result is its own; seconds: of each stage of the build; files: name -> size and SHA-256;
-    verified: batch -> max_abs, relative, psnr; notes: what was decided on the way.
+    verified: batch -> max_abs, relative, psnr.
     """
 
     name: str
@@ -55,7 +55,6 @@ class Manifest:
     seconds: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
     format: int = FORMAT
     samples: bool = True
     maker: str = ""
@@ -67,7 +66,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "notes": list(self.notes)}
+        return asdict(self)
 
 
 def default_store() -> Path:
@@ -198,7 +197,7 @@ class Slot:
             if self.folder.exists():  # damaged, or it would have been used
                 shutil.rmtree(self.folder)
             fresh.rename(self.folder)
-            _sync_folder(self.store)
+            sync_folder(self.store)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
 
@@ -238,7 +237,7 @@ def _parsed(folder: Path) -> tuple[Manifest | None, str]:
     """The manifest of a folder, its files unseen, and why there is none."""
     try:
         data = json.loads((folder / MANIFEST).read_text())
-        manifest = Manifest(**{**data, "notes": tuple(data["notes"])})
+        manifest = Manifest(**data)
         tables = (manifest.parts, manifest.signature, manifest.files, manifest.verified, manifest.seconds)
         if not all(isinstance(table, dict) for table in tables):
             return None, f"its {MANIFEST} cannot be read"
@@ -333,11 +332,12 @@ def _to_disk(folder: Path) -> None:
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         else:
-            _sync_folder(path)
-    _sync_folder(folder)
+            sync_folder(path)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """What was renamed in a folder is on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

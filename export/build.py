@@ -143,21 +143,24 @@ def build(
     _check_possible(backend, chosen, device, dynamic)
     parts = _parts(call, backend, device, chosen, dynamic, most, gradient, identity or {})
     slot = Slot(store or default_store(), name, backend, parts)
-    manifest = slot.found(trust)  # without the lock first: a store that cannot be written can be read
-    if manifest is None:
-        with slot.locked():
-            manifest = slot.found(trust)
-            if manifest is None:
-                why = slot.why_new()
-                say(f"building {name} for {backend}" + (f" ({why})" if why else ""))
-                making = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say)
-                try:
-                    manifest = making.made(Compiled)
-                except OSError as error:
-                    raise ExportError(f"artifacts folder {slot.store}: cannot be written ({error})") from error
+    making = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say)
+    manifest = slot.found(trust) or _made(slot, making, trust)  # a store that cannot be written can be read
     signature = _signature(call, manifest)
     run = loaded(slot.folder, backend, signature, chosen, device)
     return Compiled(call, signature, manifest.structure, run, manifest, manifest.samples)
+
+
+def _made(slot: Slot, making: Build, trust: bool) -> Manifest:
+    """Built now, unless another process has done so while this one waited for the lock."""
+    with slot.locked():
+        if (manifest := slot.found(trust)) is not None:
+            return manifest
+        why = slot.why_new()
+        making.say(f"building {slot.name} for {slot.backend}" + (f" ({why})" if why else ""))
+        try:
+            return making.made(Compiled)
+        except OSError as error:
+            raise ExportError(f"artifacts folder {slot.store}: cannot be written ({error})") from error
 
 
 def available() -> dict[str, str]:
