@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +144,21 @@ def build(
     _check_possible(backend, chosen, device, dynamic)
     parts = _parts(call, backend, device, chosen, dynamic, most, gradient, identity or {})
     slot = Slot(store or default_store(), name, backend, parts)
-    making = Build(call, slot, device, chosen, dynamic, most, gradient, tolerance, say)
-    manifest = slot.found(trust) or _made(slot, making, trust)  # a store that cannot be written can be read
+    manifest = slot.found(trust)  # without the lock: a store that cannot be written can be read
+    if manifest is None:
+        plan = partial(Build, call, slot, device, chosen, dynamic, most, gradient, tolerance, say)
+        manifest = _made(slot, plan, trust)
     signature = _signature(call, manifest)
     run = loaded(slot.folder, backend, signature, chosen, device)
     return Compiled(call, signature, manifest.structure, run, manifest, manifest.samples)
 
 
-def _made(slot: Slot, making: Build, trust: bool) -> Manifest:
+def _made(slot: Slot, plan: Callable[[], Build], trust: bool) -> Manifest:
     """Built now, unless another process has done so while this one waited for the lock."""
     with slot.locked():
         if (manifest := slot.found(trust)) is not None:
             return manifest
-        why = slot.why_new()
+        why, making = slot.why_new(), plan()
         making.say(f"building {slot.name} for {slot.backend}" + (f" ({why})" if why else ""))
         try:
             return making.made(Compiled)
