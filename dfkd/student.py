@@ -235,6 +235,7 @@ __all__ = [
     "Student",
     "TrainOptions",
     "distill",
+    "identity_of",
     "learning_rate",
     "read_plain",
     "save_student",
