@@ -19,6 +19,7 @@ from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_distill import distill, labels
 from synthkd.dfkd.cli_export import export
+from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -38,6 +39,7 @@ app.add_typer(teacher_app, name="teacher")
 app.command("export", epilog="Example: synthkd export embedded:digits --preset digits --backend onnx")(export)
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
+app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
