@@ -230,11 +230,13 @@ def replay(
 
 
 @app.command(epilog="Example: synthkd report runs/digits")
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run or of a set.")]) -> None:
-    """Write report.html, one self-contained page, for a run or a set."""
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a set or a student.")]) -> None:
+    """Write report.html, one self-contained page, for a run, a set or a student."""
     from synthkd.dfkd.report import write_report
+    from synthkd.dfkd.report_student import is_student, write_student_report
 
-    out.print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+    write = write_student_report if is_student(run_dir) else write_report
+    out.print(str(write(run_dir)), soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: synthkd info")

@@ -16,6 +16,7 @@ from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.parallel import Ranks, joined
 from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.report_student import write_student_report
 from synthkd.dfkd.sets import SetSource, open_set
 from synthkd.dfkd.soft_labels import store_labels
 from synthkd.dfkd.student import Hooks, Stopped, Student, TrainOptions, identity_of, save_student, split
@@ -215,6 +216,7 @@ class _Job:
             **averages(student.log),
         }
         write_atomically(self.out_dir / TRAINING, json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        write_student_report(self.out_dir)
         (self.out_dir / CHECKPOINT).unlink(missing_ok=True)
         says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
         rates = f"{summary['images_per_second']:.0f} images/s, data wait {summary['data_wait']:.1f} %"

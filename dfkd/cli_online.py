@@ -13,6 +13,7 @@ from synthkd.dfkd.cli_distill import LOG, TRAINING, averages
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.online import PoolSpec, distill_online
 from synthkd.dfkd.presets import load_preset
+from synthkd.dfkd.report_student import write_student_report
 from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, save_student
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import LogRow
@@ -71,6 +72,7 @@ def online(
     write_atomically(out_dir / LOG, "".join(json.dumps(row) + "\n" for row in rows))
     summary = {"online": asdict(held), "agreement": student.agreement, **averages(rows)}
     write_atomically(out_dir / TRAINING, json.dumps(summary, indent=2, sort_keys=True) + "\n")
+    write_student_report(out_dir)
     told = f"{summary['images_per_second']:.0f} images/s, {summary['data_wait']:.0f} % of the time spent drawing"
     says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
     out.print(f"{path}: {says}; {told}", soft_wrap=True, highlight=False)
