@@ -278,7 +278,7 @@ def _two(folder: Path, stop: int = -1) -> list[int]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = [sys.executable, "-c", PAIR, os.getcwd(), __file__, str(folder), str(stop)]
+    words = [sys.executable, "-c", PAIR, str(Path.cwd()), __file__, str(folder), str(stop)]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     started = [subprocess.Popen(words, env={**shared, "RANK": r, "LOCAL_RANK": r}) for r in ("0", "1")]
     return [p.wait(timeout=240) for p in started]
