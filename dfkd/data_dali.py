@@ -5,6 +5,7 @@ DALI is fed encoded bytes in our order. Crops are cut while decoding (on a CPU);
 """
 
 import importlib.util
+import logging
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from synthkd.dfkd.readers import AheadReader, Decoded, Encoded, common_size, thr
 from synthkd.engine.errors import SynthkdError
 
 _AHEAD = 2
+_log = logging.getLogger("synthkd")
 _FAILURES = (RuntimeError, IndexError, ValueError, TypeError)  # what DALI raises, by the C++ error's kind
 
 
@@ -151,15 +153,16 @@ class DaliReader(AheadReader):
 
     def finish(self, job: _Job) -> Decoded:
         """Wait for DALI; where it fails, find the images that are to blame and begin again without them."""
-        if not job.given:
+        if len(job.positions) and not job.given:
             self._restart()
         pixels = None
         while pixels is None and len(job.positions):
             try:
                 pixels = self._taken(job)
-            except _FAILURES:
+            except _FAILURES as error:
                 if not self._find_damage():
-                    pixels = self._by_hand(job)
+                    self._jobs.popleft()
+                    return Decoded(self._by_hand(job, error), job.readable)
                 self._restart()
         self._jobs.popleft()
         if pixels is None:
@@ -237,8 +240,11 @@ class DaliReader(AheadReader):
                     self.note(row, str(error))
         return found
 
-    def _by_hand(self, job: _Job) -> Tensor:
-        """A batch that DALI fails on and our own decoder reads."""
+    def _by_hand(self, job: _Job, error: Exception) -> Tensor:
+        """A batch that DALI fails on and our own decoder reads; DALI goes on behind it."""
+        if not self.quiet:
+            _log.warning("DALI failed on a batch (%.200s); it was decoded without", str(error).partition("\n")[0])
+        self._restart()
         out, flip = self.batch(len(job.readable)), job.request.views.flip
         for i in job.positions.tolist():
             pixels = decode(job.files[i], self.source.where(int(job.request.rows[i])))
