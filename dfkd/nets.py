@@ -191,13 +191,12 @@ class WideResNet(nn.Module):
             for (c_in, c_out), stride in zip(pairwise(widths), (1, 2, 2), strict=True)
         )
         self.bn1 = nn.BatchNorm2d(widths[-1])
-        self.relu = nn.ReLU()  # a module, so that what is pooled can be seen from outside
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,in_channels,H,W], normalised -> logits [B,num_classes]."""
         x = self.block3(self.block2(self.block1(self.conv1(x))))
-        logits: Tensor = self.fc(self.relu(self.bn1(x)).mean(dim=(2, 3)))
+        logits: Tensor = self.fc(F.relu(self.bn1(x)).mean(dim=(2, 3)))
         return logits
 
 

@@ -13,12 +13,13 @@ Size = tuple[int, int]
 
 
 class Output(NamedTuple):
-    """One output [B,C,H,W] of a module in a trial pass; use: which call of the module it was, from 0."""
+    """One output [B,C,H,W] of a module in a trial pass; use: which call of the module it was, from 0; value: itself."""
 
     name: str
     use: int
     channels: int
     size: Size
+    value: Tensor | None
 
 
 class Stages:
@@ -29,8 +30,10 @@ class Stages:
     layers of a block with a stride do, so they count only where there is nothing else. Maps of one position are pooled
     features and no stage, unless there are no others.
 
-    names, channels, sizes: of the stages, in forward order, the deepest last; on: whether the hooks are. They note
-    nothing outside of `reading`, and what that returns is all that is left of a pass, so that one graph can hold it.
+    names, channels, sizes: of the stages, in forward order, the deepest last; rectified: whether the network's code
+    applies a ReLU to the deepest map before it pools it for a linear layer (wide ResNets do), which `reading` then does
+    too; on: whether the hooks are. They note nothing outside of `reading`, and what that returns is all that is left of
+    a pass, so that one graph can hold it.
     """
 
     def __init__(self, net: nn.Module, input_size: Size, names: Sequence[str] | None = None) -> None:
@@ -43,14 +46,15 @@ class Stages:
         for name in names or ():
             if name not in known or not name:
                 raise SynthkdError(f"stages: {name!r} is no module of the network; {suggest(name, known)}")
-        seen = _trial(net, input_size)
+        seen, read = _trial(net, input_size)
         found = _ends(seen) if names is None else [_last_of(seen, name) for name in names]
         if not found:
             raise SynthkdError(
                 "stages: the network has no feature maps [B,C,H,W], which losses on maps need; set their weights "
                 "(cam, grad_cam, features) to 0"
             )
-        self.on, self._found = False, found
+        self.on, self._found = False, [output._replace(value=None) for output in found]
+        self.rectified = _is_rectified(found[-1].value, read)
         self._modules = {output.name: net.get_submodule(output.name) for output in found}
         self._probes: Sequence[Tensor] = ()
         self._notes: dict[str, list[Tensor]] | None = None
@@ -105,7 +109,8 @@ class Stages:
             logits = forward()
         finally:
             self._notes, self._probes = None, ()
-        return logits, [notes[output.name][output.use] for output in self._found]
+        maps = [notes[output.name][output.use] for output in self._found]
+        return logits, [*maps[:-1], torch.relu(maps[-1]) if self.rectified else maps[-1]]
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         def note(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
@@ -127,9 +132,13 @@ def paired(student: Sequence[Any], teacher: Sequence[Any]) -> list[tuple[int, in
     return [(len(student) - count + i, len(teacher) - count + i) for i in range(count)]
 
 
-def _trial(net: nn.Module, input_size: Size) -> list[Output]:
-    """Outputs [B,C,H,W] of all modules but the network itself in a pass on a black image, which changes nothing."""
+def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]]:
+    """Outputs [1,C,H,W] of all modules but the network itself in a pass on noise, and what linear layers read, [1,D].
+
+    The pass changes nothing.
+    """
     seen: list[Output] = []
+    read: list[Tensor] = []
     uses: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -137,23 +146,37 @@ def _trial(net: nn.Module, input_size: Size) -> list[Output]:
             use = uses.get(name, 0)
             uses[name] = use + 1
             if isinstance(output, Tensor) and output.dim() == 4:
-                seen.append(Output(name, use, output.shape[1], (output.shape[2], output.shape[3])))
+                size = (int(output.shape[2]), int(output.shape[3]))
+                seen.append(Output(name, use, int(output.shape[1]), size, output))
+            if isinstance(module, nn.Linear) and args and args[0].dim() == 2:
+                read.append(args[0])
 
         return note
 
     modes = {module: module.training for module in net.modules()}
     handles = [module.register_forward_hook(hook(name)) for name, module in net.named_modules() if name]
     like = next(net.parameters(), torch.zeros(()))
+    noise = torch.randn(1, 3, *input_size, generator=torch.Generator().manual_seed(0))
     try:
         net.eval()
         with torch.no_grad():
-            net(torch.zeros(1, 3, *input_size, device=like.device, dtype=like.dtype))
+            net(noise.to(device=like.device, dtype=like.dtype))
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return seen
+    return seen, read
+
+
+def _is_rectified(last: Tensor | None, read: Sequence[Tensor]) -> bool:
+    """Whether a linear layer reads the mean over positions of ReLU(last), and none that of `last`."""
+
+    def pooled(x: Tensor) -> bool:
+        mean = x.float().mean(dim=(2, 3))
+        return any(v.shape == mean.shape and torch.allclose(v.float(), mean, rtol=1e-2, atol=1e-4) for v in read)
+
+    return last is not None and not pooled(last) and pooled(torch.relu(last))
 
 
 def _ends(seen: Sequence[Output]) -> list[Output]:
@@ -172,8 +195,8 @@ def _ends(seen: Sequence[Output]) -> list[Output]:
         before = ends.get(output.size)
         if before is None or foreign(output) <= foreign(before):
             ends[output.size] = output
-    order = {output: i for i, output in enumerate(seen)}
-    found = sorted(ends.values(), key=order.__getitem__)
+    order = {(output.name, output.use): i for i, output in enumerate(seen)}
+    found = sorted(ends.values(), key=lambda output: order[output.name, output.use])
     return [output for output in found if output.size != (1, 1)] or found
 
 

@@ -23,7 +23,7 @@ def _net(arch: str) -> nn.Module:
     [
         ("resnet", ("layers.0", "layers.1", "layers.2"), (32, 16, 8)),
         ("resnet20", ("layer1", "layer2", "layer3"), (32, 16, 8)),
-        ("wrn16_1", ("block1", "block2", "relu"), (32, 16, 8)),
+        ("wrn16_1", ("block1", "block2", "bn1"), (32, 16, 8)),
         ("vgg8", tuple(f"features.{i}" for i in (2, 6, 10, 14, 18)), (32, 16, 8, 4, 2)),
         ("plain_cnn", ("features.2", "features.6", "features.10", "features"), (32, 16, 8, 4)),
     ],
@@ -41,6 +41,9 @@ def test_stages_of_built_in_networks(arch: str, names: tuple[str, ...], sizes: t
     assert torch.equal(logits, net(x))
     assert [tuple(m.shape) for m in maps] == [(2, c, *s) for c, s in zip(stages.channels, stages.sizes, strict=True)]
     assert all(m.requires_grad for m in maps)
+    if arch in ("resnet", "resnet20", "wrn16_1"):  # the last map is what the classifier pools
+        head = next(m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear))
+        torch.testing.assert_close(head(maps[-1].mean(dim=(2, 3))), logits)
     assert not any(module._forward_hooks for module in net.modules())
     if before is not None:
         assert torch.equal(before, net.state_dict()["conv1.weight"])
