@@ -2,8 +2,8 @@
 
 mSARC of SpaceshipNet (Yu, Chen, Han and Jiang, CVPR 2023), which DiffDFKD's paper (arXiv 2504.00870) takes over. Its
 published code fixes what a name leaves open, and is followed here: CAM at the deepest stage, Grad-CAM at all earlier
-ones; no ReLU and no normalisation of a map; mean squared errors, each weighed 1 and summed over stages. The published KL is
-a mean over batch and classes; beside `kd_loss`, a sum over K classes, equal shares mean weights of K, not 1.
+ones; no ReLU and no normalisation of a map; mean squared errors, each weighed 1 and summed over stages. The KL there is
+a mean over batch and classes; beside `kd_loss`, which sums over the K classes, equal shares mean weights of K, not 1.
 """
 
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ def grad_cam_consistency(
     explained; the teacher's top one by default, for both networks, as in the published code. points: what to take
     gradients in, the maps by default. The student's maps are resized (bilinear) where sizes differ.
     through_weights: differentiate the channels' weights a_c as well, which takes a second backward pass (no Triton
-    kernel and no compiled graph has one). The published code does not, whatever the equation says: there a_c is constant.
+    kernel and no compiled graph has one). The published code does not: there a_c is a constant of each step.
     Raises SynthkdError for networks with one paired stage only, and for maps without a graph.
     """
     pairs = paired(student_maps, teacher_maps)[:-1]

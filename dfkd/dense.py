@@ -1,4 +1,4 @@
-"""Dense tasks (segmentation): label maps in step with images' views, losses and scores per pixel, a source in memory."""
+"""Dense tasks (segmentation): label maps in step with images' views, losses and scores per pixel, a set in memory."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence

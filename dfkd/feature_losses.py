@@ -46,7 +46,7 @@ class FeatureMatcher(nn.Module):
 def _regressor(c_in: int, c_out: int, generator: torch.Generator) -> nn.Module:
     if c_in == c_out:
         return nn.Identity()
-    layer = nn.utils.skip_init(nn.Conv2d, c_in, c_out, 1)
+    layer = nn.utils.skip_init(nn.Conv2d, c_in, c_out, 1)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / math.sqrt(c_in))
         layer.bias.zero_()

@@ -183,7 +183,7 @@ def load_shipped(path: Path, device: str = "cpu", *, allow_code: bool = False) -
     if not path.is_file():
         raise SynthkdError(f"{path}: not found; expected the file of an exported student")
     if kind == "pt2" and not allow_code:
-        raise SynthkdError(f"{path}: a .pt2 can run code as it is loaded; pass --allow-code if you trust it, or use ONNX")
+        raise SynthkdError(f"{path}: a .pt2 can run code as it loads; pass --allow-code if you trust it, or use ONNX")
     with _one_line():
         run, texts = (_onnx if kind == "onnx" else _pt2)(path, torch.device(device))
     return Shipped(run, _contract_of(path, texts))
@@ -215,7 +215,8 @@ def _contract_of(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, IndexError):
         fits = False
     if not fits:
-        raise SynthkdError(f"{path}: says nothing about its input and classes; expected a file of `synthkd distill --export`")
+        hint = "expected a file of `synthkd distill --export`"
+        raise SynthkdError(f"{path}: says nothing about its input and classes; {hint}")
     return about
 
 

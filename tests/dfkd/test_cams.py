@@ -45,7 +45,7 @@ def test_class_activation_is_the_equation() -> None:
 
 
 def test_cam_consistency() -> None:
-    """A mean over all classes and positions, at the deepest stage; gradients as differences say; the head's on demand."""
+    """A mean over all classes and positions, at the deepest stage; gradients as differences say."""
     (early, s, t, sw, tw) = _drawn((B, 2, 4, 6), (B, 4, 2, 3), (B, 5, 2, 3), (K, 4), (K, 5))
     total = 0.0
     for b, k, y, x in itertools.product(range(B), range(K), range(2), range(3)):
@@ -142,7 +142,7 @@ def test_gradient_of_grad_cam(through: bool) -> None:
 
 
 def test_refusals_and_extremes() -> None:
-    """One line without gradients or stages; finite for constant maps, saturated logits and one class; half in float32."""
+    """One line without gradients or stages; finite for constant maps, saturated logits, one class; half in float32."""
     student, teacher, x = _networks()
     logits, maps = Stages(student, (5, 6)).reading(lambda: student(x))
     theirs, seen = Stages(teacher, (5, 6)).reading(lambda: teacher(x))

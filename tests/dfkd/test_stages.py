@@ -93,7 +93,7 @@ def test_names_and_refusals() -> None:
     """Modules by name; one line for a name that is none, one without maps, and a network without any."""
     net = _net("resnet")
     assert Stages(net, (16, 24), ("layers.1", "layers.2")).sizes == ((8, 12), (4, 6))
-    with pytest.raises(SynthkdError, match="'layer.1' is no module of the network"):
+    with pytest.raises(SynthkdError, match=r"'layer\.1' is no module of the network"):
         Stages(net, (32, 32), ("layer.1",))
     with pytest.raises(SynthkdError, match="'fc' returns no feature map"):
         Stages(net, (32, 32), ("fc",))
