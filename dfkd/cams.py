@@ -85,6 +85,37 @@ def slopes_of(logits: Tensor, points: Sequence[Tensor], classes: Tensor, *, twic
     return list(found) if twice else [g.detach() for g in found]
 
 
+def grad_cams(
+    maps: Sequence[Tensor],
+    logits: Tensor,
+    classes: Tensor,
+    *,
+    points: Sequence[Tensor] | None = None,
+    through_weights: bool = False,
+) -> list[Tensor]:
+    """Grad-CAMs [B,h,w] of all stages but the deepest, which is CAM's; see `grad_cam_consistency`.
+
+    Raises SynthkdError for maps without a graph.
+    """
+    where = (maps if points is None else points)[:-1]
+    if not all(x.requires_grad for x in where):
+        raise SynthkdError("grad_cam: the maps have no gradient; read them with probes (Stages.probes)")
+    if not where:
+        return []
+    return gradient_activation(maps[:-1], slopes_of(logits, where, classes, twice=through_weights))
+
+
+def region_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared differences of activation maps [B,h,w], summed over stages paired from the deepest, a scalar.
+
+    The student's are resized (bilinear) where sizes differ; the teacher's are constant. Raises SynthkdError for none.
+    """
+    pairs = paired(student, teacher)
+    if not pairs:
+        raise SynthkdError("grad_cam: the networks have one stage in common, which is cam's; set grad_cam to 0")
+    return torch.stack([_mean_square(student[s][:, None], teacher[t][:, None].detach()) for s, t in pairs]).sum()
+
+
 def grad_cam_consistency(
     student_maps: Sequence[Tensor],
     student_logits: Tensor,
@@ -103,27 +134,14 @@ def grad_cam_consistency(
     gradients in, the maps by default. The student's maps are resized (bilinear) where sizes differ.
     through_weights: differentiate the channels' weights a_c as well, which takes a second backward pass (no Triton
     kernel and no compiled graph has one). The published code does not: there a_c is a constant of each step.
+    Where teacher and student run apart, `grad_cams` of each and `region_distance` are the same.
     Raises SynthkdError for networks with one paired stage only, and for maps without a graph.
     """
-    pairs = paired(student_maps, teacher_maps)[:-1]
-    if not pairs:
-        raise SynthkdError("grad_cam: the networks have one stage in common, which is cam's; set grad_cam to 0")
     chosen = teacher_logits.argmax(dim=1) if classes is None else classes
-    found = _explained(student_maps, student_logits, student_points, [i for i, _ in pairs], chosen, through_weights)
-    wanted = _explained(teacher_maps, teacher_logits, teacher_points, [i for _, i in pairs], chosen, False)
-    errors = [_mean_square(s[:, None], t[:, None].detach()) for s, t in zip(found, wanted, strict=True)]
-    return torch.stack(errors).sum()
-
-
-def _explained(
-    maps: Sequence[Tensor], logits: Tensor, points: Sequence[Tensor] | None, stages: Sequence[int], classes: Tensor,
-    twice: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Grad-CAMs of some stages, by index."""
-    where = [(maps if points is None else points)[i] for i in stages]
-    if not all(x.requires_grad for x in where):
-        raise SynthkdError("grad_cam: the maps have no gradient; read them with probes (Stages.probes)")
-    return gradient_activation([maps[i] for i in stages], slopes_of(logits, where, classes, twice=twice))
+    return region_distance(
+        grad_cams(student_maps, student_logits, chosen, points=student_points, through_weights=through_weights),
+        grad_cams(teacher_maps, teacher_logits, chosen, points=teacher_points),
+    )
 
 
 def _mean_square(found: Tensor, wanted: Tensor) -> Tensor:

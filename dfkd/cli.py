@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_decoder import fit
+from synthkd.dfkd.cli_distill import distill, labels
 from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
 from synthkd.dfkd.cli_progress import Bars, StopFlag
@@ -35,6 +36,8 @@ app = typer.Typer(
 )
 app.add_typer(teacher_app, name="teacher")
 app.command("export", epilog="Example: synthkd export embedded:digits --preset digits --backend onnx")(export)
+app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
+app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
@@ -162,44 +165,6 @@ def synth(
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")
-def distill(
-    set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")],
-    out_dir: options.Out,
-    teacher: Annotated[str | None, typer.Option(help="Teacher card (default: the one that guided the set).")] = None,
-    preset: Annotated[str | None, typer.Option(help="Take student and training settings from a preset.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of the KL loss.")] = None,
-    spec_file: Annotated[Path | None, typer.Option("--spec", help="TOML file of DistillSpec fields.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
-    previews: Annotated[bool, typer.Option(help="Train on the set's clean-latent previews too, if it has any.")] = True,
-    seed: options.Seed = 0,
-    allow_code: options.AllowCode = False,
-    device: options.Device = None,
-) -> None:
-    """Train a student on a synthetic set under its teacher."""
-    from synthkd.dfkd.data import load_synthetic
-    from synthkd.dfkd.student import distill as train
-    from synthkd.dfkd.student import save_student
-    from synthkd.dfkd.teachers import load_teacher
-
-    spec = options.distill_spec(preset, spec_file, steps, batch_size, temperature, seed)
-    card = teacher or options.set_teacher(set_dir)
-    chosen = load_teacher(card, options.pick_device(device), allow_code=allow_code)
-    options.check_limit(limit, options.set_size(set_dir))
-    data = load_synthetic(set_dir, limit, chosen.input_size, previews)
-    ours, theirs = len(data.classes), len(chosen.classes)
-    if ours != theirs:
-        raise SynthkdError(f"teacher {card!r} has {theirs} outputs, the set has {ours} classes")
-    with Bars(out) as bars:
-        bars.begin("distill", spec.steps, "steps")
-        student = train(data, chosen, spec, lambda _: bars.advance("distill", 1))
-    path = save_student(student, spec, out_dir, {"teacher": card, "set": set_dir.name})
-    says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
-    out.print(f"{path}: {says}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: synthkd verify sets/digits")

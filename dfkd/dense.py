@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthkd.dfkd.feed import Pixels, ReadOptions, Request, Rows
-from synthkd.dfkd.views import Views, ViewSpec, affine, is_affine, pixel_boxes
+from synthkd.dfkd.views import Views, ViewSpec, affine, pixel_boxes
 from synthkd.engine.errors import SynthkdError
 from synthkd.kernels import kd_loss
 
 IGNORE = 255  # the label of pixels that no loss and no score counts
 Size = tuple[int, int]
+_AS_IT_IS = np.array([0, 1, 0, 0], np.float32)  # of `Views.affine`
 
 
 def check_dense_views(spec: ViewSpec) -> None:
@@ -50,10 +51,9 @@ def resized_labels(masks: Tensor, size: Size) -> Tensor:
     return F.interpolate(masks[:, None].float(), size=list(size), mode="nearest-exact")[:, 0].long()
 
 
-def turned_labels(masks: Tensor, views: Views, spec: ViewSpec) -> Tensor:
+def turned_labels(masks: Tensor, views: Views) -> Tensor:
     """The affine part of views on label maps int64 [B,h,w], as `views.looks` does it on images; the border repeats."""
-    check_dense_views(spec)
-    if not is_affine(spec):
+    if (views.affine == _AS_IT_IS).all():
         return masks
     turn = torch.from_numpy(views.affine).to(masks.device, non_blocking=True)
     return affine(masks[:, None].float(), turn, mode="nearest")[:, 0].round().long()

@@ -138,7 +138,8 @@ class Batch:
     """What one step of a student sees.
 
     images: uint8 [B,3,h,w], an NCHW view of channels_last memory, cropped and mirrored; partners: the same, of what
-    they are blended with, or None where none is; labels: int64 [B]; rows: int64 [B] in the set; keys: their names;
+    they are blended with, or None where none is; labels, partner_labels: int64 [B], of both; rows: int64 [B] in the
+    set; keys: their names;
     views: what else `views.looks` is to do; logits: float [B,K], the teacher's of exactly these views where they
     are stored; masks: int64 [B,h,w], label maps of dense tasks, cropped, mirrored and turned as the images are.
     """
@@ -146,6 +147,7 @@ class Batch:
     step: int
     images: Tensor
     labels: Tensor
+    partner_labels: Tensor
     rows: Rows
     keys: tuple[str, ...]
     views: Views

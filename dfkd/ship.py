@@ -49,7 +49,7 @@ class Graph(nn.Module):
 
 def export_student(
     student: Teacher, path: Path, kind: str, *, image_size: tuple[int, int] | None = None
-) -> dict[str, float]:
+) -> Path:
     """Write a student as one file of kind `onnx` or `pt2` (torch.export), and its contract beside it as .json.
 
     The file takes uint8 [B,3,H,W], RGB, any B, H x W fixed: the student's input size, or `image_size`, from which the
@@ -57,7 +57,7 @@ def export_student(
     returns logits float32 [B,K]. Class names, this contract and versions stand in the file (ONNX: metadata_props, JSON
     texts; pt2: the extra file student.json). Made on the CPU in float32; it counts, and gets its name, only after it
     was loaded and run on noise at batches 1, 2 and 5, within TOLERANCE of eager.
-    Returns the largest differences by batch. Raises SynthkdError, one line, for another kind or suffix, for a missing
+    Returns the path. Raises SynthkdError, one line, for another kind or suffix, for a missing
     package, a network that cannot be traced, more than 1 GiB of weights (ONNX), and results that differ.
     """
     if kind not in KINDS:
@@ -74,10 +74,10 @@ def export_student(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder, _one_line():
         draft = _written(_program(graph, about), Path(folder), kind, about)
-        found = _checked(load_shipped(draft, allow_code=True), graph, about)  # our own file, a moment old
+        _check(load_shipped(draft, allow_code=True), graph, about)  # our own file, a moment old
         draft.replace(path)
-    write_atomically(path.with_suffix(".json"), json.dumps({**about, "file": path.name}, indent=2) + "\n")
-    return found
+    write_atomically(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+    return path
 
 
 def contract(student: Teacher, image_size: tuple[int, int]) -> dict[str, Any]:
@@ -123,9 +123,8 @@ def _written(program: ExportedProgram, folder: Path, kind: str, about: Mapping[s
     return (folder / onnx_file.FILE).replace(folder / "student.onnx")
 
 
-def _checked(shipped: "Shipped", graph: Graph, about: Mapping[str, Any]) -> dict[str, float]:
-    """Largest differences from eager, by batch."""
-    found = {}
+def _check(shipped: "Shipped", graph: Graph, about: Mapping[str, Any]) -> None:
+    """Raise SynthkdError where it differs from eager."""
     for batch in _BATCHES:
         images = _noise(batch, about)
         with torch.no_grad():
@@ -137,8 +136,6 @@ def _checked(shipped: "Shipped", graph: Graph, about: Mapping[str, Any]) -> dict
                 f"export: the file differs from the student by {apart:.2g} at batch {batch} (allowed: {limit:.2g}); "
                 "nothing was written"
             )
-        found[f"batch {batch}"] = apart
-    return found
 
 
 def _noise(batch: int, about: Mapping[str, Any]) -> Tensor:

@@ -17,7 +17,8 @@ from synthkd.dfkd.dense import (
     mean_iou,
     turned_labels,
 )
-from synthkd.dfkd.feed import ReadOptions, Request
+from synthkd.dfkd.feed import Order, ReadOptions, Request
+from synthkd.dfkd.sight import Sight, ask, batch_of
 from synthkd.dfkd.views import ViewSpec, draw_views, looks
 from synthkd.engine.errors import SynthkdError
 
@@ -74,10 +75,27 @@ def test_whole_pixel_shifts_and_a_half_turn_in_step() -> None:
     square = source.images[..., :H], source.masks[..., :H].contiguous()
     views.affine[:, 3] *= W / H
     seen = looks(square[0], views, spec)[:, 0] * 255
-    found = turned_labels(square[1], views, spec)
+    found = turned_labels(square[1], views)
     assert torch.equal(_label(seen), found)
     assert (found != square[1]).any(dim=(1, 2)).all()
-    assert torch.equal(turned_labels(square[1], views, ViewSpec()), square[1])
+
+
+def test_batches_of_the_loop_have_masks_in_step() -> None:
+    """Through order and views of a training run: image and label map of a batch show the same, in every epoch."""
+    source = _coded()
+    sight, order = Sight(ViewSpec(flip=True), 7, 0, N), Order(N, 4, 7)
+    asked = [ask(order, sight, step) for step in range(3)]
+    for one, pixels in zip(asked, source.reader((H, W), ReadOptions()).read(a.request for a in asked), strict=True):
+        batch = batch_of(source, one, pixels)
+        assert batch.masks is not None
+        assert torch.equal(_label(batch.images[:, 0].float()), batch.masks)
+        assert batch.labels.tolist() == source.labels[batch.rows].tolist()
+    sight = Sight(ViewSpec(rotate=0.5), 7, 0, N)
+    one = ask(order, sight, 0)
+    (pixels,) = source.reader((H, W), ReadOptions()).read([one.request])
+    turned = batch_of(source, one, pixels).masks
+    assert turned is not None
+    assert (turned != source.masks[one.request.rows]).any()
 
 
 def test_refusals() -> None:
