@@ -3,7 +3,7 @@
 A reader's whole state is therefore the number of the next step: a run that was killed goes on anywhere.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -130,6 +130,23 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Give back what the reader holds."""
+        ...
+
+
+class Feed(Protocol):
+    """Where the training loop gets its batches from.
+
+    waited: seconds in which the student had nothing to do.
+    """
+
+    waited: float
+
+    def batches(self, start: int, stop: int) -> Generator["Batch"]:
+        """Batches of steps [start, stop), in order, on the student's device."""
+        ...
+
+    def learned(self, batch: "Batch", student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """What both networks said of a batch, [B,K] each, after its step; without a wait."""
         ...
 
 

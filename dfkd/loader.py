@@ -3,7 +3,7 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -33,8 +33,11 @@ class Loader:
         self.device = device
         self.waited = 0.0  # seconds in which the student had nothing to do
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches in order; closing the iterator ends the thread."""
+    def learned(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """Nothing: which images come when does not hang on what the student makes of them."""
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """Batches in order; closing the generator ends the thread."""
         waiting: queue.Queue[Any] = queue.Queue(AHEAD)
         ended = threading.Event()
         thread = threading.Thread(target=self._fill, args=(start, stop, waiting, ended), daemon=True)

@@ -42,8 +42,11 @@ class Objective(nn.Module):
         """Images [B,3,H,W] in [0,1] -> the teacher's word."""
         return Taught(self._others["teacher"](x).float(), ())
 
-    def forward(self, x: Tensor, taught: Taught, labels: Tensor, targets: Tensor | None) -> Tensor:
-        """x [B,3,H,W] in [0,1]; labels int64 [B]; targets: class shares [B,K] where images are blended."""
+    def forward(self, x: Tensor, taught: Taught, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The loss, and the student's logits [B,K] without a graph.
+
+        x [B,3,H,W] in [0,1]; labels int64 [B]; targets: class shares [B,K] where images are blended.
+        """
         logits = self.net(self.student.preprocess(x)).float()
         spec, terms = self.spec, []
         if spec.kl:
@@ -51,4 +54,4 @@ class Objective(nn.Module):
         if spec.hard:
             plain = F.cross_entropy(logits, labels) if targets is None else class_scores(logits, targets).mean()
             terms.append(spec.hard * plain)
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum(), logits.detach()

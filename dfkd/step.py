@@ -42,8 +42,8 @@ class Step:
             devices = [self.device] if self.device.type == "cuda" else None
             self._loss = DistributedDataParallel(loss, device_ids=devices)
 
-    def run(self, batch: Batch, step: int) -> Tensor:
-        """Take a step of the optimizer on a batch; the loss, a scalar on the device, comes back without a wait."""
+    def run(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a step of the optimizer on a batch: loss, and logits [B,K] of student and teacher, without a wait."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, step)
         if self._draws:
@@ -52,25 +52,29 @@ class Step:
         x = looks(batch.images, batch.views, self.view, batch.partners)
         x = x.contiguous(memory_format=torch.channels_last)
         targets = self._targets(batch)
-        parts, total = self.spec.accumulate, torch.zeros((), device=self.device)
-        for part in range(parts):
-            total += self._part(x, batch, targets, part, parts)
+        parts = self.spec.accumulate
+        found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
         self.optimizer.step()
         if self.mean:
             self._follow(step)
-        return total
+        if parts == 1:
+            return found[0]
+        losses, ours, theirs = zip(*found, strict=True)
+        return torch.stack(losses).sum(), torch.cat(ours), torch.cat(theirs)
 
-    def _part(self, x: Tensor, batch: Batch, targets: Tensor | None, part: int, parts: int) -> Tensor:
-        """Forward and backward of one part of a batch; its share of the loss."""
+    def _part(
+        self, x: Tensor, batch: Batch, targets: Tensor | None, part: int, parts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward of one part of a batch: its share of the loss, and both networks' logits."""
         size = len(x) // parts
         cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
         with self._autocast():
             taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float(), ())
         with self._quiet(part + 1 < parts), self._autocast():
-            loss = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut]) / parts
+            loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
         with self._quiet(part + 1 < parts):
-            loss.backward()
-        return loss.detach()
+            (loss / parts).backward()
+        return loss.detach() / parts, said, taught.logits
 
     def _targets(self, batch: Batch) -> Tensor | None:
         """Class shares [B,K] of blended images for the hard loss; None where labels do."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.distill_spec import DistillSpec, learning_rate, spec_from
 from synthkd.dfkd.evaluate import predict
-from synthkd.dfkd.feed import Pixels, Reader, Request, Rows, Source
+from synthkd.dfkd.feed import Order, Pixels, Reader, Request, Rows, Source
+from synthkd.dfkd.loader import Loader
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sets import MemorySource
@@ -79,14 +80,16 @@ def distill(
     options, hooks = options or TrainOptions(device=str(device)), hooks or Hooks(on_step=on_step)
     source = MemorySource(data) if isinstance(data, LabelledImages) else data
     rows, held = split(source, spec.held_out, teacher.input_size)
-    student = _fresh(teacher, spec)
+    student = fresh_student(teacher, spec)
     reader = source.reader(teacher.input_size, options)
     try:
         stored = _labels(source, reader, teacher, spec, rows, labels_root, ranks, hooks)
         images = read_plain(reader, held)
+        order = Order(rows, spec.batch_size, spec.seed, ranks.rank, ranks.world)
         training = Training(
-            student=student, teacher=teacher, source=source, reader=reader, rows=rows, held=images,
-            wanted=predict(teacher, images).argmax(dim=1), spec=spec, options=options, ranks=ranks, stored=stored,
+            student=student, teacher=teacher,
+            feed=Loader(source, reader, order, sight_of(spec, rows), torch.device(ranks.device), stored),
+            held=images, wanted=predict(teacher, images).argmax(dim=1), spec=spec, options=options, ranks=ranks,
             identity=identity_of(spec, source, weights_sha256([teacher])), folder=folder, on_step=hooks.on_step,
             on_row=hooks.on_row, should_stop=hooks.should_stop,
         )  # fmt: skip
@@ -142,7 +145,7 @@ def _labels(
     return labels
 
 
-def _fresh(teacher: Teacher, spec: DistillSpec) -> Teacher:
+def fresh_student(teacher: Teacher, spec: DistillSpec) -> Teacher:
     """An untrained student with the teacher's preprocessing; its weights hang on the spec's seed alone."""
     device = teacher.get_buffer("mean").device
     torch.manual_seed(spec.seed)

@@ -18,11 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd.dfkd.distill_spec import DistillSpec, learning_rate
 from synthkd.dfkd.evaluate import predict
-from synthkd.dfkd.feed import Order, Reader, Source
-from synthkd.dfkd.loader import Loader
+from synthkd.dfkd.feed import Feed, Source
 from synthkd.dfkd.objective import Objective
 from synthkd.dfkd.parallel import Ranks
-from synthkd.dfkd.sight import Labels, Sight
+from synthkd.dfkd.sight import Sight
 from synthkd.dfkd.step import Step
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
@@ -43,22 +42,19 @@ class Stopped(Exception):  # noqa: N818 - not an error: the same command goes on
 class Training:
     """One training: what goes in, where its checkpoints go, and who is told.
 
-    source: its first `rows` rows are trained on; held: uint8 [M,3,h,w], images for the agreement, with the teacher's
-    classes `wanted`, int64 [M]; identity: what the student is a function of; folder: None keeps no checkpoint.
-    on_step: told the number of finished steps, images per second and the share of time spent waiting for data.
+    feed: the batches; held: uint8 [M,3,h,w], images for the agreement, with the teacher's classes `wanted`, int64 [M];
+    identity: what the student is a function of; folder: None keeps no checkpoint. on_step is told the number of
+    finished steps, on_row the log's rows: loss, learning rate, agreement, images per second, percent of time waited.
     """
 
     student: Teacher
     teacher: Teacher
-    source: Source
-    reader: Reader
-    rows: int
+    feed: Feed
     held: Tensor
     wanted: Tensor
     spec: DistillSpec
     options: TrainOptions
     ranks: Ranks
-    stored: Labels | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     on_step: Callable[[int], None] = lambda _: None
@@ -78,10 +74,7 @@ class Training:
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
         start = self._resume()
         self._judge = self._judged()
-        order = Order(self.rows, self.spec.batch_size, self.spec.seed, self.ranks.rank, self.ranks.world)
-        sight = sight_of(self.spec, self.rows)
-        loader = Loader(self.source, self.reader, order, sight, torch.device(self.ranks.device), self.stored)
-        self._loop(loader, start)
+        self._loop(start)
         chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
         net.load_state_dict({name: value.clone() for name, value in chosen.items()})
         net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
@@ -94,14 +87,16 @@ class Training:
             self.student(one)
         return 3.0 * count.get_total_flops() * self.spec.steps * self.spec.batch_size / self.ranks.world
 
-    def _loop(self, loader: Loader, start: int) -> None:
+    def _loop(self, start: int) -> None:
         spec, device = self.spec, torch.device(self.ranks.device)
         every, judged = max(25, spec.steps // 1000), max(100, spec.steps // 50)
-        total, counted, clock = torch.zeros((), device=device), 0, _Clock(loader)
+        total, counted, clock = torch.zeros((), device=device), 0, _Clock(self.feed)
         saved = time.monotonic()
-        with closing(loader.batches(start, spec.steps)) as batches:  # type: ignore[type-var]
+        with closing(self.feed.batches(start, spec.steps)) as batches:
             for step, batch in enumerate(batches, start):
-                total += self._step.run(batch, step)
+                loss, *said = self._step.run(batch, step)
+                self.feed.learned(batch, *said)
+                total += loss
                 counted, done, last = counted + 1, step + 1, step + 1 == spec.steps
                 if done % every == 0 or last:
                     agreement = self._agreement() if last or done % judged == 0 else None
@@ -177,11 +172,11 @@ class Training:
 class _Clock:
     """Images per second and percent of time waited since the last reading."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader, self._at, self._waited = loader, time.perf_counter(), loader.waited
+    def __init__(self, feed: Feed) -> None:
+        self._feed, self._at, self._waited = feed, time.perf_counter(), feed.waited
 
     def read(self, images: int) -> dict[str, float]:
-        now, waited = time.perf_counter(), self._loader.waited
+        now, waited = time.perf_counter(), self._feed.waited
         spent = max(now - self._at, 1e-9)
         out = {"images_per_second": round(images / spent, 1)}
         out["data_wait"] = round(100 * min(1.0, (waited - self._waited) / spent), 2)
