@@ -1,6 +1,5 @@
 """The `synthkd` command; further subcommands come from the entry-point group `synthkd.commands`."""
 
-import json
 import logging
 import sys
 from dataclasses import replace
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_distill import distill, labels
+from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
 from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_progress import Bars, StopFlag
@@ -40,6 +40,7 @@ app.command("export", epilog="Example: synthkd export embedded:digits --preset d
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
+app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
@@ -166,27 +167,6 @@ def synth(
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")
-def evaluate(
-    card: Annotated[str, typer.Argument(help="Card of a student or teacher.")],
-    data: Annotated[str, typer.Option(help="digits:test, a folder of class folders, or an .npz of x and y.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print accuracy and confusion matrix as JSON.")] = False,
-    allow_code: options.AllowCode = False,
-    device: options.Device = None,
-) -> None:
-    """Score a classifier on real labelled images."""
-    from synthkd.dfkd.data import load_test_set
-    from synthkd.dfkd.evaluate import evaluate as score
-    from synthkd.dfkd.teachers import load_teacher
-
-    net = load_teacher(card, options.pick_device(device), allow_code=allow_code)
-    result = score(net, load_test_set(data, net.classes, net.input_size))
-    if json_output:
-        print(json.dumps({"accuracy": result.accuracy, "confusion": result.confusion}))
-    else:
-        out.print(f"{card}: {result.accuracy:.2f} % on {data}", soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: synthkd verify sets/digits")

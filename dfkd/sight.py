@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from synthkd.dfkd.dense import DensePixels, turned_labels
 from synthkd.dfkd.feed import Batch, Order, Pixels, Request, Rows, Source
 from synthkd.dfkd.views import Views, ViewSpec, draw_views, per_epoch, view_of_epoch
 
@@ -89,4 +90,5 @@ def batch_of(source: Source, asked: Asked, pixels: Pixels, stored: Labels | None
         views=main,
         partners=partners,
         logits=stored.of(rows[:b], asked.epochs[used[:b]]) if stored else None,
+        masks=turned_labels(pixels.masks[:b], main) if isinstance(pixels, DensePixels) else None,
     )
