@@ -67,7 +67,7 @@ class Step:
         size = len(x) // parts
         cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
         with self._autocast():
-            taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float(), ())
+            taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float())
         with self._quiet(part + 1 < parts), self._autocast():
             loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
         with self._quiet(part + 1 < parts):

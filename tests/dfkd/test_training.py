@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.feed import Order
 from synthkd.dfkd.nets import build_net
 from synthkd.dfkd.objective import Objective
 from synthkd.dfkd.parallel import Ranks
-from synthkd.dfkd.sets import MemorySource
 from synthkd.dfkd.sight import Sight, batch_of, request_for
 from synthkd.dfkd.step import Step
 from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, distill, fresh_student
