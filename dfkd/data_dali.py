@@ -56,7 +56,7 @@ class _Decoder:
         fn, types = dali.fn, dali.types
         gpu = device.type == "cuda"
         self._given: deque[tuple[Any, ...]] = deque()
-        self.most, self.cut, self._device = most, cut, device
+        self.most, self.cut = most, cut
         self._pipe = dali.Pipeline(
             batch_size=most,
             num_threads=threads,
@@ -90,9 +90,8 @@ class _Decoder:
         self._pipe.reset()  # DALI took the pause since the last batch for the end of the data
         self._pipe.schedule_run()
 
-    def wait(self) -> Any:
-        """The oldest batch, as DALI's list of tensors, good until `release`."""
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+    def wait(self, stream: Any = None) -> Any:
+        """The oldest batch, as DALI's list of tensors, good until `release`; on a GPU for work on `stream`."""
         return self._pipe.share_outputs(cuda_stream=stream)[0]
 
     def release(self) -> None:
@@ -131,6 +130,8 @@ class DaliReader(AheadReader):
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.decoder += ", GPU" if self.device.type == "cuda" else ""
+        gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
         self._sizes = np.zeros((len(source), 2), np.int32)  # stored height and width, 0 until an image was looked at
         self._jobs: deque[_Job] = deque()
         self._decoder: _Decoder | None = None
@@ -255,7 +256,7 @@ class DaliReader(AheadReader):
         """uint8 [B,h,w,3]: DALI's images, resized and mirrored, in memory of our own."""
         if not job.given or self._decoder is None:
             raise RuntimeError("the pipeline was broken before this batch")
-        images = self._decoder.wait()
+        images = self._decoder.wait(self._stream)
         try:
             return self._on_gpu(job, images) if self.device.type == "cuda" else self._on_cpu(job, images)
         finally:
@@ -275,26 +276,32 @@ class DaliReader(AheadReader):
         return out
 
     def _on_gpu(self, job: _Job, images: Any) -> Tensor:
-        """images: whole ones, on the GPU."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
+        """images: whole ones, on the GPU. Waits for its own stream alone: DALI's buffer is copied then."""
+        views, users = job.request.views.take(job.positions), torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            if images.is_dense_tensor():
+                made = viewed(_owned(images.as_tensor(), self.device), views, self.size)
+            else:
+                singles = ((_owned(images[k], self.device), views.take([k])) for k in range(len(views)))
+                made = torch.cat([viewed(image[None], view, self.size) for image, view in singles])
+            if not job.readable.all():
+                places, some = torch.from_numpy(job.positions).to(self.device), made
+                made = torch.empty(len(job.readable), *self.size, 3, dtype=torch.uint8, device=self.device)
+                made[places] = some
+        assert self._stream is not None
+        self._stream.synchronize()
+        for stream in (users, torch.cuda.default_stream(self.device)):  # its memory is theirs until they are done
+            made.record_stream(stream)
+        return made
 
-        views, stream = job.request.views.take(job.positions), torch.cuda.current_stream(self.device)
 
-        def owned(part: Any) -> Tensor:
-            mine = torch.empty(tuple(part.shape()), dtype=torch.uint8, device=self.device)
-            feed_ndarray(part, mine, cuda_stream=stream)
-            return mine
+def _owned(image: Any, device: torch.device) -> Tensor:
+    """A copy of DALI's tensor on the current stream."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        if images.is_dense_tensor():
-            made = viewed(owned(images.as_tensor()), views, self.size)
-        else:
-            singles = (viewed(owned(images[k])[None], views.take([k]), self.size) for k in range(len(views)))
-            made = torch.cat(list(singles))
-        if job.readable.all():
-            return made
-        out = torch.empty(len(job.readable), *self.size, 3, dtype=torch.uint8, device=self.device)
-        out[torch.from_numpy(job.positions).to(self.device)] = made
-        return out
+    mine = torch.empty(tuple(image.shape()), dtype=torch.uint8, device=device)
+    feed_ndarray(image, mine, cuda_stream=torch.cuda.current_stream(device))
+    return mine
 
 
 def _fit(work: tuple[NDArray[np.uint8], bool, NDArray[np.uint8]]) -> bool:

@@ -188,11 +188,11 @@ def test_what_dali_alone_cannot_read_is_read_by_hand(
     ours = read(source, (10, 11), options("torch"), requests(order, 0, 6))
     calls, wait = [0], data_dali._Decoder.wait
 
-    def failing(self: Any) -> Any:
+    def failing(self: Any, stream: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise RuntimeError("planted")
-        return wait(self)
+        return wait(self, stream)
 
     monkeypatch.setattr(data_dali._Decoder, "wait", failing)
     theirs = source.reader((10, 11), options("dali"))
