@@ -48,10 +48,9 @@ def put(pixels: NDArray[np.uint8], box: Box, flip: bool, out: NDArray[np.uint8])
     """Write an image's crop, resized and mirrored, to uint8 [h,w,3]; `pixels` may be `out` itself."""
     top, left, height, width = box
     part = resized(pixels[top : top + height, left : left + width], (out.shape[0], out.shape[1]))
-    shared = np.may_share_memory(part, out)
     if flip:
-        out[...] = part[:, ::-1].copy() if shared else part[:, ::-1]
-    elif not shared:
+        out[...] = part[:, ::-1]
+    elif not np.may_share_memory(part, out):
         out[...] = part
 
 
