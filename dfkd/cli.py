@@ -1,6 +1,5 @@
 """The `synthkd` command; further subcommands come from the entry-point group `synthkd.commands`."""
 
-import json
 import logging
 import sys
 from dataclasses import replace
@@ -17,7 +16,10 @@ from safetensors import SafetensorError
 
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_decoder import fit
+from synthkd.dfkd.cli_distill import distill, labels
+from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
+from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -35,6 +37,10 @@ app = typer.Typer(
 )
 app.add_typer(teacher_app, name="teacher")
 app.command("export", epilog="Example: synthkd export embedded:digits --preset digits --backend onnx")(export)
+app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
+app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
+app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
+app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
@@ -163,65 +169,6 @@ def synth(
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
 
 
-@app.command(epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")
-def distill(
-    set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")],
-    out_dir: options.Out,
-    teacher: Annotated[str | None, typer.Option(help="Teacher card (default: the one that guided the set).")] = None,
-    preset: Annotated[str | None, typer.Option(help="Take student and training settings from a preset.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Softmax temperature of the KL loss.")] = None,
-    spec_file: Annotated[Path | None, typer.Option("--spec", help="TOML file of DistillSpec fields.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first so many images.")] = None,
-    previews: Annotated[bool, typer.Option(help="Train on the set's clean-latent previews too, if it has any.")] = True,
-    seed: options.Seed = 0,
-    allow_code: options.AllowCode = False,
-    device: options.Device = None,
-) -> None:
-    """Train a student on a synthetic set under its teacher."""
-    from synthkd.dfkd.data import load_synthetic
-    from synthkd.dfkd.student import distill as train
-    from synthkd.dfkd.student import save_student
-    from synthkd.dfkd.teachers import load_teacher
-
-    spec = options.distill_spec(preset, spec_file, steps, batch_size, temperature, seed)
-    card = teacher or options.set_teacher(set_dir)
-    chosen = load_teacher(card, options.pick_device(device), allow_code=allow_code)
-    options.check_limit(limit, options.set_size(set_dir))
-    data = load_synthetic(set_dir, limit, chosen.input_size, previews)
-    ours, theirs = len(data.classes), len(chosen.classes)
-    if ours != theirs:
-        raise SynthkdError(f"teacher {card!r} has {theirs} outputs, the set has {ours} classes")
-    with Bars(out) as bars:
-        bars.begin("distill", spec.steps, "steps")
-        student = train(data, chosen, spec, lambda _: bars.advance("distill", 1))
-    path = save_student(student, spec, out_dir, {"teacher": card, "set": set_dir.name})
-    says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
-    out.print(f"{path}: {says}", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")
-def evaluate(
-    card: Annotated[str, typer.Argument(help="Card of a student or teacher.")],
-    data: Annotated[str, typer.Option(help="digits:test, a folder of class folders, or an .npz of x and y.")],
-    json_output: Annotated[bool, typer.Option("--json", help="Print accuracy and confusion matrix as JSON.")] = False,
-    allow_code: options.AllowCode = False,
-    device: options.Device = None,
-) -> None:
-    """Score a classifier on real labelled images."""
-    from synthkd.dfkd.data import load_test_set
-    from synthkd.dfkd.evaluate import evaluate as score
-    from synthkd.dfkd.teachers import load_teacher
-
-    net = load_teacher(card, options.pick_device(device), allow_code=allow_code)
-    result = score(net, load_test_set(data, net.classes, net.input_size))
-    if json_output:
-        print(json.dumps({"accuracy": result.accuracy, "confusion": result.confusion}))
-    else:
-        out.print(f"{card}: {result.accuracy:.2f} % on {data}", soft_wrap=True, highlight=False)
-
-
 @app.command(epilog="Example: synthkd verify sets/digits")
 def verify(set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]) -> None:
     """Check a set against its manifest and index; every damaged or missing member is named."""
@@ -263,11 +210,13 @@ def replay(
 
 
 @app.command(epilog="Example: synthkd report runs/digits")
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run or of a set.")]) -> None:
-    """Write report.html, one self-contained page, for a run or a set."""
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a set or a student.")]) -> None:
+    """Write report.html, one self-contained page, for a run, a set or a student."""
     from synthkd.dfkd.report import write_report
+    from synthkd.dfkd.report_student import is_student, write_student_report
 
-    out.print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+    write = write_student_report if is_student(run_dir) else write_report
+    out.print(str(write(run_dir)), soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: synthkd info")

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from synthkd.dfkd.distill_spec import DistillSpec, spec_from
 from synthkd.dfkd.job import SynthJob, read_source
 from synthkd.dfkd.presets import load_preset
-from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.targets import read_targets
 from synthkd.dfkd.teachers import card_path, read_card
 from synthkd.dfkd.toml_files import read_toml

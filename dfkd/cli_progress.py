@@ -30,6 +30,7 @@ class Bars:
             MofNCompleteColumn(),
             RateColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}", style="dim"),
             console=console,
         )
         self._tasks: dict[str, Any] = {}
@@ -45,11 +46,15 @@ class Bars:
 
     def begin(self, stage: str, total: int, unit: str) -> None:
         """A stage of `total` units starts."""
-        self._tasks[stage] = self._bars.add_task(stage.replace("_", " "), total=total, unit=unit)
+        self._tasks[stage] = self._bars.add_task(stage.replace("_", " "), total=total, unit=unit, note="")
 
     def advance(self, stage: str, count: int) -> None:
         """`count` more units are done."""
         self._bars.advance(self._tasks[stage], count)
+
+    def note(self, stage: str, text: str) -> None:
+        """Words beside a stage's bar."""
+        self._bars.update(self._tasks[stage], note=text)
 
     def end(self, stage: str) -> None:
         """The stage is over."""
@@ -85,7 +90,7 @@ class StopFlag:
         """Whether a stop was asked for."""
         return self._signal is not None
 
-    def exit_code(self, console: Console, hint: str) -> int:
+    def exit_code(self, console: Console, hint: str, unit: str = "group") -> int:
         """75 (try again) after SIGTERM, 130 after an interrupt; says so."""
-        console.print(f"stopped after a whole group; {hint}")
+        console.print(f"stopped after a whole {unit}; {hint}")
         return 130 if self._signal == signal.SIGINT else 75

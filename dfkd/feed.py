@@ -3,7 +3,7 @@
 A reader's whole state is therefore the number of the next step: a run that was killed goes on anywhere.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -135,12 +135,30 @@ class Reader(Protocol):
         ...
 
 
+class Feed(Protocol):
+    """Where the training loop gets its batches from.
+
+    waited: seconds in which the student had nothing to do.
+    """
+
+    waited: float
+
+    def batches(self, start: int, stop: int) -> Generator["Batch"]:
+        """Batches of steps [start, stop), in order, on the student's device."""
+        ...
+
+    def learned(self, batch: "Batch", student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """What both networks said of a batch, [B,K] each, after its step; without a wait."""
+        ...
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step of a student sees.
 
     images: uint8 [B,3,h,w], an NCHW view of channels_last memory, cropped and mirrored; partners: the same, of what
-    they are blended with, or None where none is; labels: int64 [B]; rows: int64 [B] in the set; keys: their names;
+    they are blended with, or None where none is; labels, partner_labels: int64 [B], of both; rows: int64 [B] in the
+    set; keys: their names;
     views: what else `views.looks` is to do; logits: float [B,K], the teacher's of exactly these views where they
     are stored; masks: int64 [B,h,w], label maps of dense tasks, cropped, mirrored and turned as the images are.
     """
@@ -148,6 +166,7 @@ class Batch:
     step: int
     images: Tensor
     labels: Tensor
+    partner_labels: Tensor
     rows: Rows
     keys: tuple[str, ...]
     views: Views

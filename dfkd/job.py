@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from synthkd.dfkd.distill_spec import DistillSpec, spec_from
 from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
-from synthkd.dfkd.student import DistillSpec, spec_from
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Execution, Recipe, Synthesizer, SynthkdError
 from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice

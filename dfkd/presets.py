@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
+from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.job import SynthJob
-from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe, SynthkdError
 from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import suggest

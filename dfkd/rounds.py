@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from synthkd.dfkd.data import load_synthetic
 from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.progress import Progress, Silent
-from synthkd.dfkd.student import distill, save_student
+from synthkd.dfkd.sets import open_set
+from synthkd.dfkd.student import Hooks, Stopped, distill, save_student
 from synthkd.dfkd.teachers import load_teacher
+from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.index import (
     MANIFEST,
@@ -139,7 +140,7 @@ def ensure_student(
             known = checkpoint_digest(read_manifest(folder), round_)
         try:
             card = _train(job, folder, round_, count, request.seed, progress, should_stop)
-        except _StopAsked:
+        except Stopped:
             return None
         found = found_checkpoint(folder, round_)
         if found is None or known not in (None, found):
@@ -149,10 +150,6 @@ def ensure_student(
             )
         note_checkpoint(folder, round_, found)
         return card
-
-
-class _StopAsked(Exception):  # noqa: N818 - not an error
-    """The caller wants to stop; nothing of the training is kept."""
 
 
 def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
@@ -178,20 +175,27 @@ def _train(
     progress: Progress,
     should_stop: Callable[[], bool],
 ) -> Path:
-    """Train and save a round's student, on a CPU with one thread; a function of (set so far, spec, seed, round)."""
+    """Train and save a round's student, on a CPU with one thread; a function of (set so far, spec, seed, round).
+
+    Raises Stopped where that is asked for; its checkpoint is gone on from.
+    """
     spec = replace(job.round_student, seed=(seed + round_) % 2**63)
     teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
-    data, stage = load_synthetic(folder, count, teacher.input_size), f"student of round {round_}"
+    source, stage, where, done = open_set(folder, count), f"student of round {round_}", round_folder(folder, round_), 0
 
-    def on_step(_: int) -> None:
-        progress.advance(stage, 1)
-        if should_stop():
-            raise _StopAsked
+    def on_step(step: int) -> None:
+        nonlocal done
+        progress.advance(stage, step - done)
+        done = step
 
+    where.mkdir(parents=True, exist_ok=True)
     progress.begin(stage, spec.steps, "steps")
     try:
         with one_thread(job.device):
-            student = distill(data, teacher, spec, on_step)
+            hooks = Hooks(on_step=on_step, should_stop=should_stop)
+            student = distill(source, teacher, spec, folder=where, labels_root=folder, hooks=hooks)
     finally:
         progress.end(stage)
-    return save_student(student, spec, round_folder(folder, round_), {"round": round_, "images": count})
+    card = save_student(student, spec, where, {"round": round_, "images": count})
+    (where / CHECKPOINT).unlink(missing_ok=True)
+    return card

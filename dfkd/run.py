@@ -23,8 +23,10 @@ from synthkd.dfkd.presets import Preset, unguided
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.rounds import draw_set
+from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.student import DistillSpec, distill, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
+from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
@@ -208,11 +210,13 @@ def train_student(job: StudentJob) -> Path:
     if job.device == "cpu":
         torch.set_num_threads(1)
     teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
-    data = load_synthetic(job.set_dir, job.limit, teacher.input_size, job.previews)
-    student = distill(data, teacher, job.spec)
-    about = {"teacher": job.teacher, "images": len(data)}
+    source = open_set(job.set_dir, job.limit, job.previews)
+    job.out_dir.mkdir(parents=True, exist_ok=True)
+    student = distill(source, teacher, job.spec, folder=job.out_dir, labels_root=job.set_dir)
+    about = {"teacher": job.teacher, "images": len(source)}
     save_student(student, job.spec, job.out_dir, about)
     write_atomically(marker, job.stamp)
+    (job.out_dir / CHECKPOINT).unlink(missing_ok=True)
     return card
 
 

@@ -260,6 +260,85 @@ class Session:
             x.record_stream(self._stream)
 
 
+def describe(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write texts into a file's metadata, and call its open dimension 0 `batch`."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    for name, text in metadata.items():
+        entry = model.metadata_props.add()
+        entry.key, entry.value = name, text
+    old = [value.type.tensor_type.shape.dim[0].dim_param for value in model.graph.input]
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param and dim.dim_param in old:
+                dim.dim_param = "batch"
+    onnx.save(model, str(path))
+
+
+class OneFile:
+    """A model that is one file with its weights inside: its metadata, and a callable on flat tensors by name.
+
+    metadata: the file's own texts; inputs, outputs: names.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        """Raises ExportError for a missing package, a damaged file, and one whose weights lie in other files.
+
+        A file may name any path of the machine as the place of its weights, so such a file is not opened.
+        """
+        ort = _runtime()
+        provider = pick_provider(Options(), device)
+        data = _alone(path)
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 3
+        if device.type == "cpu":
+            settings.intra_op_num_threads = torch.get_num_threads()
+            settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = ort.InferenceSession(data, settings, providers=[_PROVIDERS[provider]])
+        except Exception as error:
+            raise ExportError(f"onnx: {path.name} cannot be loaded ({first_line(error)})") from error
+        self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
+        self.inputs = tuple(entry.name for entry in self._session.get_inputs())
+        self.outputs = tuple(entry.name for entry in self._session.get_outputs())
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        """Inputs in order; outputs lie on the CPU. Raises ExportError where the run fails, for a wrong shape say."""
+        given = {name: x.detach().cpu().numpy() for name, x in zip(self.inputs, tensors, strict=True)}
+        try:
+            return [torch.from_numpy(y) for y in self._session.run(None, given)]
+        except Exception as error:
+            raise ExportError(f"onnx: a run failed ({first_line(error)})") from error
+
+
+def _alone(path: Path) -> bytes:
+    """The bytes of a file that needs no other file."""
+    import onnx
+
+    data = path.read_bytes()
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # a parser raises anything
+        raise ExportError(f"onnx: {path.name} is no ONNX file ({first_line(error)})") from error
+    for tensor in _tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise ExportError(f"onnx: {path.name} keeps tensor {tensor.name!r} in another file; expected all in one")
+    return data
+
+
+def _tensors(message: Any) -> Iterator[Any]:
+    """Every TensorProto inside a protobuf message, at any depth."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            many = value if hasattr(value, "__len__") and not hasattr(value, "ListFields") else [value]
+            for part in many:
+                yield from _tensors(part)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter's remarks about what it does not need."""

@@ -2,14 +2,16 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.evaluate import evaluate
 from synthkd.dfkd.nets import build_net
-from synthkd.dfkd.student import DistillSpec, affine, distill, learning_rate, save_student
+from synthkd.dfkd.student import DistillSpec, distill, learning_rate, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
+from synthkd.dfkd.views import ViewSpec, affine, draw_views
 from synthkd.engine.errors import SynthkdError
 
 SPEC = DistillSpec(arch_args={"widths": [8], "blocks": [1]}, steps=60, batch_size=32, warmup_steps=5, shift=0.0)
@@ -72,7 +74,8 @@ def test_teacher_is_left_alone(task: tuple[LabelledImages, Teacher]) -> None:
 def test_affine_pads_with_the_border() -> None:
     """A light image keeps light edges under any shift."""
     x = torch.full((8, 3, 10, 14), 0.9)
-    out = affine(x, DistillSpec(shift=0.4, rotate=0.5), torch.Generator().manual_seed(0))
+    views = draw_views(ViewSpec(shift=0.4, rotate=0.5, zoom=0.1), 0, 0, np.arange(8), 8)
+    out = affine(x, torch.from_numpy(views.affine))
     assert out.shape == x.shape
     assert torch.allclose(out, x)
 

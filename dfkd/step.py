@@ -1,0 +1,166 @@
+"""One training step: teacher, student, losses, backward, optimizer, in as few launches as torch allows, without a wait.
+
+The graphs are: the teacher (none with stored labels), the student with its losses, their backward; the optimizer and
+the running mean of the weights are one fused call each.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from synthkd.dfkd.distill_spec import DistillSpec, learning_rate
+from synthkd.dfkd.feed import Batch
+from synthkd.dfkd.objective import Objective, Taught
+from synthkd.dfkd.parallel import Ranks
+from synthkd.dfkd.views import ViewSpec, looks
+from synthkd.engine import rng
+
+
+class Step:
+    """The student, its optimizer and running mean; `run` takes one batch."""
+
+    def __init__(
+        self, objective: Objective, spec: DistillSpec, ranks: Ranks, dtype: torch.dtype, mode: str | None
+    ) -> None:
+        """dtype: of the networks under autocast; mode: of torch.compile, None for eager."""
+        self.objective, self.spec, self.ranks, self.dtype = objective, spec, ranks, dtype
+        self.view, self.device = ViewSpec.of(spec), torch.device(ranks.device)
+        self.net = objective.student.net
+        self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.optimizer = _optimizer(self.parameters, spec)
+        self.mean = _floats(self.net, copy=True) if spec.ema else {}
+        self._draws = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.net.modules())
+        self._teach: Any = _graph(objective.teach, mode)
+        self._loss: Any = _graph(objective, mode)
+        if ranks.world > 1:
+            devices = [self.device] if self.device.type == "cuda" else None
+            self._loss = DistributedDataParallel(self._loss, device_ids=devices)
+
+    def run(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a step of the optimizer on a batch: loss, and logits [B,K] of student and teacher, without a wait."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.spec, step)
+        if self._draws:
+            self._seed(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        x = looks(batch.images, batch.views, self.view, batch.partners)
+        x = x.contiguous(memory_format=torch.channels_last)
+        targets = self._targets(batch)
+        parts = self.spec.accumulate
+        found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
+        self.optimizer.step()
+        if self.mean:
+            self._follow(step)
+        if parts == 1:
+            return found[0]
+        losses, ours, theirs = zip(*found, strict=True)
+        return torch.stack(losses).sum(), torch.cat(ours), torch.cat(theirs)
+
+    def _part(
+        self, x: Tensor, batch: Batch, targets: Tensor | None, part: int, parts: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Forward and backward of one part of a batch: its share of the loss, and both networks' logits."""
+        size = len(x) // parts
+        cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
+        with self._autocast():
+            taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float())
+        with self._quiet(part + 1 < parts), self._autocast():
+            loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
+        with self._quiet(part + 1 < parts):
+            (loss / parts).backward()
+        return loss.detach() / parts, said, taught.logits
+
+    def _targets(self, batch: Batch) -> Tensor | None:
+        """Class shares [B,K] of blended images for the hard loss; None where labels do."""
+        if not self.spec.hard or batch.partners is None:
+            return None
+        share = torch.from_numpy(batch.views.share).to(self.device, non_blocking=True)[:, None]
+        eye = torch.eye(self.objective.num_classes, device=self.device)
+        return share * eye[batch.labels] + (1 - share) * eye[batch.partner_labels]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def _quiet(self, on: bool) -> AbstractContextManager[Any]:
+        """Within it gradients are not exchanged: only the last part of a batch does that."""
+        return self._loss.no_sync() if on and self.ranks.world > 1 else nullcontext()
+
+    def _seed(self, step: int) -> None:
+        """Dropout is a function of (seed, step, rank), so that there is no state of it to keep."""
+        torch.manual_seed(int(rng.raw(self.spec.seed, step, f"dropout {self.ranks.rank}", 1)[0] >> 1))
+
+    @torch.no_grad()
+    def _follow(self, step: int) -> None:
+        """mean <- d mean + (1 - d) weights, d = min(ema, (1 + step) / (10 + step)), so that the start is forgotten."""
+        decay, now = min(self.spec.ema, (1 + step) / (10 + step)), _floats(self.net)
+        torch._foreach_lerp_(list(self.mean.values()), [now[name] for name in self.mean], 1 - decay)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The student's tensors by name: the running mean where there is one."""
+        return {**self.net.state_dict(), **self.mean}
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a later step hangs on, by name."""
+        out = {f"net.{name}": value for name, value in self.objective.state_dict().items()}
+        out |= {f"mean.{name}": value for name, value in self.mean.items()}
+        for i, p in enumerate(self.parameters):
+            out |= {f"optimizer.{i}.{name}": torch.as_tensor(v) for name, v in self.optimizer.state[p].items()}
+        return out
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a state; raises KeyError, ValueError or RuntimeError for another network's."""
+        cut, kept = _tables(state), dict[str, dict[str, Tensor]]()
+        for name, value in cut.get("optimizer", {}).items():
+            index, _, what = name.partition(".")
+            kept.setdefault(index, {})[what] = value
+        self.objective.load_state_dict(cut["net"])
+        for name, value in self.mean.items():
+            value.copy_(cut["mean"][name])
+        for i, p in enumerate(self.parameters):
+            self.optimizer.state[p] = {k: _like(v, p) for k, v in kept.get(str(i), {}).items()}
+
+
+def _graph(call: Callable[..., Any], mode: str | None) -> Any:
+    """One graph, whole or an error; called with one size of batch, it is compiled once."""
+    return call if mode is None else torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """An optimizer's tensor where its parameter is; counters stay scalars."""
+    moved = value.to(parameter.device)
+    return moved.contiguous(memory_format=torch.channels_last) if _is_last(parameter) and moved.dim() == 4 else moved
+
+
+def _is_last(p: Tensor) -> bool:
+    return p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+
+
+def _tables(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Names cut at their first dot."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for name, value in state.items():
+        table, _, rest = name.partition(".")
+        out.setdefault(table, {})[rest] = value
+    return out
+
+
+def _floats(net: nn.Module, copy: bool = False) -> dict[str, Tensor]:
+    """Floating point tensors of a network by name; counters are none."""
+    found = {name: value.detach() for name, value in net.state_dict().items() if value.is_floating_point()}
+    return {name: value.clone() for name, value in found.items()} if copy else found
+
+
+def _optimizer(parameters: list[nn.Parameter], spec: DistillSpec) -> torch.optim.Optimizer:
+    """One fused call a step; decoupled weight decay (arXiv 1711.05101), or Nesterov's momentum."""
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, spec.learning_rate, spec.momentum, weight_decay=spec.weight_decay, nesterov=spec.momentum > 0,
+            fused=True,
+        )  # fmt: skip
+    return torch.optim.AdamW(parameters, spec.learning_rate, weight_decay=spec.weight_decay, fused=True)

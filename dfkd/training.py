@@ -1,0 +1,219 @@
+"""The training loop: batches in, a student out; killed anywhere, the same command ends in the same student."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from synthkd.dfkd.distill_spec import DistillSpec, learning_rate
+from synthkd.dfkd.evaluate import predict
+from synthkd.dfkd.feed import Feed, Source
+from synthkd.dfkd.objective import Objective
+from synthkd.dfkd.parallel import Ranks
+from synthkd.dfkd.sight import Sight
+from synthkd.dfkd.step import Step
+from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.tensor_files import read_tensors, write_tensors
+from synthkd.dfkd.train_options import TrainOptions
+from synthkd.dfkd.views import ViewSpec
+from synthkd.engine.errors import SynthkdError
+
+CHECKPOINT = "checkpoint.safetensors"
+LogRow = dict[str, float | None]
+_log = logging.getLogger("synthkd")
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the same command goes on later
+    """The training was asked to stop; its checkpoint is written where it has a folder."""
+
+
+@dataclass(kw_only=True)
+class Training:
+    """One training: what goes in, where its checkpoints go, and who is told.
+
+    feed: the batches; held: uint8 [M,3,h,w], images for the agreement, with the teacher's classes `wanted`, int64 [M];
+    identity: what the student is a function of; folder: None keeps no checkpoint. on_step is told the number of
+    finished steps, on_row the log's rows: loss, learning rate, agreement, images per second, percent of time waited.
+    """
+
+    student: Teacher
+    teacher: Teacher
+    feed: Feed
+    held: Tensor
+    wanted: Tensor
+    spec: DistillSpec
+    options: TrainOptions
+    ranks: Ranks
+    identity: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
+    on_step: Callable[[int], None] = lambda _: None
+    on_row: Callable[[LogRow], None] = lambda _: None
+    should_stop: Callable[[], bool] = lambda: False
+    log: list[LogRow] = field(default_factory=list)
+    best: tuple[float, dict[str, Tensor]] = (-1.0, {})
+
+    def run(self) -> float:
+        """Train; the student then holds the chosen weights. Returns its agreement on held-out images, in percent.
+
+        Raises SynthkdError for a loss that is not finite, and Stopped.
+        """
+        net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
+        objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
+        mode = self._compile_mode()
+        self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
+        start = self._resume()
+        self._judge = self._judged()
+        with objective.attached():
+            self._loop(start)
+        chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
+        net.load_state_dict({name: value.clone() for name, value in chosen.items()})
+        net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+        return self.best[0] if self.spec.select == "best" else float(self.log[-1]["agreement"] or 0.0)
+
+    def _compile_mode(self) -> str | None:
+        """torch.compile's mode, None for eager. Grad-CAM takes gradients inside the step, which has no whole graph."""
+        if not self.spec.grad_cam:
+            return self.options.compile_mode(self._operations(), self.spec.steps)
+        if self.options.compile not in ("auto", "off"):
+            raise SynthkdError(f"--compile {self.options.compile}: grad_cam runs eagerly; choose auto or off")
+        return None
+
+    def _operations(self) -> float:
+        """Floating point operations of the whole training on this process; a backward pass counts as two forward."""
+        one = torch.zeros(1, 3, *self.student.input_size, device=self.student.get_buffer("mean").device)
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            self.student(one)
+        return 3.0 * count.get_total_flops() * self.spec.steps * self.spec.batch_size / self.ranks.world
+
+    def _loop(self, start: int) -> None:
+        spec, device = self.spec, torch.device(self.ranks.device)
+        every, judged = max(25, spec.steps // 1000), max(100, spec.steps // 50)
+        total, counted, clock = torch.zeros((), device=device), 0, _Clock(self.feed)
+        saved = time.monotonic()
+        with closing(self.feed.batches(start, spec.steps)) as batches:
+            for step, batch in enumerate(batches, start):
+                loss, *said = self._step.run(batch, step)
+                self.feed.learned(batch, *said)
+                total += loss
+                counted, done, last = counted + 1, step + 1, step + 1 == spec.steps
+                if done % every == 0 or last:
+                    agreement = self._agreement() if last or done % judged == 0 else None
+                    self._note(done, total / counted, agreement, clock.read(counted * spec.batch_size))
+                    total, counted = torch.zeros((), device=device), 0
+                self.on_step(done)
+                if self._to_stop(counted == 0) and not last:
+                    self._save(done)
+                    raise Stopped
+                if time.monotonic() - saved >= self.options.checkpoint_seconds and counted == 0 and not last:
+                    self._save(done)
+                    saved = time.monotonic()
+
+    def _to_stop(self, together: bool) -> bool:
+        """Whether to stop now; several processes ask each other only where `together`, at a log row."""
+        return self.ranks.any(self.should_stop()) if together or self.ranks.world == 1 else False
+
+    def _note(self, done: int, loss: Tensor, agreement: float | None, rates: dict[str, float]) -> None:
+        value = self.ranks.mean(loss.clone()).item()
+        if not math.isfinite(value):
+            raise SynthkdError(f"distill: the loss is {value} at step {done}; lower learning_rate")
+        rate = round(learning_rate(self.spec, done - 1), 8)
+        row: LogRow = {"step": done, "loss": round(value, 6), "lr": rate, "agreement": agreement, **rates}
+        self.log.append(row)
+        self.on_row(row)
+        if agreement is not None and agreement >= self.best[0]:  # the later of equals has seen more
+            weights = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in self._step.weights().items()}
+            self.best = agreement, weights
+
+    def _judged(self) -> Teacher:
+        """A second copy of the student that is only looked through, so that training's graphs stay as they are."""
+        return deepcopy(self.student)
+
+    def _agreement(self) -> float:
+        """Percent of held-out images on which teacher and student name one class."""
+        self._judge.net.load_state_dict(self._step.weights())
+        self._judge.net.eval()
+        same = (predict(self._judge, self.held).argmax(dim=1) == self.wanted).float().mean().item()
+        return round(100 * same, 3)
+
+    def _save(self, done: int) -> None:
+        """A checkpoint after `done` steps."""
+        if self.folder is None or not self.ranks.first:
+            return
+        best = {f"best.{name}": value for name, value in self.best[1].items()}
+        note = {"step": done, "log": self.log, "best": self.best[0], "identity": self.identity}
+        write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
+
+    def _resume(self) -> int:
+        """The step to go on from: a checkpoint's, or 0. Raises SynthkdError for one of another training."""
+        path = self.folder / CHECKPOINT if self.folder else None
+        if path is None or not path.exists():
+            return 0
+        tensors, note = read_tensors(path)
+        _refuse_other(path, note.get("identity"), self.identity)
+        try:
+            state = {n.removeprefix("step."): v for n, v in tensors.items() if n.startswith("step.")}
+            best = {n.removeprefix("best."): v for n, v in tensors.items() if n.startswith("best.")}
+            self._step.load(state)
+            self.log, self.best = list(note["log"]), (float(note["best"]), best)
+            step = int(note["step"])
+        except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise SynthkdError(f"{path}: not a checkpoint of this student ({reason}); delete it") from error
+        if not 0 <= step < self.spec.steps:
+            raise SynthkdError(f"{path}: is of step {step}; expected one before {self.spec.steps}; delete it")
+        for row in self.log:
+            self.on_row(row)
+        self.on_step(step)
+        return step
+
+
+class _Clock:
+    """Images per second and percent of time waited since the last reading."""
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed, self._at, self._waited = feed, time.perf_counter(), feed.waited
+
+    def read(self, images: int) -> dict[str, float]:
+        now, waited = time.perf_counter(), self._feed.waited
+        spent = max(now - self._at, 1e-9)
+        out = {"images_per_second": round(images / spent, 1)}
+        out["data_wait"] = round(100 * min(1.0, (waited - self._waited) / spent), 2)
+        self._at, self._waited = now, waited
+        return out
+
+
+def sight_of(spec: DistillSpec, rows: int) -> Sight:
+    """What the images of a training look like, epoch by epoch."""
+    return Sight(ViewSpec.of(spec), spec.seed, spec.views, rows)
+
+
+def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"step.{name}": value for name, value in state.items()}
+
+
+def _refuse_other(path: Path, there: Any, here: dict[str, Any]) -> None:
+    """Raise SynthkdError, naming the first difference, for a checkpoint of another training."""
+    there, here = there if isinstance(there, dict) else {}, json.loads(json.dumps(here))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            found, wanted = str(there.get(name))[:60], str(here.get(name))[:60]
+            raise SynthkdError(
+                f"{path}: is of another training ({name} is {found} there, {wanted} here); choose another --out, or "
+                "delete it"
+            )
+
+
+def identity_of(spec: DistillSpec, source: Source, teacher_sha256: str) -> dict[str, Any]:
+    """What a student is a function of, as plain values."""
+    return {**asdict(spec), "set": source.digest, "teacher": teacher_sha256}
