@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthkd.dfkd.crops import Boxes, put, viewed
+from synthkd.dfkd.crops import Boxes, put, put_all, viewed
 from synthkd.dfkd.decode import decode, is_cut_off, stored_size
 from synthkd.dfkd.feed import ReadOptions, Request, Rows
 from synthkd.dfkd.readers import AheadReader, Decoded, Encoded, common_size, thread_count
@@ -39,7 +39,7 @@ def _dali() -> Any:
         import nvidia.dali
         import nvidia.dali.fn
         import nvidia.dali.types
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise SynthkdError("DALI is not installed: pip install 'synthkd[dali]'") from error
     return nvidia.dali
 
@@ -205,7 +205,7 @@ class DaliReader(AheadReader):
                 return
             most = max([len(boxes)] + ([self._decoder.most] if self._decoder else []))
             cut = cut or (self._decoder is not None and self._decoder.cut)
-            self._decoder = _Decoder(most, self._threads, self.device, cut)
+            self._decoder = self._pipeline(most, cut)
         decoder = self._decoder
         assert decoder is not None
         try:
@@ -213,6 +213,14 @@ class DaliReader(AheadReader):
             job.given = True
         except _FAILURES:  # an earlier batch broke the pipeline
             job.given = False
+
+    def _pipeline(self, most: int, cut: bool) -> _Decoder:
+        """Raises SynthkdError where DALI cannot run, on a GPU that its driver does not show say."""
+        try:
+            return _Decoder(most, self._threads, self.device, cut)
+        except _FAILURES as error:
+            why = str(error).strip().partition("\n")[0]
+            raise SynthkdError(f"DALI does not start on {self.device} ({why:.200}); choose reader 'torch'") from error
 
     def _restart(self) -> None:
         """A new pipeline at the oldest job that is not finished."""
@@ -222,7 +230,7 @@ class DaliReader(AheadReader):
         if broken is not None and self._jobs:
             cut = broken.cut
             del broken
-            self._decoder = _Decoder(max(len(j.request.rows) for j in self._jobs), self._threads, self.device, cut)
+            self._decoder = self._pipeline(max(len(j.request.rows) for j in self._jobs), cut)
         for job in self._jobs:
             self._give(job)
             if not job.given:
@@ -271,8 +279,9 @@ class DaliReader(AheadReader):
             turned = positions[flip[positions]]
             places[turned] = places[turned][:, :, ::-1]
             return out
-        work = [(images.at(k), bool(flip[i]), places[i]) for k, i in enumerate(positions.tolist())]
-        list((self.pool.map if self.pool else map)(_fit, work))
+        parts = [images.at(k) for k in range(len(positions))]
+        work = [(p, (0, 0, *p.shape[:2]), bool(flip[i]), places[i]) for p, i in zip(parts, positions, strict=True)]
+        put_all(work, self.pool)
         return out
 
     def _on_gpu(self, job: _Job, images: Any) -> Tensor:
@@ -302,9 +311,3 @@ def _owned(image: Any, device: torch.device) -> Tensor:
     mine = torch.empty(tuple(image.shape()), dtype=torch.uint8, device=device)
     feed_ndarray(image, mine, cuda_stream=torch.cuda.current_stream(device))
     return mine
-
-
-def _fit(work: tuple[NDArray[np.uint8], bool, NDArray[np.uint8]]) -> bool:
-    pixels, flip, place = work
-    put(pixels, (0, 0, pixels.shape[0], pixels.shape[1]), flip, place)
-    return flip
