@@ -256,6 +256,14 @@ def test_each_image_is_decoded_once(file_set: Make, tmp_path: Path, monkeypatch:
     assert set(seen) <= {0}  # the first one's size
 
 
+def test_decoders_share_no_store(file_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_set(file_set(tmp_path / "set", 6, (8, 8), image_format="jpg"))
+    read(source, (8, 8), options("torch", cache="memory"), requests(Order(6, 3, 0), 0, 2))
+    monkeypatch.setattr(decode, "_simplejpeg", lambda: None)
+    read(source, (8, 8), options("torch", cache="memory"), requests(Order(6, 3, 0), 0, 2))
+    assert len(source.stores) == (2 if importlib.util.find_spec("simplejpeg") else 1)
+
+
 def test_a_crop_of_what_is_kept_small_is_refused(file_set: Make, tmp_path: Path) -> None:
     source = open_set(file_set(tmp_path / "set", 6, (16, 16)))
     with pytest.raises(SynthkdError, match=r"set ReadOptions\.crops"):

@@ -148,6 +148,17 @@ def test_truncated_shards_are_refused(file_set: Make, tmp_path: Path, cut: int) 
         open_set(folder)
 
 
+def test_a_turned_bit_in_a_header_is_seen(file_set: Make, tmp_path: Path) -> None:
+    shard = file_set(tmp_path / "set", 3, (8, 8)) / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[512 + 512 * -(-int(data[124:135], 8) // 512) + 140] ^= 1  # the time of the second member
+    shard.write_bytes(bytes(data))
+    with pytest.raises(
+        SynthkdError, match=r"damaged after 000000000\.png \(a tar header does not match its checksum\)"
+    ):
+        open_set(shard.parent)
+
+
 @pytest.mark.parametrize("label", ["1", True, -1, 3, None])
 def test_labels_are_checked(file_set: Make, tmp_path: Path, label: Any) -> None:
     folder = file_set(tmp_path / "set", 2, (8, 8))
