@@ -28,7 +28,7 @@ class Stages:
     A stage is a run of maps of one spatial size; it ends in the last output of a module before the size changes, as one
     trial pass shows. Outputs inside a module that itself returns another size belong to the next stage, as the first
     layers of a block with a stride do, so they count only where there is nothing else. Maps of one position are pooled
-    features and no stage, unless there are no others.
+    features and no stage, unless there are no others; what is not shaped like the image is no map ([B,H,W,C]).
 
     names, channels, sizes: of the stages, in forward order, the deepest last; rectified: whether the network's code
     applies a ReLU to the deepest map before it pools it for a linear layer (wide ResNets do), which `reading` then does
@@ -47,7 +47,7 @@ class Stages:
             if name not in known or not name:
                 raise SynthkdError(f"stages: {name!r} is no module of the network; {suggest(name, known)}")
         seen, read = _trial(net, input_size)
-        found = _ends(seen) if names is None else [_last_of(seen, name) for name in names]
+        found = _ends(seen, input_size) if names is None else [_last_of(seen, name) for name in names]
         if not found:
             raise SynthkdError(
                 "stages: the network has no feature maps [B,C,H,W], which losses on maps need; set their weights "
@@ -139,6 +139,7 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
     """
     seen: list[Output] = []
     read: list[Tensor] = []
+    tokens = [-1]  # how many maps there were before the last [B,N,C]
     uses: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -148,6 +149,8 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
             if isinstance(output, Tensor) and output.dim() == 4:
                 size = (int(output.shape[2]), int(output.shape[3]))
                 seen.append(Output(name, use, int(output.shape[1]), size, output))
+            if isinstance(output, Tensor) and output.dim() == 3:
+                tokens[:] = [len(seen)]
             if isinstance(module, nn.Linear) and args and args[0].dim() == 2:
                 read.append(args[0])
 
@@ -166,7 +169,7 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return seen, read
+    return ([] if tokens[0] == len(seen) else seen), read  # maps before tokens alone are their embedding
 
 
 def _is_rectified(last: Tensor | None, read: Sequence[Tensor]) -> bool:
@@ -179,8 +182,15 @@ def _is_rectified(last: Tensor | None, read: Sequence[Tensor]) -> bool:
     return last is not None and not pooled(last) and pooled(torch.relu(last))
 
 
-def _ends(seen: Sequence[Output]) -> list[Output]:
+def _is_like(size: Size, image: Size) -> bool:
+    """Whether a map has an image's proportions, but for rounding and convolutions without padding."""
+    wanted = size[0] * image[1] / image[0]
+    return abs(wanted - size[1]) <= max(2.0, 0.25 * size[1])
+
+
+def _ends(seen: Sequence[Output], input_size: Size) -> list[Output]:
     """The last output of each size, of those inside the fewest modules of another size."""
+    seen = [output for output in seen if _is_like(output.size, input_size)]
     returned: dict[str, set[Size]] = {}
     for output in seen:
         returned.setdefault(output.name, set()).add(output.size)

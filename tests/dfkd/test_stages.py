@@ -97,8 +97,10 @@ def test_names_and_refusals() -> None:
         Stages(net, (32, 32), ("layer.1",))
     with pytest.raises(SynthkdError, match="'fc' returns no feature map"):
         Stages(net, (32, 32), ("fc",))
-    with pytest.raises(SynthkdError, match="no feature maps"):
-        Stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (2, 2))
+    tokens = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Flatten(), nn.Linear(32, 3))
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), tokens):
+        with pytest.raises(SynthkdError, match="no feature maps"):
+            Stages(net, (4, 4))
 
 
 def test_pairs_from_the_deepest() -> None:
