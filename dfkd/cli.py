@@ -19,6 +19,7 @@ from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_distill import distill, labels
 from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
+from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -38,6 +39,7 @@ app.add_typer(teacher_app, name="teacher")
 app.command("export", epilog="Example: synthkd export embedded:digits --preset digits --backend onnx")(export)
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
+app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
@@ -208,11 +210,13 @@ def replay(
 
 
 @app.command(epilog="Example: synthkd report runs/digits")
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run or of a set.")]) -> None:
-    """Write report.html, one self-contained page, for a run or a set."""
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a set or a student.")]) -> None:
+    """Write report.html, one self-contained page, for a run, a set or a student."""
     from synthkd.dfkd.report import write_report
+    from synthkd.dfkd.report_student import is_student, write_student_report
 
-    out.print(str(write_report(run_dir)), soft_wrap=True, highlight=False)
+    write = write_student_report if is_student(run_dir) else write_report
+    out.print(str(write(run_dir)), soft_wrap=True, highlight=False)
 
 
 @app.command(epilog="Example: synthkd info")

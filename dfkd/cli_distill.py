@@ -16,7 +16,9 @@ from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.parallel import Ranks, joined
 from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.report_student import write_student_report
 from synthkd.dfkd.sets import SetSource, open_set
+from synthkd.dfkd.ship import KINDS, export_student
 from synthkd.dfkd.soft_labels import store_labels
 from synthkd.dfkd.student import Hooks, Stopped, Student, TrainOptions, identity_of, save_student, split
 from synthkd.dfkd.student import distill as train
@@ -27,7 +29,6 @@ from synthkd.engine.index import write_atomically
 from synthkd.export.artifacts import weights_sha256
 
 TRAINING, LOG = "training.json", "student_log.jsonl"
-_FORMATS = ("onnx", "pt2")
 out = Console()
 
 Set = Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]
@@ -89,8 +90,8 @@ def distill(
     """
     wanted = tuple(export or ())
     for name in wanted:
-        if name not in _FORMATS:
-            raise SynthkdError(f"--export {name!r}: {suggest(name, _FORMATS)}")
+        if name not in KINDS:
+            raise SynthkdError(f"--export {name!r}: {suggest(name, KINDS)}")
     spec = options.distill_spec(preset, spec_file, steps, batch_size, temperature, seed)
     spec = with_labels(spec, soft_labels, views)
     with joined(options.pick_device(device)) as ranks:
@@ -215,6 +216,7 @@ class _Job:
             **averages(student.log),
         }
         write_atomically(self.out_dir / TRAINING, json.dumps(summary, indent=2, sort_keys=True) + "\n")
+        write_student_report(self.out_dir)
         (self.out_dir / CHECKPOINT).unlink(missing_ok=True)
         says = f"agrees with the teacher on {student.agreement:.1f} % of held-out synthetic images"
         rates = f"{summary['images_per_second']:.0f} images/s, data wait {summary['data_wait']:.1f} %"
@@ -242,9 +244,9 @@ def averages(log: list[LogRow]) -> dict[str, float]:
 
 
 def _ship(out_dir: Path, formats: tuple[str, ...]) -> None:
-    from synthkd.dfkd.ship import export_student
-
-    net = load_teacher(str(out_dir / "student.toml")) if formats else None
+    if not formats:
+        return
+    net = load_teacher(str(out_dir / "student.toml"))
     for name in formats:
         path = export_student(net, out_dir / f"student.{name}", name)
         out.print(f"{path}: checked against the student itself", soft_wrap=True, highlight=False)

@@ -118,6 +118,11 @@ class DistillSpec:
             raise SynthkdError(f"distill: {parts} into equal parts of two images or more")
         if self.soft_labels == "stored" and self.views == 0:
             raise SynthkdError("distill: soft_labels are stored, but views is 0; set how many views to store, say 8")
+        if self.soft_labels == "stored" and (self.cam or self.grad_cam or self.features):
+            raise SynthkdError(
+                "distill: soft_labels are stored, but cam, grad_cam and features compare maps with the teacher's; set "
+                "these to 0, or soft_labels to 'teacher'"
+            )
         if not any((self.kl, self.hard, self.cam, self.grad_cam, self.features)):
             raise SynthkdError("distill: kl, hard, cam, grad_cam and features are all 0; a student needs one of them")
 

@@ -81,7 +81,8 @@ class ReadOptions:
 
     reader: dali, torch, or auto, the faster one here; cache: decoded images kept in memory or on the student's device,
     auto where they fit, off; threads that decode (0: as many as there are cores, eight at most); strict: a damaged
-    image is an error, not a warning; device: where batches are to be.
+    image is an error, not a warning; device: where batches are to be; crops: whether requests may crop (without,
+    images can be kept at the size that is read).
     """
 
     reader: str = "auto"
@@ -89,6 +90,7 @@ class ReadOptions:
     threads: int = 0
     strict: bool = False
     device: str = "cpu"
+    crops: bool = True
 
 
 class Source(Protocol):

@@ -4,9 +4,9 @@ Which images stay and which come up is decided by how far the student is from th
 (arXiv 1511.05952, sec. 3.3), as SSD-KD uses it for synthetic images.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+import time
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,34 +14,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from synthkd.dfkd.distill_spec import DistillSpec
+from synthkd.dfkd.evaluate import predict
 from synthkd.dfkd.feed import Batch
+from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sight import Sight
+from synthkd.dfkd.student import Hooks, Student, TrainOptions, fresh_student
+from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.training import Training
+from synthkd.dfkd.views import ViewSpec
 from synthkd.engine import Request, Synthesizer, rng
-from synthkd.engine.batch import Batch as Drawn
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.synthesizer import fitted_images
 
 _FLOOR = 1e-3  # of a priority, in nats, so that no image is lost for good
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSpec:
-    """capacity: images held; reuse: how often an image is seen on average; exponent: 0 draws them alike, 1 by priority.
+    """How the pool works.
 
-    The exponent is alpha of arXiv 1511.05952, eq. 1.
+    capacity: images held; exponent: alpha of arXiv 1511.05952, eq. 1: 0 draws all alike, 1 by their priority;
+    fill: the share of the training by whose end all images are drawn.
     """
 
     capacity: int = 4096
-    reuse: int = 16
     exponent: float = 0.6
+    fill: float = 0.8
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a value outside its range."""
-        if self.capacity < 2 or self.reuse < 1 or not 0 <= self.exponent <= 8:
-            raise SynthkdError(
-                f"pool: capacity {self.capacity}, reuse {self.reuse}, exponent {self.exponent}; expected at least 2, at "
-                "least 1, and 0 to 8"
-            )
+        if self.capacity < 2 or not 0 <= self.exponent <= 8 or not 0 < self.fill <= 1:
+            found = f"capacity {self.capacity}, exponent {self.exponent}, fill {self.fill}"
+            raise SynthkdError(f"pool: {found}; expected at least 2, 0 to 8, and above 0 to 1")
 
 
 class ReplayPool:
@@ -49,41 +53,44 @@ class ReplayPool:
 
     def __init__(self, spec: PoolSpec, seed: int) -> None:
         """seed: of the draws."""
-        self.spec, self.seed = spec, seed
-        self.images: Tensor | None = None
-        self.labels = self.priority = self.rows = torch.empty(0)
-        self.size = 0
+        self.spec, self.seed, self.size, self._added = spec, seed, 0, 0
+        self.images = self.labels = self.priority = self._age = torch.empty(0)
 
-    def add(self, images: Tensor, labels: Tensor, rows: Tensor) -> None:
-        """Take in uint8 images [N,3,h,w] with labels and sample ids [N], at the highest priority there is (sec. 3.3)."""
-        if self.images is None:
+    def add(self, images: Tensor, labels: Tensor) -> None:
+        """Take in uint8 images [N,3,h,w] with labels [N], at the highest priority there is (arXiv 1511.05952, 3.3)."""
+        if not self.size:
             self._begin(images)
         count = min(len(images), self.spec.capacity)
-        images, labels, rows = images[-count:], labels[-count:], rows[-count:]
+        images, labels = images[-count:], labels[-count:].to(images.device)
         highest = self.priority[: self.size].max() if self.size else torch.ones((), device=images.device)
-        free = self.spec.capacity - self.size
-        at = torch.arange(self.size, self.size + min(count, free), device=images.device)
-        if count > free:  # a stable sort by priority; within equals the lower row is the older image
-            order = torch.argsort(self.rows[: self.size], stable=True)
-            order = order[torch.argsort(self.priority[: self.size][order], stable=True)]
-            at = torch.cat([at, order[: count - free]])
-        assert self.images is not None
-        self.images[at], self.labels[at], self.rows[at] = images, labels, rows
-        self.priority[at] = highest
+        at = self._places(count)
+        self.images[at], self.labels[at], self.priority[at] = images, labels, highest
+        self._age[at] = torch.arange(self._added, self._added + count, device=images.device)
+        self._added += count
         self.size = min(self.size + count, self.spec.capacity)
+
+    def _places(self, count: int) -> Tensor:
+        """Free places first, then those of the least priority; of equals the oldest."""
+        free, device = min(count, self.spec.capacity - self.size), self.images.device
+        at = torch.arange(self.size, self.size + free, device=device)
+        if count == free:
+            return at
+        oldest = torch.argsort(self._age[: self.size])
+        order = oldest[torch.argsort(self.priority[: self.size][oldest], stable=True)]
+        return torch.cat([at, order[: count - free]])
 
     def _begin(self, images: Tensor) -> None:
         n, device = self.spec.capacity, images.device
         self.images = torch.empty((n, *images.shape[1:]), dtype=torch.uint8, device=device)
-        self.labels, self.rows = (torch.zeros(n, dtype=torch.long, device=device) for _ in range(2))
+        self.labels, self._age = (torch.zeros(n, dtype=torch.long, device=device) for _ in range(2))
         self.priority = torch.zeros(n, device=device)
 
     def draw(self, count: int, step: int) -> Tensor:
-        """Places int64 [count] of images, each with probability ~ priority ** exponent; with repetition."""
-        weight = self.priority[: self.size].clamp_min(_FLOOR) ** self.spec.exponent
-        u = torch.from_numpy(rng.uniform(self.seed, step, "replay", count)).to(weight.device, torch.float32)
-        edges = torch.cumsum(weight.double(), 0)
-        return torch.searchsorted(edges, u.double() * edges[-1]).clamp_max(self.size - 1)
+        """Places int64 [count] of images, drawn with probability ~ priority ** exponent, with repetition (eq. 1)."""
+        weight = self.priority[: self.size].double().clamp_min(_FLOOR) ** self.spec.exponent
+        edges = torch.cumsum(weight, 0)
+        u = torch.from_numpy(rng.uniform(self.seed, step, "replay", count)).to(edges.device)
+        return torch.searchsorted(edges, u * edges[-1]).clamp_max(self.size - 1)
 
     def learned(self, at: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> None:
         """The new priority of drawn images: KL(teacher || student) in nats."""
@@ -92,32 +99,109 @@ class ReplayPool:
 
 
 class OnlineImages(IterableDataset[Batch]):
-    """Batches of images as they are drawn; a Feed of the training loop, and an IterableDataset for any other.
+    """Batches of images as they are drawn: a Feed of the training loop, and an IterableDataset for any other loop.
 
-    Every group the Synthesizer draws enters the pool, then `reuse` x group / batch_size batches are drawn from it.
-    The first groups, `held_out` of the images, are for the agreement and are never trained on: `held()` draws them.
+    Groups of the request are drawn evenly over the first `fill` of the steps. The first ones, `held_out` of all, are
+    for the agreement and never trained on. A batch's keys are empty: which images it has the device alone knows.
     """
 
     def __init__(
         self,
         synthesizer: Synthesizer,
         request: Request,
-        *,
+        spec: DistillSpec,
         size: tuple[int, int],
-        batch_size: int,
-        sight: Sight,
-        held_out: float = 0.1,
         pool: PoolSpec | None = None,
     ) -> None:
-        """size: of the images handed out; sight: their views, whose crops and partners are refused here."""
-        if sight.spec.crop < 1 or sight.spec.mix:
-            raise SynthkdError("distill: crop and mix need a set on disk; set crop to 1 and mix to 0 for online training")
-        self.plan = synthesizer.stream(request).plan
-        self.synthesizer, self.size, self.batch_size, self.sight = synthesizer, size, batch_size, sight
-        units = list(self.plan.units()) if self.plan.num_groups < 2 else None
-        if units is not None:
-            raise SynthkdError(f"online: {request.num_samples} images are one group; draw at least two groups")
-        self._held_groups = min(max(1, round(self.plan.num_groups * held_out)), self.plan.num_groups - 1)
-        self.pool = ReplayPool(pool or PoolSpec(), sight.seed)
-        self.waited = 0.0
-        self._at = torch.empty(0)
+        """size: of the images handed out, (height, width). Raises SynthkdError for a request of a single group.
+
+        And for views that need a second image or the file: crop and mix.
+        """
+        view = ViewSpec.of(spec)
+        if view.crop < 1 or view.mix or spec.soft_labels == "stored":
+            raise SynthkdError("online: crop, mix and stored soft labels need a set on disk; use synth and distill")
+        self.stream = synthesizer.stream(request)
+        groups = self.stream.plan.num_groups
+        if groups < 2:
+            raise SynthkdError(f"online: {request.num_samples} images are one group; draw two or more: one is held out")
+        self.spec, self.size = spec, size
+        self.held_groups = min(max(1, round(groups * spec.held_out)), groups - 1)
+        self.pool, self.waited = ReplayPool(pool or PoolSpec(), spec.seed), 0.0
+        self._sight = Sight(view, spec.seed, spec.views, spec.batch_size)
+        self._drawn, self._at = self.held_groups, torch.empty(0)
+
+    def held(self) -> Tensor:
+        """The held-out images, uint8 [M,3,h,w] on the CPU; drawn when asked for."""
+        return torch.cat([self._group(g)[0].cpu() for g in range(self.held_groups)])
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of a training, in order."""
+        return self.batches(0, self.spec.steps)
+
+    def batches(self, start: int, stop: int) -> Generator[Batch]:
+        """See `Feed`; a training begins at step 0, since the pool is nowhere kept."""
+        if start:
+            raise SynthkdError("online: a training that was stopped cannot go on: its images are gone; begin again")
+        for step in range(stop):
+            self._fill(step)
+            yield self._batch(step)
+
+    def learned(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """See `Feed`: the batch's images have new priorities."""
+        self.pool.learned(self._at, student_logits, teacher_logits)
+
+    def _fill(self, step: int) -> None:
+        """Draw groups until as many are there as the step is due."""
+        began, groups = time.perf_counter(), self.stream.plan.num_groups
+        share = min(1.0, (step + 1) / max(1.0, self.spec.steps * self.pool.spec.fill))
+        due = self.held_groups + max(1, round((groups - self.held_groups) * share))
+        while self._drawn < min(due, groups):
+            self.pool.add(*self._group(self._drawn))
+            self._drawn += 1
+        self.waited += time.perf_counter() - began
+
+    def _group(self, group: int) -> tuple[Tensor, Tensor]:
+        """Images and labels of one group, at the size that is handed out."""
+        (drawn,) = self.stream.draw([self.stream.plan.unit(group)])
+        images = drawn.images
+        if tuple(images.shape[2:]) != self.size:
+            x = F.interpolate(images.float(), size=list(self.size), mode="bilinear", antialias=True)
+            images = x.clamp(0, 255).round().to(torch.uint8)
+        return images, drawn.labels
+
+    def _batch(self, step: int) -> Batch:
+        self._at = self.pool.draw(self.spec.batch_size, step)
+        images = self.pool.images[self._at].contiguous(memory_format=torch.channels_last)
+        rows = np.arange(self.spec.batch_size)
+        views = self._sight.of(rows, np.full(len(rows), step))
+        flip = torch.from_numpy(views.flip).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+        labels = self.pool.labels[self._at]
+        return Batch(step, torch.where(flip, images.flip(3), images), labels, labels, rows, (), views)
+
+
+def distill_online(
+    synthesizer: Synthesizer,
+    request: Request,
+    teacher: Teacher,
+    spec: DistillSpec,
+    *,
+    pool: PoolSpec | None = None,
+    options: TrainOptions | None = None,
+    hooks: Hooks | None = None,
+) -> Student:
+    """Train a student on images as they are drawn; nothing is written, and nothing of it can be continued.
+
+    Deterministic on a CPU: groups, pool and batches are functions of (recipe, seed, spec). Raises what `distill` does.
+    """
+    device = str(teacher.get_buffer("mean").device)
+    options, hooks = options or TrainOptions(device=device), hooks or Hooks()
+    student = fresh_student(teacher, spec)
+    feed = OnlineImages(synthesizer, request, spec, teacher.input_size, pool)
+    held = feed.held()
+    training = Training(
+        student=student, teacher=teacher, feed=feed, held=held, wanted=predict(teacher, held).argmax(dim=1), spec=spec,
+        options=options, ranks=Ranks(device=device), on_step=hooks.on_step, on_row=hooks.on_row,
+        should_stop=hooks.should_stop,
+    )  # fmt: skip
+    agreement = training.run()
+    return Student(student, training.log, agreement, {})

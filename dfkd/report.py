@@ -128,17 +128,29 @@ def _rates(run: Run) -> dict[str, float]:
 
 def distillation(run: Run) -> h.Section:
     """How the student learned, from guided and from unguided images."""
-    folders, charts, final = {"guided": run.folder, "unguided": run.folder / "control"}, [], {}
-    units = {"loss": ("Loss of the student", "training batches, log scale"),
-             "agreement": ("Agreement with the teacher", "% of held-out images")}  # fmt: skip
-    for column, (title, unit) in units.items():
+    return learning({"guided": run.folder, "unguided": run.folder / "control"})
+
+
+_CURVES = {
+    "loss": ("Loss of the student", "training batches, log scale"),
+    "agreement": ("Agreement with the teacher", "% of held-out images"),
+    "images_per_second": ("Speed of the training", "images/s"),
+    "data_wait": ("Time spent waiting for data", "%"),
+}
+
+
+def learning(folders: Mapping[str, Path]) -> h.Section:
+    """Curves of students' logs, a colour each."""
+    charts, final = [], {}
+    for column, (title, unit) in _CURVES.items():
         found = {tone: read_log(folder / STUDENT_LOG, column) for tone, folder in folders.items()}
         curves = [c.Curve(f"{t} {h.number(ys[-1])}", t, xs, ys) for t, (xs, ys) in found.items() if xs]
         if not curves:
             continue
         final[column] = {c.tone: c.ys[-1] for c in curves}
         x = c.Axis.over("optimiser step", [v for c in curves for v in c.xs])
-        y = c.Axis.over("", values := [v for c in curves for v in c.ys], log=column == "loss" and min(values) > 0)
+        values = [v for c in curves for v in c.ys] + ([] if column in ("loss", "agreement") else [0.0])
+        y = c.Axis.over("", values, log=column == "loss" and min(values) > 0)
         alt = f"{title}: " + ", ".join(f"{c.label} at the end" for c in curves)
         charts.append(c.line_chart(title, unit, curves, x, y, alt))
     if not final:

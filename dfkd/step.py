@@ -34,13 +34,11 @@ class Step:
         self.optimizer = _optimizer(self.parameters, spec)
         self.mean = _floats(self.net, copy=True) if spec.ema else {}
         self._draws = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.net.modules())
-        compiled: Callable[..., Any] = lambda f: f if mode is None else torch.compile(f, mode=mode)  # noqa: E731
-        self._teach = compiled(objective.teach)
-        loss = compiled(objective)
-        self._loss: Any = loss
+        self._teach: Any = _graph(objective.teach, mode)
+        self._loss: Any = _graph(objective, mode)
         if ranks.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
-            self._loss = DistributedDataParallel(loss, device_ids=devices)
+            self._loss = DistributedDataParallel(self._loss, device_ids=devices)
 
     def run(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Take a step of the optimizer on a batch: loss, and logits [B,K] of student and teacher, without a wait."""
@@ -69,7 +67,7 @@ class Step:
         size = len(x) // parts
         cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
         with self._autocast():
-            taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float(), ())
+            taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float())
         with self._quiet(part + 1 < parts), self._autocast():
             loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
         with self._quiet(part + 1 < parts):
@@ -126,6 +124,11 @@ class Step:
             value.copy_(cut["mean"][name])
         for i, p in enumerate(self.parameters):
             self.optimizer.state[p] = {k: _like(v, p) for k, v in kept.get(str(i), {}).items()}
+
+
+def _graph(call: Callable[..., Any], mode: str | None) -> Any:
+    """One graph, whole or an error; called with one size of batch, it is compiled once."""
+    return call if mode is None else torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

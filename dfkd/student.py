@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.distill_spec import DistillSpec, learning_rate, spec_from
 from synthkd.dfkd.evaluate import predict
@@ -18,7 +19,6 @@ from synthkd.dfkd.feed import Order, Pixels, Reader, Request, Rows, Source
 from synthkd.dfkd.loader import Loader
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.parallel import Ranks
-from synthkd.dfkd.sets import MemorySource
 from synthkd.dfkd.sight import Labels
 from synthkd.dfkd.soft_labels import store_labels
 from synthkd.dfkd.teachers import Teacher

@@ -70,15 +70,24 @@ class Training:
         """
         net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
-        mode = self.options.compile_mode(self._operations(), self.spec.steps)
+        mode = self._compile_mode()
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
         start = self._resume()
         self._judge = self._judged()
-        self._loop(start)
+        with objective.attached():
+            self._loop(start)
         chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
         net.load_state_dict({name: value.clone() for name, value in chosen.items()})
         net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
         return self.best[0] if self.spec.select == "best" else float(self.log[-1]["agreement"] or 0.0)
+
+    def _compile_mode(self) -> str | None:
+        """torch.compile's mode, None for eager. Grad-CAM takes gradients inside the step, which has no whole graph."""
+        if not self.spec.grad_cam:
+            return self.options.compile_mode(self._operations(), self.spec.steps)
+        if self.options.compile not in ("auto", "off"):
+            raise SynthkdError(f"--compile {self.options.compile}: grad_cam runs eagerly; choose auto or off")
+        return None
 
     def _operations(self) -> float:
         """Floating point operations of the whole training on this process; a backward pass counts as two forward."""

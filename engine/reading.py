@@ -17,8 +17,8 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import ShardRow, read_index, read_manifest
 from synthkd.engine.shards import short_digest
 
-_MAX_MEMBER = 64 * 2**20
-_MAX_PIXELS = 64 * 2**20
+MAX_MEMBER = 64 * 2**20
+MAX_PIXELS = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 name = info.name
-                if not info.isreg() or "/" in name or not name.isprintable() or info.size > _MAX_MEMBER:
+                if not info.isreg() or "/" in name or not name.isprintable() or info.size > MAX_MEMBER:
                     raise SynthkdError(f"{path}: member {name[:80]!r} is not a plain file of a sample")
                 f = tar.extractfile(info)
                 data = f.read() if f else b""
@@ -64,14 +64,14 @@ def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
     """File bytes -> uint8 [H,W,3]; raises SynthkdError for what is no image, or a giant one."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > _MAX_PIXELS:
+            if image.width * image.height > MAX_PIXELS:
                 raise SynthkdError(f"{where}: {image.width}x{image.height} pixels; expected a training image")
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise SynthkdError(f"{where}: not a readable image ({error})") from error
 
 
-def _decode_meta(data: bytes, where: str) -> dict[str, Any]:
+def decode_meta(data: bytes, where: str) -> dict[str, Any]:
     """A sample's json; raises SynthkdError for what is no table."""
     try:
         meta = json.loads(data)
@@ -104,7 +104,7 @@ def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
         held[name] = data
         key = name.partition(".")[0]
         if f"{key}.{suffix}" in held and f"{key}.json" in held:
-            meta = _decode_meta(held.pop(f"{key}.json"), f"{path}: {key}.json")
+            meta = decode_meta(held.pop(f"{key}.json"), f"{path}: {key}.json")
             yield Sample(key, held.pop(f"{key}.{suffix}"), meta, f"{path}: {key}.{suffix}")
     if wanted:
         raise SynthkdError(f"{path}: {min(wanted)} is missing; run `synthkd verify {folder}`")

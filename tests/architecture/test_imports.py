@@ -12,9 +12,11 @@ HEAVY = {
     "diffusers": ["engine/models.py"],
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
+    "nvidia": ["dfkd/data_dali.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
+    "simplejpeg": ["dfkd/decode.py"],
     "tensorrt": ["export/tensorrt.py"],
     "timm": ["dfkd/model_zoo.py"],
     "torchao": ["export/fp8.py"],
