@@ -55,6 +55,7 @@ class Training:
     spec: DistillSpec
     options: TrainOptions
     ranks: Ranks
+    decoder: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     on_step: Callable[[int], None] = lambda _: None
@@ -71,8 +72,8 @@ class Training:
         self._judge = deepcopy(self.student)  # only looked through, so that training's graphs stay as they are
         net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
-        mode = self._compile_mode()
-        self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
+        self._mode = self._compile_mode()
+        self._step = Step(objective, self.spec, self.ranks, self.options.dtype, self._mode)
         start = self._resume()
         with objective.attached():
             self._loop(start)
@@ -147,8 +148,27 @@ class Training:
         if self.folder is None or not self.ranks.first:
             return
         best = {f"best.{name}": value for name, value in self.best[1].items()}
-        note = {"step": done, "log": self.log, "best": self.best[0], "identity": self.identity}
+        note = {"step": done, "log": self.log, "best": self.best[0], "identity": self.identity, "how": self._how()}
         write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
+
+    def _how(self) -> dict[str, Any]:
+        """What decides last bits beside the identity."""
+        device = torch.device(self.ranks.device).type
+        return {
+            "decoder": self.decoder,
+            "precision": str(self.options.dtype),
+            "threads": torch.get_num_threads() if device == "cpu" else 0,
+            "compile": self._mode,
+            "processes": self.ranks.world,
+            "device": device,
+        }
+
+    def _say_what_changed(self, there: Any) -> None:
+        """One warning where a training goes on in another way than it began: its student is then not bit-equal."""
+        here, there = self._how(), there if isinstance(there, dict) else {}
+        told = [f"{name} was {there.get(name)}, is {here[name]}" for name in here if there.get(name) != here[name]]
+        if told and self.ranks.first:
+            _log.warning("the training goes on otherwise than it began (%s): last bits will differ", "; ".join(told))
 
     def _resume(self) -> int:
         """The step to go on from: a checkpoint's, or 0. Raises SynthkdError for one of another training."""
@@ -157,6 +177,7 @@ class Training:
             return 0
         tensors, note = read_tensors(path)
         _refuse_other(path, note.get("identity"), self.identity)
+        self._say_what_changed(note.get("how"))
         try:
             state = {n.removeprefix("step."): v for n, v in tensors.items() if n.startswith("step.")}
             best = {n.removeprefix("best."): v for n, v in tensors.items() if n.startswith("best.")}

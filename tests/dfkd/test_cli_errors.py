@@ -138,14 +138,14 @@ def test_wrong_cards(
 
 
 def test_corrupt_shard(call: Any, tiny_set: Path, tmp_path: Path) -> None:
-    """A flipped bit is named by `distill`, which goes on without the image, stops a strict one, and `verify` names it."""
+    """A flipped bit: `distill` names it and leaves the image out, a strict one stops, and `verify` names it."""
     broken = tmp_path / "set"
     shutil.copytree(tiny_set, broken)
     shard = broken / "shard-000000.tar"
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 2, "--batch-size", 8, "--strict")
+    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 4, "--batch-size", 8, "--strict")
     assert_refused(done, "shard-000000.tar", "000000000.png", "does not match its digest")
     done = call("distill", broken, "--out", tmp_path / "s", "--steps", 4, "--batch-size", 8)
     assert done.returncode == 0, done.stderr

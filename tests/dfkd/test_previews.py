@@ -68,7 +68,8 @@ def test_held_out_are_finished_images_of_samples_that_are_not_trained_on() -> No
     plain = MemorySource(LabelledImages(images, labels, ("a",)))
     rows, held = split(plain, 0.1, (2, 2))
     assert (rows, held.tolist()) == (11, [11])
-    many = MemorySource(LabelledImages(images[:1, :, :1, :1].expand(4000, -1, -1, -1), torch.zeros(4000).long(), ("a",)))
+    pixels = images[:1, :, :1, :1].expand(4000, -1, -1, -1)
+    many = MemorySource(LabelledImages(pixels, torch.zeros(4000, dtype=torch.long), ("a",)))
     assert len(split(many, 0.5, (512, 512))[1]) == 512
 
 
