@@ -32,6 +32,7 @@ from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
 from synthkd.engine.workers import default_workers, one_thread
 
 _log = logging.getLogger("synthkd")
+_LASTING = ("step", "loss", "lr", "agreement")
 
 
 def draw_set(
@@ -196,6 +197,7 @@ def _train(
             student = distill(source, teacher, spec, folder=where, labels_root=folder, hooks=hooks)
     finally:
         progress.end(stage)
-    card = save_student(student, spec, where, {"round": round_, "images": count})
+    lasting = [{name: row[name] for name in _LASTING} for row in student.log]  # how long it took is no part of a set
+    card = save_student(replace(student, log=lasting), spec, where, {"round": round_, "images": count})
     (where / CHECKPOINT).unlink(missing_ok=True)
     return card

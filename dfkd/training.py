@@ -68,12 +68,12 @@ class Training:
 
         Raises SynthkdError for a loss that is not finite, and Stopped.
         """
+        self._judge = deepcopy(self.student)  # only looked through, so that training's graphs stay as they are
         net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
         mode = self._compile_mode()
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
         start = self._resume()
-        self._judge = self._judged()
         with objective.attached():
             self._loop(start)
         chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
@@ -93,7 +93,7 @@ class Training:
         """Floating point operations of the whole training on this process; a backward pass counts as two forward."""
         one = torch.zeros(1, 3, *self.student.input_size, device=self.student.get_buffer("mean").device)
         with FlopCounterMode(display=False) as count, torch.no_grad():
-            self.student(one)
+            self._judge(one)
         return 3.0 * count.get_total_flops() * self.spec.steps * self.spec.batch_size / self.ranks.world
 
     def _loop(self, start: int) -> None:
@@ -134,10 +134,6 @@ class Training:
         if agreement is not None and agreement >= self.best[0]:  # the later of equals has seen more
             weights = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in self._step.weights().items()}
             self.best = agreement, weights
-
-    def _judged(self) -> Teacher:
-        """A second copy of the student that is only looked through, so that training's graphs stay as they are."""
-        return deepcopy(self.student)
 
     def _agreement(self) -> float:
         """Percent of held-out images on which teacher and student name one class."""
