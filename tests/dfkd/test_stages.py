@@ -89,6 +89,25 @@ def test_awkward_network() -> None:
     assert last.shape == (2, 6, 5, 4)
 
 
+class LastChannels(nn.Module):
+    """Maps with the channels first outside and last inside, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.mix = nn.Conv2d(3, 9, 2, 2), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,3,H,W]"""
+        return self.mix(self.down(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_channels_last_inside_is_no_map() -> None:
+    """[B,H,W,C] does not have the image's proportions."""
+    net = nn.Sequential(LastChannels(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    stages = Stages(net, (6, 8))
+    assert (stages.names, stages.channels, stages.sizes) == (("0",), (9,), ((3, 4),))
+
+
 def test_names_and_refusals() -> None:
     """Modules by name; one line for a name that is none, one without maps, and a network without any."""
     net = _net("resnet")
