@@ -72,7 +72,7 @@ class Training:
         self._judge = deepcopy(self.student)  # only looked through, so that training's graphs stay as they are
         net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
-        self._mode = self._compile_mode()
+        self._mode = self.options.compile_mode(self._operations(), self.spec.steps)
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, self._mode)
         start = self._resume()
         with objective.attached():
@@ -81,14 +81,6 @@ class Training:
         net.load_state_dict({name: value.clone() for name, value in chosen.items()})
         net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
         return self.best[0] if self.spec.select == "best" else float(self.log[-1]["agreement"] or 0.0)
-
-    def _compile_mode(self) -> str | None:
-        """torch.compile's mode, None for eager. Grad-CAM takes gradients inside the step, which has no whole graph."""
-        if not self.spec.grad_cam:
-            return self.options.compile_mode(self._operations(), self.spec.steps)
-        if self.options.compile not in ("auto", "off"):
-            raise SynthkdError(f"--compile {self.options.compile}: grad_cam runs eagerly; choose auto or off")
-        return None
 
     def _operations(self) -> float:
         """Floating point operations of the whole training on this process; a backward pass counts as two forward."""
