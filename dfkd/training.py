@@ -74,6 +74,7 @@ class Training:
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
         self._mode = self.options.compile_mode(self._operations(), self.spec.steps)
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, self._mode)
+        self._total, self._counted = torch.zeros((), device=self.ranks.device), 0
         start = self._resume()
         with objective.attached():
             self._loop(start)
@@ -90,25 +91,23 @@ class Training:
         return 3.0 * count.get_total_flops() * self.spec.steps * self.spec.batch_size / self.ranks.world
 
     def _loop(self, start: int) -> None:
-        spec, device = self.spec, torch.device(self.ranks.device)
+        spec = self.spec
         every, judged = max(25, spec.steps // 1000), max(100, spec.steps // 50)
-        total, counted, clock = torch.zeros((), device=device), 0, _Clock(self.feed)
-        saved = time.monotonic()
+        clock, saved = _Clock(self.feed, self._counted), time.monotonic()
         with closing(self.feed.batches(start, spec.steps)) as batches:
             for step, batch in enumerate(batches, start):
                 loss, *said = self._step.run(batch, step)
                 self.feed.learned(batch, *said)
-                total += loss
-                counted, done, last = counted + 1, step + 1, step + 1 == spec.steps
+                self._total += loss
+                self._counted, done, last = self._counted + 1, step + 1, step + 1 == spec.steps
                 if done % every == 0 or last:
                     agreement = self._agreement() if last or done % judged == 0 else None
-                    self._note(done, total / counted, agreement, clock.read(counted * spec.batch_size))
-                    total, counted = torch.zeros((), device=device), 0
+                    self._note(done, agreement, clock)
                 self.on_step(done)
-                if self._to_stop(counted == 0) and not last:
+                if self._to_stop(self._counted == 0) and not last:
                     self._save(done)
                     raise Stopped
-                if time.monotonic() - saved >= self.options.checkpoint_seconds and counted == 0 and not last:
+                if time.monotonic() - saved >= self.options.checkpoint_seconds and self._counted == 0 and not last:
                     self._save(done)
                     saved = time.monotonic()
 
@@ -116,11 +115,14 @@ class Training:
         """Whether to stop now; several processes ask each other only where `together`, at a log row."""
         return self.ranks.any(self.should_stop()) if together or self.ranks.world == 1 else False
 
-    def _note(self, done: int, loss: Tensor, agreement: float | None, rates: dict[str, float]) -> None:
-        value = self.ranks.mean(loss.clone()).item()
+    def _note(self, done: int, agreement: float | None, clock: "_Clock") -> None:
+        """A log row: the mean loss since the last one, and what was measured."""
+        value, rates = self.ranks.mean(self._total / self._counted).item(), clock.read(self._counted)
+        self._total, self._counted = torch.zeros_like(self._total), 0
         if not math.isfinite(value):
             raise SynthkdError(f"distill: the loss is {value} at step {done}; lower learning_rate")
         rate = round(learning_rate(self.spec, done - 1), 8)
+        rates["images_per_second"] = round(rates["images_per_second"] * self.spec.batch_size, 1)
         row: LogRow = {"step": done, "loss": round(value, 6), "lr": rate, "agreement": agreement, **rates}
         self.log.append(row)
         self.on_row(row)
@@ -139,8 +141,11 @@ class Training:
         """A checkpoint after `done` steps."""
         if self.folder is None or not self.ranks.first:
             return
-        best = {f"best.{name}": value for name, value in self.best[1].items()}
-        note = {"step": done, "log": self.log, "best": self.best[0], "identity": self.identity, "how": self._how()}
+        best = {f"best.{name}": value for name, value in self.best[1].items()} | {"total": self._total}
+        note = {
+            "step": done, "counted": self._counted, "log": self.log, "best": self.best[0], "identity": self.identity,
+            "how": self._how(),
+        }  # fmt: skip
         write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
 
     def _how(self) -> dict[str, Any]:
@@ -175,7 +180,8 @@ class Training:
             best = {n.removeprefix("best."): v for n, v in tensors.items() if n.startswith("best.")}
             self._step.load(state)
             self.log, self.best = list(note["log"]), (float(note["best"]), best)
-            step = int(note["step"])
+            step, self._counted = int(note["step"]), int(note["counted"])
+            self._total = tensors["total"].to(self.ranks.device)
         except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise SynthkdError(f"{path}: not a checkpoint of this student ({reason}); delete it") from error
@@ -188,17 +194,18 @@ class Training:
 
 
 class _Clock:
-    """Images per second and percent of time waited since the last reading."""
+    """Steps per second, for images to be counted in, and percent of time waited since the last reading."""
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed, self._at, self._waited = feed, time.perf_counter(), feed.waited
+    def __init__(self, feed: Feed, before: int) -> None:
+        """before: steps of the first reading that an earlier run took."""
+        self._feed, self._at, self._waited, self._before = feed, time.perf_counter(), feed.waited, before
 
-    def read(self, images: int) -> dict[str, float]:
+    def read(self, steps: int) -> dict[str, float]:
         now, waited = time.perf_counter(), self._feed.waited
         spent = max(now - self._at, 1e-9)
-        out = {"images_per_second": round(images / spent, 1)}
+        out = {"images_per_second": (steps - self._before) / spent}
         out["data_wait"] = round(100 * min(1.0, (waited - self._waited) / spent), 2)
-        self._at, self._waited = now, waited
+        self._at, self._waited, self._before = now, waited, 0
         return out
 
 
