@@ -16,7 +16,6 @@ from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.nets import ARCHITECTURES, build_net
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.teachers import Teacher, load_teacher
-from synthkd.dfkd.views import ViewSpec
 from synthkd.engine import Batch, GuidanceSpec, Plan, Recipe, Request, WorkUnit, rng, write_shards
 from synthkd.engine.config import fingerprint
 from synthkd.engine.environment import environment, versions
@@ -29,33 +28,8 @@ _GRAIN = 4.0  # deviation of the noise of single pixels, of 255
 
 
 @dataclass(frozen=True)
-class Sized:
-    """How images are read at one size.
-
-    stored: a side of the files; crop: least share of the area (1: whole images); batch, images: of one round on a CPU,
-    and on a GPU.
-    """
-
-    stored: int
-    crop: float
-    batch: tuple[int, int]
-    images: tuple[int, int]
-
-    @property
-    def view(self) -> ViewSpec:
-        """Crop and flip, which readers make; nothing is left for the batch."""
-        return ViewSpec(crop=self.crop, flip=True)
-
-
-SIZES: Mapping[int, Sized] = {
-    32: Sized(stored=32, crop=1.0, batch=(128, 512), images=(4096, 49152)),
-    224: Sized(stored=256, crop=0.25, batch=(64, 128), images=(768, 8192)),
-}
-
-
-@dataclass(frozen=True)
 class Pair:
-    """A teacher and a student by name, and how the student is trained; gpu: too large for a CPU's benchmark."""
+    """A teacher and a student by name, and the images' size; gpu: too large for a CPU; bar: of stored labels."""
 
     teacher: str
     student: str
@@ -75,7 +49,7 @@ PAIRS = (
     Pair("resnet34", "resnet18", 32, gpu=True),
     Pair("resnet50", "resnet50", 224, gpu=True),
 )
-# Students whose step is timed, by size; those after the first two are for a GPU.
+# Students whose step is timed, by size, and whether that is for a GPU alone.
 STUDENTS: Mapping[int, tuple[tuple[str, bool], ...]] = {
     32: ((DIGITS, False), ("resnet20", False), ("resnet18", True)),
     224: (("resnet50", True),),
