@@ -103,7 +103,7 @@ class PlainStep:
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=spec.learning_rate, weight_decay=spec.weight_decay)
 
     def run(self, images: Tensor, turns: Tensor, wanted: Tensor, step: int) -> float:
-        """Take a step; its loss. images: float32 [B,3,H,W] in [0,1]; turns: [B,4] as in `Views`; wanted: logits [B,K]."""
+        """Take a step; its loss. images: [B,3,H,W], float32 in [0,1]; turns: [B,4], see `Views`; wanted: [B,K]."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, step)
         said = self.net(self.student.preprocess(self._affine(images, turns)))
