@@ -32,10 +32,11 @@ def measure_distill(spec: DistillBench, tell: Tell = lambda _: None) -> Iterator
 
 def check(spec: DistillBench) -> None:
     """Raise SynthkdError for an unknown stage, size, variant or format, and where nothing is left to measure."""
+    stages = [stage for stage in STAGES if stage in (spec.stages or STAGES)]
     known: Mapping[str, tuple[Sequence[Any], Sequence[Any]]] = {
         "stage": (spec.stages, STAGES),
         "size": (spec.sizes, tuple(SIZES)),
-        "variant": (spec.variants, [name for stage in spec.stages or STAGES for name in variants_of(stage)]),
+        "variant": (spec.variants, [name for stage in stages for name in variants_of(stage)]),
         "student": (spec.students, sorted({name for found in STUDENTS.values() for name, _ in found})),
         "format": ((spec.image_format,), ("jpg", "png", "webp")),
     }

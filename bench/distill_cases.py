@@ -120,14 +120,20 @@ def teacher_for(name: str, size: int, classes: int, device: torch.device) -> Tea
 
 @torch.no_grad()
 def _settle(teacher: Teacher, size: int, device: torch.device) -> None:
-    """BatchNorm's statistics are those of pictures, so that random weights still give finite, different logits."""
+    """Make random weights tell pictures apart: BatchNorm's statistics are theirs, logits of mean 0, deviation 3."""
     images = torch.from_numpy(np.stack([picture(0, i, size) for i in range(32)])).permute(0, 3, 1, 2)
+    x = images.to(device).float() / 255
     layers = [m for m in teacher.net.modules() if isinstance(m, nn.BatchNorm2d)]
     for layer in layers:
         layer.train().momentum = None
-    teacher(images.to(device).float() / 255)
+    teacher(x)
     for layer in layers:
         layer.eval().momentum = 0.1
+    logits, head = teacher(x), teacher.classifier
+    assert head is not None
+    scale = 3 / logits.std(0).clamp_min(1e-6)
+    head.weight.mul_(scale[:, None])
+    head.bias.sub_(logits.mean(0)).mul_(scale)
 
 
 def picture(seed: int, index: int, side: int) -> NDArray[np.uint8]:

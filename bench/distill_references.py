@@ -84,9 +84,7 @@ class PillowImages(Dataset[tuple[Tensor, int]]):
 
 def pillow_loader(images: PillowImages, batch_size: int, workers: int, cuda: bool) -> DataLoader[tuple[Tensor, int]]:
     """torch's DataLoader over it, in order, with processes that stay; spawned, since DALI's threads survive no fork."""
-    more: dict[str, Any] = {}
-    if workers:
-        more = {"persistent_workers": True, "prefetch_factor": 4, "multiprocessing_context": "spawn"}
+    more: dict[str, Any] = {"persistent_workers": True, "multiprocessing_context": "spawn"} if workers else {}
     return DataLoader(images, batch_size, num_workers=workers, pin_memory=cuda, **more)
 
 

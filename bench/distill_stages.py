@@ -1,6 +1,7 @@
 """The stages of `synthkd bench distill`: readers, steps and short trainings, made ready to be timed in rounds."""
 
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -218,12 +219,25 @@ def _stepped(spec: DistillBench, size: int, student: str, batch_size: int, tell:
     for name in spec.chosen(STEP):
         entry, how = Entry(), STEPS[name]
         found[name] = entry
-        with attempted(entry):
+        with attempted(entry), _nothing_compiled_before():
             step = _step_of(how, student, train, size, batch)
             entry.facts |= {"dtype": _dtype(how), "compile": how.mode if how and how.mode else "off"}
             entry.run = _warm(entry, step, batch_size, spec.device)
         tell(f"step, {student}, {name}: {entry.failed or 'warm'}")
     yield found
+
+
+@contextmanager
+def _nothing_compiled_before() -> Iterator[None]:
+    """Within it torch.compile finds nothing of earlier runs, so that its seconds are those of a first one."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+            os.environ.update({"TORCHINDUCTOR_CACHE_DIR": before} if before else {})
 
 
 def _dtype(how: Stepping | None) -> str:
