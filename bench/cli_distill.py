@@ -1,14 +1,16 @@
 """`synthkd bench distill`."""
 
 import json
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from synthkd.bench.distill import measure_distill
 from synthkd.bench.distill_variants import DistillBench
@@ -58,7 +60,7 @@ def distill(
         if json_output:
             print(json.dumps(row, sort_keys=True), flush=True)
     if not json_output:
-        Console().print(_table(rows))
+        _show(rows)
     if any(row["failed"] for row in rows):
         raise typer.Exit(1)
 
@@ -67,34 +69,43 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    heads = ("images/s", "q1 – q3", "x reference", "bar", "compile, s", "wait, %", "quality")
-    table = Table(Column("work", min_width=12), Column("variant", min_width=10), *heads)
-    for row in rows:
-        said = f"skipped: {row['skipped']}" if row["skipped"] else f"FAILED: {row['failed']}" if row["failed"] else ""
-        work = f"{row['stage']}: {row['case']}"
-        table.add_row(work, row["variant"], *([said] if said else _cells(row)))
-    return table
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """A table for each interleaved run, and a line for each variant that has no rate."""
+    console = Console()
+    for name, some in groupby(rows, lambda row: f"{row['stage']}: {row['case']}"):
+        there = list(some)
+        table = Table("variant", "images/s", "q1 – q3", f"x {there[0]['reference']}", "bar", "beside the speed")
+        table.title, table.title_justify = name, "left"
+        for row in there:
+            if row["images_per_second"] is not None:
+                table.add_row(row["variant"], *_cells(row))
+        console.print(table)
+        for row in there:
+            if said := row["skipped"] or row["failed"]:
+                console.print(f"{row['variant']}: {'skipped' if row['skipped'] else 'FAILED'}: {said}", soft_wrap=True)
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    bar = "" if row["bar"] is None else f"{row['bar']:g}: {'reached' if row['bar_reached'] else 'NOT reached'}"
-    spread = f"{row['q1']:.4g} – {row['q3']:.4g}"
-    numbers = [_number(row.get(name)) for name in ("compile_seconds", "data_wait")]
-    return [_number(row["images_per_second"]), spread, _number(row["times_reference"]), bar, *numbers, _quality(row)]
+    bar = "" if row["bar"] is None else f"{row['bar']:g}, {'reached' if row['bar_reached'] else 'NOT reached'}"
+    rate, *spread = (_rate(row[name]) for name in ("images_per_second", "q1", "q3"))
+    return [rate, " – ".join(spread), f"{row['times_reference'] or math.nan:.2f}", bar, "; ".join(_beside(row))]
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _quality(row: Mapping[str, Any]) -> str:
-    """What a variant gives, beside the reference, in a few words."""
+def _beside(row: Mapping[str, Any]) -> Iterator[str]:
+    """What a variant gives, beside the reference, and what else it costs."""
     if row["stage"] == "read":
-        same = "same labels" if row["same_keys"] and row["same_labels"] else "OTHER LABELS"
-        return f"pixels within {row['max_pixel_difference']:g} of 255, {same}"
-    apart = f"loss {row['loss']:.4g}, {100 * row['loss_relative']:.2g} % apart"
-    if row["stage"] == "step":
-        return apart
-    labels = f", labels {row['labels_seconds']:g} s, {row['labels_megabytes']:g} MB" if "labels_seconds" in row else ""
-    return f"agrees {row['agreement']:g} %, {apart}{labels}"
+        yield f"pixels within {row['max_pixel_difference']:g} of 255"
+        yield "same labels" if row["same_keys"] and row["same_labels"] else "OTHER LABELS"
+        return
+    if row["variant"] != row["reference"] and row["loss_relative"] is not None:
+        yield f"loss {100 * row['loss_relative']:.1g} % apart"
+    if row.get("compile_seconds") is not None:
+        yield f"compiled in {row['compile_seconds']:.0f} s"
+    if row["stage"] == "end-to-end":
+        yield f"agrees {row['agreement']:.1f} %; waits {row['data_wait']:g} %"
+    if "labels_seconds" in row:
+        yield f"labels {row['labels_seconds']:g} s, {row['labels_megabytes']:g} MB"

@@ -93,6 +93,7 @@ def _reads(spec: DistillBench, size: int) -> Iterator[Setting]:
     facts = {
         "image_format": spec.image_format, "stored": sized.stored, "crop": sized.crop, "workers": spec.workers,
         "batch_size": spec.batch_size or sized.batch[spec.cuda], "images": spec.images or sized.images[spec.cuda],
+        "torch_threads": torch.get_num_threads(),
     }  # fmt: skip
     bar = READ_BAR if size == 32 else None
     yield Setting(READ, f"{size} px", size, 5, partial(_readers, spec, size, facts), facts, bar, ("dali",))
