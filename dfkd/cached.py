@@ -66,8 +66,8 @@ def cache_place(options: ReadOptions, count: int, size: tuple[int, int]) -> str:
         return "cpu" if options.cache == "memory" else options.device
     need = count * size[0] * size[1] * 3
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    for place, workers in ((options.device, 1), ("cpu", ranks)):
-        free = free_memory(torch.device(place), ranks if place == "cpu" else workers)
+    for place in (options.device, "cpu"):
+        free = free_memory(torch.device(place), ranks if place == "cpu" else 1)
         if free is not None and need < free // _SHARE:
             return place
     return ""

@@ -12,8 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from synthkd.dfkd.stages import paired
+from synthkd.dfkd.stages import Stages, paired
 from synthkd.engine.errors import SynthkdError
+
+_ALONE = "grad_cam: the networks have one stage in common, which is cam's; set grad_cam to 0"
+
+
+def check_cam(student: Stages, teacher: Stages, heads: Sequence[Tensor]) -> None:
+    """Raise SynthkdError where a classifier does not read its network's deepest maps; heads: student's, teacher's."""
+    for stages, head in zip((student, teacher), heads, strict=True):
+        class_activation(torch.zeros(1, stages.channels[-1], *stages.sizes[-1]), head.detach().cpu())
+
+
+def check_grad_cam(student: Stages, teacher: Stages) -> None:
+    """Raise SynthkdError where the networks have no stage in common but the deepest."""
+    if len(paired(student.names, teacher.names)) < 2:
+        raise SynthkdError(_ALONE)
 
 
 def class_activation(maps: Tensor, head_weight: Tensor, classes: Tensor | None = None) -> Tensor:
@@ -24,7 +38,8 @@ def class_activation(maps: Tensor, head_weight: Tensor, classes: Tensor | None =
     logit without its bias. Returns [B,K,h,w], or [B,1,h,w] of one class each for classes int64 [B].
     Raises SynthkdError where the layer reads something else.
     """
-    f, w = _wide(maps), _wide(head_weight)
+    f = _wide(maps)
+    w = head_weight.to(f.dtype)
     channels, height, width = f.shape[1:]
     if w.shape[1] == channels:
         w = w[:, :, None, None]
@@ -74,35 +89,30 @@ def gradient_activation(maps: Sequence[Tensor], slopes: Sequence[Tensor]) -> lis
     ]
 
 
-def slopes_of(logits: Tensor, points: Sequence[Tensor], classes: Tensor, *, twice: bool = False) -> list[Tensor]:
-    """Gradients of each sample's logit of its class in tensors of its pass, constant unless `twice`.
+def slopes_of(logits: Tensor, maps: Sequence[Tensor], classes: Tensor, *, twice: bool = False) -> list[Tensor]:
+    """Gradients of each sample's logit of its class in maps of its pass, constant unless `twice`.
 
-    logits: [B,K] before softmax; points: maps, or the probes added to them (see `Stages.probes`; torch 2.11 compiles
-    only these); classes: int64 [B].
+    logits: [B,K] before softmax; maps: [B,C,h,w]; classes: int64 [B]. torch.compile traces it only where
+    torch._dynamo.config.trace_autograd_ops is on.
     """
     chosen = logits.gather(1, classes[:, None]).sum()
-    found = torch.autograd.grad(chosen, list(points), retain_graph=True, create_graph=twice)
+    found = torch.autograd.grad(chosen, list(maps), retain_graph=True, create_graph=twice)
     return list(found) if twice else [g.detach() for g in found]
 
 
 def grad_cams(
-    maps: Sequence[Tensor],
-    logits: Tensor,
-    classes: Tensor,
-    *,
-    points: Sequence[Tensor] | None = None,
-    through_weights: bool = False,
+    maps: Sequence[Tensor], logits: Tensor, classes: Tensor, *, through_weights: bool = False
 ) -> list[Tensor]:
     """Grad-CAMs [B,h,w] of all stages but the deepest, which is CAM's; see `grad_cam_consistency`.
 
     Raises SynthkdError for maps without a graph.
     """
-    where = (maps if points is None else points)[:-1]
-    if not all(x.requires_grad for x in where):
-        raise SynthkdError("grad_cam: the maps have no gradient; read them with probes (Stages.probes)")
-    if not where:
+    earlier = maps[:-1]
+    if not all(x.requires_grad for x in earlier):
+        raise SynthkdError("grad_cam: the maps have no graph; read them with differentiable=True (Stages.reading)")
+    if not earlier:
         return []
-    return gradient_activation(maps[:-1], slopes_of(logits, where, classes, twice=through_weights))
+    return gradient_activation(earlier, slopes_of(logits, earlier, classes, twice=through_weights))
 
 
 def region_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -112,7 +122,7 @@ def region_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
     """
     pairs = paired(student, teacher)
     if not pairs:
-        raise SynthkdError("grad_cam: the networks have one stage in common, which is cam's; set grad_cam to 0")
+        raise SynthkdError(_ALONE)
     return torch.stack([_mean_square(student[s][:, None], teacher[t][:, None].detach()) for s, t in pairs]).sum()
 
 
@@ -123,15 +133,13 @@ def grad_cam_consistency(
     teacher_logits: Tensor,
     classes: Tensor | None = None,
     *,
-    student_points: Sequence[Tensor] | None = None,
-    teacher_points: Sequence[Tensor] | None = None,
     through_weights: bool = False,
 ) -> Tensor:
     """Mean squared differences of both networks' Grad-CAMs, summed over all paired stages but the deepest, a scalar.
 
     maps: [B,C,h,w] of stages, the deepest last, with their graphs; logits: [B,K]. classes: int64 [B] whose logits are
-    explained; the teacher's top one by default, for both networks, as in the published code. points: what to take
-    gradients in, the maps by default. The student's maps are resized (bilinear) where sizes differ.
+    explained; the teacher's top one by default, for both networks, as in the published code. The student's maps
+    are resized (bilinear) where sizes differ.
     through_weights: differentiate the channels' weights a_c as well, which takes a second backward pass (no Triton
     kernel and no compiled graph has one). The published code does not: there a_c is a constant of each step.
     Where teacher and student run apart, `grad_cams` of each and `region_distance` are the same.
@@ -139,8 +147,8 @@ def grad_cam_consistency(
     """
     chosen = teacher_logits.argmax(dim=1) if classes is None else classes
     return region_distance(
-        grad_cams(student_maps, student_logits, chosen, points=student_points, through_weights=through_weights),
-        grad_cams(teacher_maps, teacher_logits, chosen, points=teacher_points),
+        grad_cams(student_maps, student_logits, chosen, through_weights=through_weights),
+        grad_cams(teacher_maps, teacher_logits, chosen),
     )
 
 

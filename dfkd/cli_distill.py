@@ -200,7 +200,7 @@ class _Job:
         if not self.ranks.first:
             return
         if isinstance(told, Bars):
-            told.note("distill", f"{row['images_per_second']:.0f} images/s, data wait {row['data_wait']:.1f} %")
+            told.note("distill", f"{row['images_per_second']:.0f} images/s, wait {row['data_wait']:.1f} %")
         with (self.out_dir / LOG).open("w" if len(self.rows) == 1 else "a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -291,4 +291,5 @@ def labels(
     if stored is None:
         raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "file of labels"))
     size = f"{told.bytes / 1e6:.1f} MB for {spec.views} views of {rows} images"
-    out.print(f"{told.folder}: {size}, {told.images_per_second:.0f} images/s now", soft_wrap=True, highlight=False)
+    speed = f"{told.images_per_second:.0f} images/s" if told.labelled else "all there already"
+    out.print(f"{told.folder}: {size}, {speed}", soft_wrap=True, highlight=False)

@@ -14,7 +14,9 @@ class RateColumn(ProgressColumn):
     """Units per second so far."""
 
     def render(self, task: Task) -> Text:
-        """The rate of work done in this run, without what was there already."""
+        """What the stage says of itself, else the rate of work done in this run, without what was there already."""
+        if task.fields["note"]:
+            return Text(str(task.fields["note"]), style="cyan")
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="cyan")
 
@@ -30,7 +32,6 @@ class Bars:
             MofNCompleteColumn(),
             RateColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="dim"),
             console=console,
         )
         self._tasks: dict[str, Any] = {}
@@ -53,7 +54,7 @@ class Bars:
         self._bars.advance(self._tasks[stage], count)
 
     def note(self, stage: str, text: str) -> None:
-        """Words beside a stage's bar."""
+        """Words beside a stage's bar, in place of its rate."""
         self._bars.update(self._tasks[stage], note=text)
 
     def end(self, stage: str) -> None:

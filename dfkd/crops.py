@@ -15,6 +15,7 @@ from torch import Tensor
 from synthkd.dfkd.views import Views, pixel_boxes
 
 Box = Sequence[int]
+Put = tuple[NDArray[np.uint8], Box, bool, NDArray[np.uint8]]  # what `put` takes
 _AT_ONCE = 16  # images that a thread takes at a time
 
 
@@ -48,11 +49,23 @@ def put(pixels: NDArray[np.uint8], box: Box, flip: bool, out: NDArray[np.uint8])
     """Write an image's crop, resized and mirrored, to uint8 [h,w,3]; `pixels` may be `out` itself."""
     top, left, height, width = box
     part = resized(pixels[top : top + height, left : left + width], (out.shape[0], out.shape[1]))
-    shared = np.may_share_memory(part, out)
     if flip:
-        out[...] = part[:, ::-1].copy() if shared else part[:, ::-1]
-    elif not shared:
+        out[...] = part[:, ::-1]
+    elif not np.may_share_memory(part, out):
         out[...] = part
+
+
+def put_all(work: Sequence[Put], pool: Executor | None) -> None:
+    """Call `put` for each, on the threads of a pool if there is one."""
+    if pool is None:
+        _put_some(work)
+    else:
+        list(pool.map(_put_some, [work[start : start + _AT_ONCE] for start in range(0, len(work), _AT_ONCE)]))
+
+
+def _put_some(work: Sequence[Put]) -> None:
+    for one in work:
+        put(*one)
 
 
 def whole(boxes: NDArray[np.int64], height: int, width: int) -> bool:
@@ -89,18 +102,8 @@ def _one_by_one(
     images: Tensor, boxes: NDArray[np.int64], flip: NDArray[np.bool_], size: tuple[int, int], pool: Executor | None
 ) -> Tensor:
     out = torch.empty(len(images), *size, 3, dtype=torch.uint8)
-    work = list(zip(images.numpy(), boxes.tolist(), flip.tolist(), out.numpy(), strict=True))
-    if pool is None:
-        for one in work:
-            put(*one)
-    else:
-        list(pool.map(_put_all, [work[start : start + _AT_ONCE] for start in range(0, len(work), _AT_ONCE)]))
+    put_all(list(zip(images.numpy(), boxes.tolist(), flip.tolist(), out.numpy(), strict=True)), pool)
     return out
-
-
-def _put_all(work: list[tuple[NDArray[np.uint8], Box, bool, NDArray[np.uint8]]]) -> None:
-    for one in work:
-        put(*one)
 
 
 def by_matrices(images: Tensor, boxes: NDArray[np.int64], size: tuple[int, int]) -> Tensor:

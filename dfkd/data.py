@@ -36,17 +36,6 @@ class LabelledImages:
         """Number of images."""
         return len(self.labels)
 
-    def held_out(self, share: float) -> tuple[Tensor, Tensor]:
-        """Images to train on, and the finished ones of the last share of the samples, which leave with their previews.
-
-        Fewer than two images to train on mean that the set is too small.
-        """
-        finals = torch.arange(len(self)) if self.previews is None else (~self.previews).nonzero()[:, 0]
-        count = len(finals) - max(1, round(len(finals) * share))
-        if count < 1:
-            return self.images[:0], self.images
-        return self.images[: int(finals[count])], self.images[finals[count:]]
-
 
 def load_synthetic(
     folder: Path, limit: int | None = None, size: tuple[int, int] | None = None, previews: bool = True

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from synthkd.dfkd.crops import Boxes, put, viewed
+from synthkd.dfkd.crops import Boxes, put, put_all, viewed
 from synthkd.dfkd.decode import decode, is_cut_off, stored_size
 from synthkd.dfkd.feed import ReadOptions, Request, Rows
 from synthkd.dfkd.readers import AheadReader, Decoded, Encoded, common_size, thread_count
@@ -39,7 +39,7 @@ def _dali() -> Any:
         import nvidia.dali
         import nvidia.dali.fn
         import nvidia.dali.types
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise SynthkdError("DALI is not installed: pip install 'synthkd[dali]'") from error
     return nvidia.dali
 
@@ -56,7 +56,7 @@ class _Decoder:
         fn, types = dali.fn, dali.types
         gpu = device.type == "cuda"
         self._given: deque[tuple[Any, ...]] = deque()
-        self.most, self.cut, self._device = most, cut, device
+        self.most, self.cut = most, cut
         self._pipe = dali.Pipeline(
             batch_size=most,
             num_threads=threads,
@@ -90,9 +90,8 @@ class _Decoder:
         self._pipe.reset()  # DALI took the pause since the last batch for the end of the data
         self._pipe.schedule_run()
 
-    def wait(self) -> Any:
-        """The oldest batch, as DALI's list of tensors, good until `release`."""
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+    def wait(self, stream: Any = None) -> Any:
+        """The oldest batch, as DALI's list of tensors, good until `release`; on a GPU for work on `stream`."""
         return self._pipe.share_outputs(cuda_stream=stream)[0]
 
     def release(self) -> None:
@@ -131,6 +130,8 @@ class DaliReader(AheadReader):
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.decoder += ", GPU" if self.device.type == "cuda" else ""
+        gpu = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if gpu else None  # type: ignore[no-untyped-call]
         self._sizes = np.zeros((len(source), 2), np.int32)  # stored height and width, 0 until an image was looked at
         self._jobs: deque[_Job] = deque()
         self._decoder: _Decoder | None = None
@@ -204,7 +205,7 @@ class DaliReader(AheadReader):
                 return
             most = max([len(boxes)] + ([self._decoder.most] if self._decoder else []))
             cut = cut or (self._decoder is not None and self._decoder.cut)
-            self._decoder = _Decoder(most, self._threads, self.device, cut)
+            self._decoder = self._pipeline(most, cut)
         decoder = self._decoder
         assert decoder is not None
         try:
@@ -212,6 +213,14 @@ class DaliReader(AheadReader):
             job.given = True
         except _FAILURES:  # an earlier batch broke the pipeline
             job.given = False
+
+    def _pipeline(self, most: int, cut: bool) -> _Decoder:
+        """Raises SynthkdError where DALI cannot run, on a GPU that its driver does not show say."""
+        try:
+            return _Decoder(most, self._threads, self.device, cut)
+        except _FAILURES as error:
+            why = str(error).strip().partition("\n")[0]
+            raise SynthkdError(f"DALI does not start on {self.device} ({why:.200}); choose reader 'torch'") from error
 
     def _restart(self) -> None:
         """A new pipeline at the oldest job that is not finished."""
@@ -221,7 +230,7 @@ class DaliReader(AheadReader):
         if broken is not None and self._jobs:
             cut = broken.cut
             del broken
-            self._decoder = _Decoder(max(len(j.request.rows) for j in self._jobs), self._threads, self.device, cut)
+            self._decoder = self._pipeline(max(len(j.request.rows) for j in self._jobs), cut)
         for job in self._jobs:
             self._give(job)
             if not job.given:
@@ -255,7 +264,7 @@ class DaliReader(AheadReader):
         """uint8 [B,h,w,3]: DALI's images, resized and mirrored, in memory of our own."""
         if not job.given or self._decoder is None:
             raise RuntimeError("the pipeline was broken before this batch")
-        images = self._decoder.wait()
+        images = self._decoder.wait(self._stream)
         try:
             return self._on_gpu(job, images) if self.device.type == "cuda" else self._on_cpu(job, images)
         finally:
@@ -270,34 +279,35 @@ class DaliReader(AheadReader):
             turned = positions[flip[positions]]
             places[turned] = places[turned][:, :, ::-1]
             return out
-        work = [(images.at(k), bool(flip[i]), places[i]) for k, i in enumerate(positions.tolist())]
-        list((self.pool.map if self.pool else map)(_fit, work))
+        parts = [images.at(k) for k in range(len(positions))]
+        work = [(p, (0, 0, *p.shape[:2]), bool(flip[i]), places[i]) for p, i in zip(parts, positions, strict=True)]
+        put_all(work, self.pool)
         return out
 
     def _on_gpu(self, job: _Job, images: Any) -> Tensor:
-        """images: whole ones, on the GPU."""
-        from nvidia.dali.plugin.pytorch import feed_ndarray
-
-        views, stream = job.request.views.take(job.positions), torch.cuda.current_stream(self.device)
-
-        def owned(part: Any) -> Tensor:
-            mine = torch.empty(tuple(part.shape()), dtype=torch.uint8, device=self.device)
-            feed_ndarray(part, mine, cuda_stream=stream)
-            return mine
-
-        if images.is_dense_tensor():
-            made = viewed(owned(images.as_tensor()), views, self.size)
-        else:
-            singles = (viewed(owned(images[k])[None], views.take([k]), self.size) for k in range(len(views)))
-            made = torch.cat(list(singles))
-        if job.readable.all():
-            return made
-        out = torch.empty(len(job.readable), *self.size, 3, dtype=torch.uint8, device=self.device)
-        out[torch.from_numpy(job.positions).to(self.device)] = made
-        return out
+        """images: whole ones, on the GPU. Waits for its own stream alone: DALI's buffer is copied then."""
+        views, users = job.request.views.take(job.positions), torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._stream):
+            if images.is_dense_tensor():
+                made = viewed(_owned(images.as_tensor(), self.device), views, self.size)
+            else:
+                singles = ((_owned(images[k], self.device), views.take([k])) for k in range(len(views)))
+                made = torch.cat([viewed(image[None], view, self.size) for image, view in singles])
+            if not job.readable.all():
+                places, some = torch.from_numpy(job.positions).to(self.device), made
+                made = torch.empty(len(job.readable), *self.size, 3, dtype=torch.uint8, device=self.device)
+                made[places] = some
+        assert self._stream is not None
+        self._stream.synchronize()
+        for stream in (users, torch.cuda.default_stream(self.device)):  # its memory is theirs until they are done
+            made.record_stream(stream)
+        return made
 
 
-def _fit(work: tuple[NDArray[np.uint8], bool, NDArray[np.uint8]]) -> bool:
-    pixels, flip, place = work
-    put(pixels, (0, 0, pixels.shape[0], pixels.shape[1]), flip, place)
-    return flip
+def _owned(image: Any, device: torch.device) -> Tensor:
+    """A copy of DALI's tensor on the current stream."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    mine = torch.empty(tuple(image.shape()), dtype=torch.uint8, device=device)
+    feed_ndarray(image, mine, cuda_stream=torch.cuda.current_stream(device))
+    return mine

@@ -179,7 +179,7 @@ def _beside_teacher(logits: Tensor, theirs: Tensor) -> dict[str, float]:
     apart = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
     return {
         "teacher_agreement": _percent(logits.argmax(dim=1) == theirs.argmax(dim=1)),
-        "teacher_kl": round(float(apart), 6),
+        "teacher_kl": round(max(0.0, float(apart)), 6),  # below 0 by rounding alone
     }
 
 

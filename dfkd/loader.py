@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -59,10 +60,11 @@ class Loader:
 
     def _fill(self, start: int, stop: int, waiting: "queue.Queue[Any]", ended: threading.Event) -> None:
         try:
-            for batch in self._read(start, stop, ended):
-                _put(waiting, _sent(batch, self.device), ended)
-                if ended.is_set():
-                    return
+            with _apart(self.device):
+                for batch in self._read(start, stop, ended):
+                    _put(waiting, _sent(batch, self.device), ended)
+                    if ended.is_set():
+                        return
         except BaseException as error:
             _put(waiting, error, ended)
 
@@ -101,14 +103,13 @@ _TENSORS = ("images", "labels", "partner_labels", "partners", "logits", "masks")
 
 
 def _sent(batch: Batch, device: torch.device) -> tuple[Batch, Any]:
-    """The batch on its device; to a GPU it is copied on a stream of its own, and the event says when it is there."""
+    """The batch on its device; on a GPU the event says when it is there."""
     tensors: dict[str, Any] = {name: value for name in _TENSORS if (value := getattr(batch, name)) is not None}
     if device.type != "cuda":
         return batch, None
-    with torch.cuda.stream(_copies(device)):
-        moved: dict[str, Any] = {n: _pinned(v).to(device, non_blocking=True) for n, v in tensors.items()}
-        ready: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
+    moved: dict[str, Any] = {n: _pinned(v).to(device, non_blocking=True) for n, v in tensors.items()}
+    ready: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record()
     return replace(batch, **moved), ready
 
 
@@ -119,10 +120,13 @@ def _pinned(value: Tensor) -> Tensor:
 _streams: dict[torch.device, Any] = {}
 
 
-def _copies(device: torch.device) -> Any:
+def _apart(device: torch.device) -> AbstractContextManager[Any]:
+    """On a GPU a stream of its own for reading and copying, beside the student's."""
+    if device.type != "cuda":
+        return nullcontext()
     if device not in _streams:
         _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    return _streams[device]
+    return torch.cuda.stream(_streams[device])
 
 
 def _arrived(batch: Batch, ready: Any) -> Batch:

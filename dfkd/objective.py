@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthkd.dfkd.cams import cam_consistency, grad_cams, region_distance
+from synthkd.dfkd.cams import cam_consistency, check_cam, check_grad_cam, grad_cams, region_distance
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.feature_losses import FeatureMatcher
 from synthkd.dfkd.losses import class_scores
@@ -50,7 +50,9 @@ class Objective(nn.Module):
             device = student.get_buffer("mean").device
             self.matcher = FeatureMatcher(self._stages["student"], self._stages["teacher"], spec.seed).to(device)
         if spec.cam:
-            self._head("student"), self._head("teacher")
+            check_cam(self._stages["student"], self._stages["teacher"], [self._head("student"), self._head("teacher")])
+        if spec.grad_cam:
+            check_grad_cam(self._stages["student"], self._stages["teacher"])
 
     @property
     def student(self) -> Teacher:
@@ -78,9 +80,8 @@ class Objective(nn.Module):
             if not self._stages:
                 return Taught(teacher(x).float())
             stages = self._stages["teacher"]
-            probes = stages.probes(len(x), x.device) if self.spec.grad_cam else ()
-            logits, maps = stages.reading(lambda: teacher(x), probes)
-            cams = grad_cams(maps, logits.float(), logits.argmax(1), points=probes) if self.spec.grad_cam else []
+            logits, maps = stages.reading(lambda: teacher(x), differentiable=self.spec.grad_cam > 0)
+            cams = grad_cams(maps, logits.float(), logits.argmax(1)) if self.spec.grad_cam else []
         return Taught(logits.detach().float(), tuple(m.detach() for m in maps), tuple(c.detach() for c in cams))
 
     def forward(self, x: Tensor, taught: Taught, labels: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,9 @@ def digits() -> Preset:
         name="digits",
         job=job,
         num_images=1200,
-        distill=DistillSpec(arch="resnet", arch_args=student, steps=500),
+        distill=DistillSpec(
+            arch="resnet", arch_args=student, steps=800, ema=0.98, soft_labels="stored", views=16
+        ),
         judge="embedded:digits/judge",
         test_set="digits:test",
     )

@@ -46,7 +46,7 @@ def open_reader(source: Encoded, size: tuple[int, int], options: ReadOptions) ->
     if not place:
         return make(source, size, options)
     inner = make(source, kept, replace(options, device=place))
-    slot = (kept, str(torch.device(place)))
+    slot = (kept, str(torch.device(place)), inner.decoder)
     if slot not in source.stores:
         source.stores[slot] = Store.empty(len(source), kept, place)
     uncached = (lambda: TorchReader(source, size, options)) if options.crops else None

@@ -144,7 +144,7 @@ def learning(folders: Mapping[str, Path]) -> h.Section:
     charts, final = [], {}
     for column, (title, unit) in _CURVES.items():
         found = {tone: read_log(folder / STUDENT_LOG, column) for tone, folder in folders.items()}
-        curves = [c.Curve(f"{t} {h.number(ys[-1])}", t, xs, ys) for t, (xs, ys) in found.items() if xs]
+        curves = [c.Curve(_told(t, h.number(ys[-1]), folders), t, xs, ys) for t, (xs, ys) in found.items() if xs]
         if not curves:
             continue
         final[column] = {c.tone: c.ys[-1] for c in curves}
@@ -156,11 +156,17 @@ def learning(folders: Mapping[str, Path]) -> h.Section:
     if not final:
         return h.Section("distillation", "Distillation", f"This run kept no log of the student ({STUDENT_LOG}).")
     column = "agreement" if "agreement" in final else "loss"
-    told = [f"{h.percent(v) if column == 'agreement' else h.number(v)} ({t})" for t, v in final[column].items()]
+    ends = {t: h.percent(v) if column == "agreement" else h.number(v) for t, v in final[column].items()}
+    told = [f"{v} ({t})" if len(folders) > 1 else v for t, v in ends.items()]
     what = {"agreement": "agrees with the teacher on", "loss": "has a loss of"}[column]
     where = " of held-out synthetic images" if column == "agreement" else ""
     sentence = f"At the end the student {what} {' and '.join(told)}{where}."
     return h.Section("distillation", "Distillation", sentence, [h.grid(charts, wide=True)])
+
+
+def _told(tone: str, value: str, folders: Mapping[str, Path]) -> str:
+    """A curve's label: whose it is, where there are several."""
+    return f"{tone} {value}" if len(folders) > 1 else value
 
 
 def balance(run: Run) -> h.Section:

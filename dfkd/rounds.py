@@ -13,7 +13,7 @@ from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.sets import open_set
-from synthkd.dfkd.student import Hooks, Stopped, distill, save_student
+from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, distill, save_student
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
@@ -32,6 +32,7 @@ from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
 from synthkd.engine.workers import default_workers, one_thread
 
 _log = logging.getLogger("synthkd")
+_LASTING = ("step", "loss", "lr", "agreement")
 
 
 def draw_set(
@@ -152,6 +153,11 @@ def ensure_student(
         return card
 
 
+def _as_ever(device: str) -> TrainOptions:
+    """How a round's student is trained wherever the set is: nothing that is chosen by measurement."""
+    return TrainOptions(device=device, reader="torch", threads=1)
+
+
 def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
     """Number of images in the rounds before; raises SynthkdError where a shard of them is missing."""
     plan = Plan(job.recipe, request)
@@ -193,9 +199,12 @@ def _train(
     try:
         with one_thread(job.device):
             hooks = Hooks(on_step=on_step, should_stop=should_stop)
-            student = distill(source, teacher, spec, folder=where, labels_root=folder, hooks=hooks)
+            student = distill(
+                source, teacher, spec, options=_as_ever(job.device), folder=where, labels_root=folder, hooks=hooks
+            )
     finally:
         progress.end(stage)
-    card = save_student(student, spec, where, {"round": round_, "images": count})
+    lasting = [{name: row[name] for name in _LASTING} for row in student.log]  # how long it took is no part of a set
+    card = save_student(replace(student, log=lasting), spec, where, {"round": round_, "images": count})
     (where / CHECKPOINT).unlink(missing_ok=True)
     return card

@@ -257,7 +257,7 @@ def open_set(folder: Path, limit: int | None = None, previews: bool = True) -> S
     if not index:
         raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
     recipe = manifest["recipe"]
-    classes = _classes(folder, recipe)
+    classes = _names(folder, recipe)
     each = 1 + (len(recipe.get("previews", ())) if previews else 0)
     wanted = each * min(limit or manifest["num_samples"], manifest["num_samples"])
     table, sums = _Table(), []
@@ -279,8 +279,11 @@ def open_set(folder: Path, limit: int | None = None, previews: bool = True) -> S
     return SetSource(folder, table, _Files(paths), facts)
 
 
-def _classes(folder: Path, recipe: Any) -> tuple[str, ...]:
+def _names(folder: Path, recipe: Any) -> tuple[str, ...]:
+    """The recipe's classes; raises SynthkdError for a recipe that is none."""
     names = recipe.get("classes") if isinstance(recipe, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SynthkdError(f"{folder}: its manifest names no classes; expected a set written by `synthkd synth`")
+    if not isinstance(recipe.get("previews", ()), list | tuple):
+        raise SynthkdError(f"{folder}: its manifest's previews are no list; expected a set written by `synthkd synth`")
     return tuple(names)

@@ -28,7 +28,7 @@ class Stages:
     A stage is a run of maps of one spatial size; it ends in the last output of a module before the size changes, as one
     trial pass shows. Outputs inside a module that itself returns another size belong to the next stage, as the first
     layers of a block with a stride do, so they count only where there is nothing else. Maps of one position are pooled
-    features and no stage, unless there are no others.
+    features and no stage, unless there are no others; what is not shaped like the image is no map ([B,H,W,C]).
 
     names, channels, sizes: of the stages, in forward order, the deepest last; rectified: whether the network's code
     applies a ReLU to the deepest map before it pools it for a linear layer (wide ResNets do), which `reading` then does
@@ -47,7 +47,7 @@ class Stages:
             if name not in known or not name:
                 raise SynthkdError(f"stages: {name!r} is no module of the network; {suggest(name, known)}")
         seen, read = _trial(net, input_size)
-        found = _ends(seen) if names is None else [_last_of(seen, name) for name in names]
+        found = _ends(seen, input_size) if names is None else [_last_of(seen, name) for name in names]
         if not found:
             raise SynthkdError(
                 "stages: the network has no feature maps [B,C,H,W], which losses on maps need; set their weights "
@@ -56,7 +56,9 @@ class Stages:
         self.on, self._found = False, [output._replace(value=None) for output in found]
         self.rectified = _is_rectified(found[-1].value, read)
         self._modules = {output.name: net.get_submodule(output.name) for output in found}
-        self._probes: Sequence[Tensor] = ()
+        # Added to the first map of a network whose weights are frozen, it makes all maps part of a graph.
+        self._leaf = torch.zeros((), device=_first(net).device, requires_grad=True)
+        self._differentiable = False
         self._notes: dict[str, list[Tensor]] | None = None
 
     @property
@@ -89,39 +91,33 @@ class Stages:
             for handle in handles:
                 handle.remove()
 
-    def probes(self, batch: int, device: torch.device | str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        """Zeros of the maps' shapes that require a gradient: a gradient in one is the gradient in its map."""
-        shapes = zip(self.channels, self.sizes, strict=True)
-        return [torch.zeros(batch, c, *size, device=device, dtype=dtype, requires_grad=True) for c, size in shapes]
-
-    def reading(self, forward: Callable[[], Tensor], probes: Sequence[Tensor] = ()) -> tuple[Tensor, list[Tensor]]:
+    def reading(self, forward: Callable[[], Tensor], differentiable: bool = False) -> tuple[Tensor, list[Tensor]]:
         """What a pass of the network returns, and its maps [B,C,H,W], their graph kept.
 
-        probes: added to the maps on their way, one each (see `probes`); so a frozen network's maps have gradients too.
+        differentiable: give the maps a graph, from the first one on, where a frozen network's would have none.
         Outside of `attached` the hooks are on for this pass.
         """
         if not self.on:
             with self.attached():
-                return self.reading(forward, probes)
+                return self.reading(forward, differentiable)
         notes: dict[str, list[Tensor]] = {name: [] for name in self._modules}
-        self._notes, self._probes = notes, probes
+        self._notes, self._differentiable = notes, differentiable
         try:
             logits = forward()
         finally:
-            self._notes, self._probes = None, ()
+            self._notes, self._differentiable = None, False
         maps = [notes[output.name][output.use] for output in self._found]
         return logits, [*maps[:-1], torch.relu(maps[-1]) if self.rectified else maps[-1]]
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
-        def note(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def note(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             if self._notes is None:
-                return None
-            use, changed = len(self._notes[name]), output
-            for stage, probe in zip(self._found, self._probes, strict=False):
-                if (stage.name, stage.use) == (name, use):
-                    changed = output + probe.to(output.dtype)
-            self._notes[name].append(changed)
-            return changed if self._probes else None
+                return output
+            first = (name, len(self._notes[name])) == (self._found[0].name, self._found[0].use)
+            if self._differentiable and first and not output.requires_grad:
+                output = output + self._leaf.to(output.dtype)
+            self._notes[name].append(output)
+            return output
 
         return note
 
@@ -139,6 +135,7 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
     """
     seen: list[Output] = []
     read: list[Tensor] = []
+    tokens = [-1]  # how many maps there were before the last [B,N,C]
     uses: dict[str, int] = {}
 
     def hook(name: str) -> Any:
@@ -148,6 +145,8 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
             if isinstance(output, Tensor) and output.dim() == 4:
                 size = (int(output.shape[2]), int(output.shape[3]))
                 seen.append(Output(name, use, int(output.shape[1]), size, output))
+            if isinstance(output, Tensor) and output.dim() == 3:
+                tokens[:] = [len(seen)]
             if isinstance(module, nn.Linear) and args and args[0].dim() == 2:
                 read.append(args[0])
 
@@ -155,7 +154,7 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
 
     modes = {module: module.training for module in net.modules()}
     handles = [module.register_forward_hook(hook(name)) for name, module in net.named_modules() if name]
-    like = next(net.parameters(), torch.zeros(()))
+    like = _first(net)
     noise = torch.randn(1, 3, *input_size, generator=torch.Generator().manual_seed(0))
     try:
         net.eval()
@@ -166,7 +165,11 @@ def _trial(net: nn.Module, input_size: Size) -> tuple[list[Output], list[Tensor]
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    return seen, read
+    return ([] if tokens[0] == len(seen) else seen), read  # maps before tokens alone are their embedding
+
+
+def _first(net: nn.Module) -> Tensor:
+    return next(net.parameters(), torch.zeros(()))
 
 
 def _is_rectified(last: Tensor | None, read: Sequence[Tensor]) -> bool:
@@ -179,8 +182,15 @@ def _is_rectified(last: Tensor | None, read: Sequence[Tensor]) -> bool:
     return last is not None and not pooled(last) and pooled(torch.relu(last))
 
 
-def _ends(seen: Sequence[Output]) -> list[Output]:
+def _is_like(size: Size, image: Size) -> bool:
+    """Whether a map has an image's proportions, but for rounding and convolutions without padding."""
+    wanted = size[0] * image[1] / image[0]
+    return abs(wanted - size[1]) <= max(2.0, 0.25 * size[1])
+
+
+def _ends(seen: Sequence[Output], input_size: Size) -> list[Output]:
     """The last output of each size, of those inside the fewest modules of another size."""
+    seen = [output for output in seen if _is_like(output.size, input_size)]
     returned: dict[str, set[Size]] = {}
     for output in seen:
         returned.setdefault(output.name, set()).add(output.size)

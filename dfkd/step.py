@@ -51,7 +51,8 @@ class Step:
         x = x.contiguous(memory_format=torch.channels_last)
         targets = self._targets(batch)
         parts = self.spec.accumulate
-        found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
+        with torch._dynamo.config.patch(trace_autograd_ops=True):  # Grad-CAM takes gradients inside the graph
+            found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
         self.optimizer.step()
         if self.mean:
             self._follow(step)

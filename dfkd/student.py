@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def distill(
     source = MemorySource(data) if isinstance(data, LabelledImages) else data
     rows, held = split(source, spec.held_out, teacher.input_size)
     student = fresh_student(teacher, spec)
-    reader = source.reader(teacher.input_size, options)
+    reader = source.reader(teacher.input_size, replace(options, crops=spec.crop < 1))
     try:
         stored = _labels(source, reader, teacher, spec, rows, labels_root, ranks, hooks)
         images = read_plain(reader, held)
@@ -90,8 +90,8 @@ def distill(
             student=student, teacher=teacher,
             feed=Loader(source, reader, order, sight_of(spec, rows), torch.device(ranks.device), stored),
             held=images, wanted=predict(teacher, images).argmax(dim=1), spec=spec, options=options, ranks=ranks,
-            identity=identity_of(spec, source, weights_sha256([teacher])), folder=folder, on_step=hooks.on_step,
-            on_row=hooks.on_row, should_stop=hooks.should_stop,
+            decoder=reader.decoder, identity=identity_of(spec, source, weights_sha256([teacher])), folder=folder,
+            on_step=hooks.on_step, on_row=hooks.on_row, should_stop=hooks.should_stop,
         )  # fmt: skip
         agreement = training.run()
     finally:

@@ -55,6 +55,7 @@ class Training:
     spec: DistillSpec
     options: TrainOptions
     ranks: Ranks
+    decoder: str = ""
     identity: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     on_step: Callable[[int], None] = lambda _: None
@@ -68,12 +69,13 @@ class Training:
 
         Raises SynthkdError for a loss that is not finite, and Stopped.
         """
+        self._judge = deepcopy(self.student)  # only looked through, so that training's graphs stay as they are
         net = self.student.net.to(memory_format=torch.channels_last).requires_grad_(True).train()  # type: ignore[call-overload]
         objective = Objective(self.student, self.teacher, self.spec).to(self.ranks.device)
-        mode = self._compile_mode()
-        self._step = Step(objective, self.spec, self.ranks, self.options.dtype, mode)
+        self._mode = self.options.compile_mode(self._operations(), self.spec.steps)
+        self._step = Step(objective, self.spec, self.ranks, self.options.dtype, self._mode)
+        self._total, self._counted = torch.zeros((), device=self.ranks.device), 0
         start = self._resume()
-        self._judge = self._judged()
         with objective.attached():
             self._loop(start)
         chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
@@ -81,41 +83,31 @@ class Training:
         net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
         return self.best[0] if self.spec.select == "best" else float(self.log[-1]["agreement"] or 0.0)
 
-    def _compile_mode(self) -> str | None:
-        """torch.compile's mode, None for eager. Grad-CAM takes gradients inside the step, which has no whole graph."""
-        if not self.spec.grad_cam:
-            return self.options.compile_mode(self._operations(), self.spec.steps)
-        if self.options.compile not in ("auto", "off"):
-            raise SynthkdError(f"--compile {self.options.compile}: grad_cam runs eagerly; choose auto or off")
-        return None
-
     def _operations(self) -> float:
         """Floating point operations of the whole training on this process; a backward pass counts as two forward."""
         one = torch.zeros(1, 3, *self.student.input_size, device=self.student.get_buffer("mean").device)
         with FlopCounterMode(display=False) as count, torch.no_grad():
-            self.student(one)
+            self._judge(one)
         return 3.0 * count.get_total_flops() * self.spec.steps * self.spec.batch_size / self.ranks.world
 
     def _loop(self, start: int) -> None:
-        spec, device = self.spec, torch.device(self.ranks.device)
+        spec = self.spec
         every, judged = max(25, spec.steps // 1000), max(100, spec.steps // 50)
-        total, counted, clock = torch.zeros((), device=device), 0, _Clock(self.feed)
-        saved = time.monotonic()
+        clock, saved = _Clock(self.feed, self._counted), time.monotonic()
         with closing(self.feed.batches(start, spec.steps)) as batches:
             for step, batch in enumerate(batches, start):
                 loss, *said = self._step.run(batch, step)
                 self.feed.learned(batch, *said)
-                total += loss
-                counted, done, last = counted + 1, step + 1, step + 1 == spec.steps
+                self._total += loss
+                self._counted, done, last = self._counted + 1, step + 1, step + 1 == spec.steps
                 if done % every == 0 or last:
                     agreement = self._agreement() if last or done % judged == 0 else None
-                    self._note(done, total / counted, agreement, clock.read(counted * spec.batch_size))
-                    total, counted = torch.zeros((), device=device), 0
+                    self._note(done, agreement, clock)
                 self.on_step(done)
-                if self._to_stop(counted == 0) and not last:
+                if self._to_stop(self._counted == 0) and not last:
                     self._save(done)
                     raise Stopped
-                if time.monotonic() - saved >= self.options.checkpoint_seconds and counted == 0 and not last:
+                if time.monotonic() - saved >= self.options.checkpoint_seconds and self._counted == 0 and not last:
                     self._save(done)
                     saved = time.monotonic()
 
@@ -123,21 +115,20 @@ class Training:
         """Whether to stop now; several processes ask each other only where `together`, at a log row."""
         return self.ranks.any(self.should_stop()) if together or self.ranks.world == 1 else False
 
-    def _note(self, done: int, loss: Tensor, agreement: float | None, rates: dict[str, float]) -> None:
-        value = self.ranks.mean(loss.clone()).item()
+    def _note(self, done: int, agreement: float | None, clock: "_Clock") -> None:
+        """A log row: the mean loss since the last one, and what was measured."""
+        value, rates = self.ranks.mean(self._total / self._counted).item(), clock.read(self._counted)
+        self._total, self._counted = torch.zeros_like(self._total), 0
         if not math.isfinite(value):
             raise SynthkdError(f"distill: the loss is {value} at step {done}; lower learning_rate")
         rate = round(learning_rate(self.spec, done - 1), 8)
+        rates["images_per_second"] = round(rates["images_per_second"] * self.spec.batch_size, 1)
         row: LogRow = {"step": done, "loss": round(value, 6), "lr": rate, "agreement": agreement, **rates}
         self.log.append(row)
         self.on_row(row)
         if agreement is not None and agreement >= self.best[0]:  # the later of equals has seen more
             weights = {n: v.detach().to("cpu", copy=True).contiguous() for n, v in self._step.weights().items()}
             self.best = agreement, weights
-
-    def _judged(self) -> Teacher:
-        """A second copy of the student that is only looked through, so that training's graphs stay as they are."""
-        return deepcopy(self.student)
 
     def _agreement(self) -> float:
         """Percent of held-out images on which teacher and student name one class."""
@@ -150,9 +141,31 @@ class Training:
         """A checkpoint after `done` steps."""
         if self.folder is None or not self.ranks.first:
             return
-        best = {f"best.{name}": value for name, value in self.best[1].items()}
-        note = {"step": done, "log": self.log, "best": self.best[0], "identity": self.identity}
+        best = {f"best.{name}": value for name, value in self.best[1].items()} | {"total": self._total}
+        note = {
+            "step": done, "counted": self._counted, "log": self.log, "best": self.best[0], "identity": self.identity,
+            "how": self._how(),
+        }  # fmt: skip
         write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
+
+    def _how(self) -> dict[str, Any]:
+        """What decides last bits beside the identity."""
+        device = torch.device(self.ranks.device).type
+        return {
+            "decoder": self.decoder,
+            "precision": str(self.options.dtype),
+            "threads": torch.get_num_threads() if device == "cpu" else 0,
+            "compile": self._mode,
+            "processes": self.ranks.world,
+            "device": device,
+        }
+
+    def _say_what_changed(self, there: Any) -> None:
+        """One warning where a training goes on in another way than it began: its student is then not bit-equal."""
+        here, there = self._how(), there if isinstance(there, dict) else {}
+        told = [f"{name} was {there.get(name)}, is {here[name]}" for name in here if there.get(name) != here[name]]
+        if told and self.ranks.first:
+            _log.warning("the training goes on otherwise than it began (%s): last bits will differ", "; ".join(told))
 
     def _resume(self) -> int:
         """The step to go on from: a checkpoint's, or 0. Raises SynthkdError for one of another training."""
@@ -161,12 +174,14 @@ class Training:
             return 0
         tensors, note = read_tensors(path)
         _refuse_other(path, note.get("identity"), self.identity)
+        self._say_what_changed(note.get("how"))
         try:
             state = {n.removeprefix("step."): v for n, v in tensors.items() if n.startswith("step.")}
             best = {n.removeprefix("best."): v for n, v in tensors.items() if n.startswith("best.")}
             self._step.load(state)
             self.log, self.best = list(note["log"]), (float(note["best"]), best)
-            step = int(note["step"])
+            step, self._counted = int(note["step"]), int(note["counted"])
+            self._total = tensors["total"].to(self.ranks.device)
         except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise SynthkdError(f"{path}: not a checkpoint of this student ({reason}); delete it") from error
@@ -179,17 +194,18 @@ class Training:
 
 
 class _Clock:
-    """Images per second and percent of time waited since the last reading."""
+    """Steps per second, for images to be counted in, and percent of time waited since the last reading."""
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed, self._at, self._waited = feed, time.perf_counter(), feed.waited
+    def __init__(self, feed: Feed, before: int) -> None:
+        """before: steps of the first reading that an earlier run took."""
+        self._feed, self._at, self._waited, self._before = feed, time.perf_counter(), feed.waited, before
 
-    def read(self, images: int) -> dict[str, float]:
+    def read(self, steps: int) -> dict[str, float]:
         now, waited = time.perf_counter(), self._feed.waited
         spent = max(now - self._at, 1e-9)
-        out = {"images_per_second": round(images / spent, 1)}
+        out = {"images_per_second": (steps - self._before) / spent}
         out["data_wait"] = round(100 * min(1.0, (waited - self._waited) / spent), 2)
-        self._at, self._waited = now, waited
+        self._at, self._waited, self._before = now, waited, 0
         return out
 
 

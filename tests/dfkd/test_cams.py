@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from synthkd.dfkd.cams import (
     cam_consistency,
+    check_cam,
+    check_grad_cam,
     class_activation,
     grad_cam_consistency,
     gradient_activation,
@@ -71,7 +73,11 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B,3,H,W]"""
-        x = self.b(torch.tanh(self.a(x)))
+        return self.rest(self.a(x), 0)
+
+    def rest(self, x: Tensor, stage: int) -> Tensor:
+        """What follows the map of a stage."""
+        x = self.b(torch.tanh(x)) if stage == 0 else x
         return self.fc(torch.tanh(self.c(torch.tanh(x))).mean(dim=(2, 3)))
 
 
@@ -91,20 +97,18 @@ def test_grad_cam_is_the_equation() -> None:
         cams = []
         for net, stages in ((student, s), (teacher, t)):
             cam = torch.zeros(B, *stages.sizes[stage], dtype=torch.float64)
-            probes = [p.detach() for p in stages.probes(B, "cpu", torch.float64)]
-            maps = stages.reading(lambda net=net: net(x))[1]
+            seen_map = stages.reading(lambda net=net: net(x))[1][stage].detach()
             for b, c in itertools.product(range(B), range(stages.channels[stage])):
                 step, slope = 1e-6, 0.0
                 for y, z in itertools.product(*map(range, stages.sizes[stage])):
-                    probes[stage][b, c, y, z] = step
-                    moved = stages.reading(lambda net=net: net(x), probes)[0]
-                    probes[stage][b, c, y, z] = 0
-                    slope += float((moved - net(x))[b, top[b]].detach()) / step
-                cam[b] += slope / (cam.shape[1] * cam.shape[2]) * maps[stage][b, c].detach()
+                    moved = seen_map.clone()
+                    moved[b, c, y, z] += step
+                    slope += float((net.rest(moved, stage) - net(x))[b, top[b]].detach()) / step
+                cam[b] += slope / (cam.shape[1] * cam.shape[2]) * seen_map[b, c]
             cams.append(cam)
         total += float((cams[0] - cams[1]).square().mean())
     logits, maps = s.reading(lambda: student(x))
-    theirs, seen = t.reading(lambda: teacher(x), t.probes(B, "cpu", torch.float64))
+    theirs, seen = t.reading(lambda: teacher(x), differentiable=True)
     assert grad_cam_consistency(maps, logits, seen, theirs).item() == pytest.approx(total, rel=1e-4)
 
 
@@ -113,7 +117,7 @@ def test_gradient_of_grad_cam(through: bool) -> None:
     """Through maps alone, as if the channels' weights were given, or through both; against differences."""
     student, teacher, x = _networks()
     stages, classes = Stages(student, (5, 6)), torch.tensor([0, 2])
-    theirs, seen = Stages(teacher, (5, 6)).reading(lambda: teacher(x), Stages(teacher, (5, 6)).probes(B, "cpu"))
+    theirs, seen = Stages(teacher, (5, 6)).reading(lambda: teacher(x), differentiable=True)
     logits, maps = stages.reading(lambda: student(x))
     given = slopes_of(logits, maps[:2], classes)
     wanted = [g.detach() for g in gradient_activation(seen[:2], slopes_of(theirs, seen[:2], classes))]
@@ -146,10 +150,17 @@ def test_refusals_and_extremes() -> None:
     student, teacher, x = _networks()
     logits, maps = Stages(student, (5, 6)).reading(lambda: student(x))
     theirs, seen = Stages(teacher, (5, 6)).reading(lambda: teacher(x))
-    with pytest.raises(SynthkdError, match="maps have no gradient; read them with probes"):
+    with pytest.raises(SynthkdError, match="maps have no graph; read them with differentiable=True"):
         grad_cam_consistency(maps, logits, seen, theirs)
     with pytest.raises(SynthkdError, match="one stage in common"):
         grad_cam_consistency(maps, logits, seen[-1:], theirs)
+    s, t = Stages(student, (5, 6)), Stages(teacher, (5, 6))
+    check_cam(s, t, [student.fc.weight, teacher.fc.weight])
+    check_grad_cam(s, t)
+    with pytest.raises(SynthkdError, match="reads 5 values"):
+        check_cam(s, t, [student.fc.weight, torch.ones(K, 5)])
+    with pytest.raises(SynthkdError, match="one stage in common"):
+        check_grad_cam(s, Stages(teacher, (5, 6), ("c",)))
     same = torch.full((B, 4, 1, 2), 60000.0, dtype=torch.float16)
     head = torch.full((1, 4), 100.0, dtype=torch.float16)
     assert cam_consistency([same], [same / 2], head, head).isfinite()
@@ -162,15 +173,14 @@ def test_refusals_and_extremes() -> None:
 
 
 def test_whole_step_in_one_graph() -> None:
-    """CAM and Grad-CAM with probes, traced without a break, give eager's loss and gradient."""
+    """CAM and Grad-CAM, traced without a break, give eager's loss and gradient."""
     student, teacher, x = (m.float() for m in _networks())
     s, t = Stages(student, (5, 6)), Stages(teacher, (5, 6))
-    mine, theirs = s.probes(B, "cpu"), t.probes(B, "cpu")
 
     def step(x: Tensor) -> Tensor:
-        logits, maps = s.reading(lambda: student(x), mine)
-        wanted, seen = t.reading(lambda: teacher(x), theirs)
-        region = grad_cam_consistency(maps, logits, seen, wanted, student_points=mine, teacher_points=theirs)
+        logits, maps = s.reading(lambda: student(x))
+        wanted, seen = t.reading(lambda: teacher(x), differentiable=True)
+        region = grad_cam_consistency(maps, logits, seen, wanted)
         return region + cam_consistency(maps, seen, student.fc.weight, teacher.fc.weight)
 
     with s.attached(), t.attached(), torch._dynamo.config.patch(trace_autograd_ops=True):

@@ -138,15 +138,20 @@ def test_wrong_cards(
 
 
 def test_corrupt_shard(call: Any, tiny_set: Path, tmp_path: Path) -> None:
-    """A flipped bit stops `distill` and is named by `verify`."""
+    """A flipped bit: `distill` names it and leaves the image out, a strict one stops, and `verify` names it."""
     broken = tmp_path / "set"
     shutil.copytree(tiny_set, broken)
     shard = broken / "shard-000000.tar"
     data = bytearray(shard.read_bytes())
     data[700] ^= 1
     shard.write_bytes(data)
-    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 2)
+    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 4, "--batch-size", 8, "--strict")
     assert_refused(done, "shard-000000.tar", "000000000.png", "does not match its digest")
+    done = call("distill", broken, "--out", tmp_path / "s", "--steps", 4, "--batch-size", 8)
+    assert done.returncode == 0, done.stderr
+    assert "1 damaged images skipped (000000000)" in done.stdout
+    assert "000000000.png does not match its digest" in done.stderr
+    assert list(json.loads((tmp_path / "s/training.json").read_text())["damaged"]) == ["000000000"]
     done = call("verify", broken)
     assert_refused(done, "1 problems in 2 shards")
     assert "000000000.png does not match its digest" in done.stderr

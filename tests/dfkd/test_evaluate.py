@@ -89,7 +89,7 @@ def test_refusals() -> None:
 
 def test_dense_scores() -> None:
     """Per pixel, resized to the masks, ignored ones out, batches of another size than the set."""
-    masks = torch.tensor([[[0, 1], [1, IGNORE]]] * 3)
+    masks = torch.tensor([[[0, 1], [1, IGNORE]], [[0, 1], [1, IGNORE]], [[0, 0], [1, 1]]])
     images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
 
     class Net(nn.Module):
@@ -97,10 +97,10 @@ def test_dense_scores() -> None:
             return torch.tensor([[[[3.0, 3.0], [0.0, 0.0]], [[0.0, 0.0], [3.0, 3.0]]]]).expand(len(x), -1, -1, -1)
 
     score = evaluate_dense(Net(), DenseImages(images, masks, ("a", "b")), batch_size=2)
-    assert score.confusion == [[3, 0], [3, 3]]
-    assert score.class_iou == [50.0, 50.0]
-    assert score.mean_iou == 50.0
-    assert score.accuracy == pytest.approx(200 / 3, abs=1e-3)
+    assert score.confusion == [[4, 0], [2, 4]]
+    assert score.class_iou == [pytest.approx(200 / 3, abs=1e-3)] * 2
+    assert score.mean_iou == pytest.approx(200 / 3, abs=1e-3)
+    assert score.accuracy == 80.0
     with pytest.raises(SynthkdError, match=r"outputs are \[2, 2\]; expected \[B,2,h,w\]"):
         evaluate_dense(Table([[0.0, 1.0]]), DenseImages(images, masks, ("a", "b")), batch_size=2)
 
@@ -108,7 +108,7 @@ def test_dense_scores() -> None:
 def test_command_on_cards_shipped_files_and_sets(call: Any, teacher_card: Path, tiny_set: Path, tmp_path: Path) -> None:
     """A shipped student scores as its card does; JSON alone on standard output; a set's labels; a table for people."""
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "x.npz", x=rng.integers(0, 256, (7, 16, 16, 3), np.uint8), y=np.arange(7) % 3)
+    np.savez(tmp_path / "x.npz", x=rng.integers(0, 256, (7, 16, 16, 3), np.uint8), y=np.array([0, 0, 0, 1, 1, 2, 2]))
     net = load_teacher(str(teacher_card))
     export_student(net, tmp_path / "t.pt2", "pt2")
     data = ("--data", tmp_path / "x.npz", "--json")
@@ -119,8 +119,10 @@ def test_command_on_cards_shipped_files_and_sets(call: Any, teacher_card: Path, 
     for name in ("accuracy", "confusion", "class_accuracy"):
         assert by_card[name] == by_file[name]
     assert by_card["nll"] == pytest.approx(by_file["nll"], abs=1e-5)
-    done = call("evaluate", teacher_card, "--data", f"set:{tiny_set}", "--limit", 12, "--json")
-    assert np.sum(json.loads(done.stdout)["confusion"], axis=1).min() > 1, "a limit keeps all classes"
+    done = call("evaluate", teacher_card, *data, "--limit", 4)
+    assert np.sum(json.loads(done.stdout)["confusion"], axis=1).tolist() == [2, 1, 1], "spread over a sorted set"
+    done = call("evaluate", teacher_card, "--data", f"set:{tiny_set}", "--json")
+    assert np.sum(json.loads(done.stdout)["confusion"]) == 30
     done = call("evaluate", teacher_card, "--data", tmp_path / "x.npz")
     assert done.returncode == 0, done.stderr
     assert "expected calibration error" in done.stdout

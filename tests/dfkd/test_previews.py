@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages, load_synthetic
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.report_data import load_set
 from synthkd.dfkd.run import StudentJob, train_student
-from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.student import DistillSpec, split
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.reading import read_set
 
@@ -59,14 +60,17 @@ def test_an_unfinished_set_is_counted_with_its_previews(folder: Path, tmp_path: 
 
 
 def test_held_out_are_finished_images_of_samples_that_are_not_trained_on() -> None:
-    """Twelve images of four samples, told apart by their value."""
-    images = torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).expand(-1, 3, 2, 2)
+    """Twelve images of four samples; of a large set no more is held out than a share that fits in memory."""
+    images, labels = torch.zeros(12, 3, 2, 2, dtype=torch.uint8), torch.zeros(12, dtype=torch.long)
     marks = torch.tensor([False, True, True] * 4)
-    kept, held = LabelledImages(images, torch.zeros(12), ("a",), marks).held_out(0.5)
-    assert kept[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert held[:, 0, 0, 0].tolist() == [6, 9]
-    kept, held = LabelledImages(images, torch.zeros(12), ("a",)).held_out(0.1)
-    assert (len(kept), held[:, 0, 0, 0].tolist()) == (11, [11])
+    rows, held = split(MemorySource(LabelledImages(images, labels, ("a",), marks)), 0.5, (2, 2))
+    assert (rows, held.tolist()) == (6, [6, 9])
+    plain = MemorySource(LabelledImages(images, labels, ("a",)))
+    rows, held = split(plain, 0.1, (2, 2))
+    assert (rows, held.tolist()) == (11, [11])
+    pixels = images[:1, :, :1, :1].expand(4000, -1, -1, -1)
+    many = MemorySource(LabelledImages(pixels, torch.zeros(4000, dtype=torch.long), ("a",)))
+    assert len(split(many, 0.5, (512, 512))[1]) == 512
 
 
 def test_students_are_trained_on_both_unless_told_otherwise(
@@ -76,7 +80,7 @@ def test_students_are_trained_on_both_unless_told_otherwise(
 
     trained = []
     inner = run.distill
-    monkeypatch.setattr(run, "distill", lambda data, *rest: trained.append(len(data)) or inner(data, *rest))
+    monkeypatch.setattr(run, "distill", lambda data, *a, **kw: trained.append(len(data)) or inner(data, *a, **kw))
     spec = DistillSpec(arch_args={"widths": [8], "blocks": [1]}, steps=1, batch_size=4)
     job = StudentJob(set_dir=folder, out_dir=tmp_path, teacher=str(teacher_card), spec=spec, device="cpu")
     for this in (job, replace(job, previews=False), replace(job, limit=7)):
@@ -86,12 +90,12 @@ def test_students_are_trained_on_both_unless_told_otherwise(
 
 
 def test_the_command_trains_without_previews(folder: Path, tmp_path: Path, call: Any) -> None:
-    from synthkd.dfkd import data
+    from synthkd.dfkd import cli_distill
 
     loaded = []
-    inner = data.load_synthetic
+    inner = cli_distill.open_set
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "load_synthetic", lambda *given: loaded.append(given[3]) or inner(*given))
+        patch.setattr(cli_distill, "open_set", lambda *given: loaded.append(given[2]) or inner(*given))
         for words in ((), ("--no-previews",)):
             done = call("distill", folder, "--out", tmp_path / "student", "--steps", 1, "--batch-size", 4, *words)
             assert done.returncode == 0, done.stderr

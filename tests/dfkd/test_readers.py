@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from synthkd.dfkd import cached, crops, data_dali, decode, reader_choice
 from synthkd.dfkd.feed import Order, Pixels, ReadOptions, Request
@@ -64,7 +65,7 @@ def test_readers_agree(file_set: Make, tmp_path: Path, shape: str, image_format:
     pytest.importorskip("nvidia.dali")
     stored, size = SHAPES[shape]
     source, order = open_set(file_set(tmp_path / "set", 22, stored, image_format=image_format)), Order(22, 6, 1)
-    spec = ViewSpec() if shape == "same" else CROPS
+    spec = ViewSpec(flip=True) if shape == "same" else CROPS
     pair = [read(source, size, options(name), requests(order, 0, 7, spec)) for name in ("torch", "dali")]
     ours, theirs = (stacked(p) for p in pair)
     assert ours.shape == (42, 3, *size)
@@ -88,6 +89,29 @@ def test_pixels_are_crops_of_the_file(file_set: Make, tmp_path: Path, reader: st
             want = F.interpolate(crop, size=[16, 16], mode="bilinear", antialias=True).round().to(torch.uint8)[0]
             want = want.flip(2) if request.views.flip[i] else want
             assert worst(pixels.images[i], want) <= 1
+
+
+def test_a_camera_s_orientation_turns_nothing(file_set: Make, tmp_path: Path) -> None:
+    """DALI would follow it; Pillow does not."""
+    pytest.importorskip("nvidia.dali")
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(np.arange(24 * 24 * 3, dtype=np.uint32).astype(np.uint8).reshape(24, 24, 3)).save(
+        buffer, "JPEG", exif=exif
+    )
+    changed = {"000000001": buffer.getvalue()}
+    source = open_set(file_set(tmp_path / "set", 4, (24, 24), image_format="jpg", changed=changed))
+    pair = [read(source, (24, 24), options(name), requests(Order(4, 4, 0), 0, 1)) for name in ("torch", "dali")]
+    assert worst(stacked(pair[0]), stacked(pair[1])) <= 2
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_a_file_without_its_end_is_seen(image_format: str) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((9, 7, 3), np.uint8)).save(buffer, image_format)
+    assert decode.stored_size(buffer.getvalue(), "") == (9, 7)
+    assert not decode.is_cut_off(buffer.getvalue())
+    assert decode.is_cut_off(buffer.getvalue()[:-9])
 
 
 @pytest.mark.parametrize("reader", BOTH)
@@ -118,8 +142,6 @@ def test_two_ranks_add_up(file_set: Make, tmp_path: Path) -> None:
 
 
 def _jpeg(cut: int) -> bytes:
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(buffer, "JPEG")
     return buffer.getvalue()[: -cut or None]
@@ -159,7 +181,9 @@ def test_damage_is_named_and_stood_in_for(
         read(source, (24, 24), options(reader, strict=True), iter(asked))
 
 
-def test_a_pipeline_that_fails_begins_again(file_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_that_fails_begins_again(
+    file_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """DALI meets what it cannot decode: found, left out, and nothing else of the stream changes."""
     pytest.importorskip("nvidia.dali")
     bad = _jpeg(0)[:2] + _jpeg(0)[300:]  # ends as it should; its tables are gone
@@ -174,6 +198,7 @@ def test_a_pipeline_that_fails_begins_again(file_set: Make, tmp_path: Path, monk
         read(source, (24, 24), options("torch"), requests(order, 0, 9)),
     )
     assert restarts == [1]
+    assert "decoded without" not in caplog.text
     assert list(theirs.damaged) == ["000000009"]
     assert [p.used.tolist() for p in got] == [p.used.tolist() for p in ours]
     assert worst(stacked(got), stacked(ours)) <= 2
@@ -188,11 +213,11 @@ def test_what_dali_alone_cannot_read_is_read_by_hand(
     ours = read(source, (10, 11), options("torch"), requests(order, 0, 6))
     calls, wait = [0], data_dali._Decoder.wait
 
-    def failing(self: Any) -> Any:
+    def failing(self: Any, stream: Any) -> Any:
         calls[0] += 1
         if calls[0] == 3:
             raise RuntimeError("planted")
-        return wait(self)
+        return wait(self, stream)
 
     monkeypatch.setattr(data_dali._Decoder, "wait", failing)
     theirs = source.reader((10, 11), options("dali"))
@@ -229,6 +254,14 @@ def test_each_image_is_decoded_once(file_set: Make, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(source, "encoded", lambda row: (seen.append(row), encoded(row))[1])
     read(source, (8, 8), options("torch", cache="memory"), requests(order, 0, 9, ViewSpec(flip=True)))
     assert set(seen) <= {0}  # the first one's size
+
+
+def test_decoders_share_no_store(file_set: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_set(file_set(tmp_path / "set", 6, (8, 8), image_format="jpg"))
+    read(source, (8, 8), options("torch", cache="memory"), requests(Order(6, 3, 0), 0, 2))
+    monkeypatch.setattr(decode, "_simplejpeg", lambda: None)
+    read(source, (8, 8), options("torch", cache="memory"), requests(Order(6, 3, 0), 0, 2))
+    assert len(source.stores) == (2 if importlib.util.find_spec("simplejpeg") else 1)
 
 
 def test_a_crop_of_what_is_kept_small_is_refused(file_set: Make, tmp_path: Path) -> None:

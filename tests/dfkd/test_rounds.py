@@ -121,14 +121,14 @@ def _samples(folder: Path) -> int:
 
 
 def test_a_stop_is_heard_while_a_student_learns(round_job: Any, whole: Path, tmp_path: Path) -> None:
-    """Asked for at its third step, the training ends there, nothing of it is kept, and the same call goes on."""
-    folder, asked = tmp_path / "set", iter([False] * 3 + [True] * 100)
+    """Asked for at its third step, the training ends there, its checkpoint is kept, and the same call goes on."""
+    folder, asked = tmp_path / "set", iter([False] * 2 + [True] * 100)
     draw(round_job, folder, 6)
     threads = torch.get_num_threads()
     summary = draw(round_job, folder, should_stop=lambda: next(asked))
     assert summary.stopped
-    assert next(asked)  # the first was asked by round 0, two by the training
-    assert not (folder / "rounds").exists()
+    assert next(asked)
+    assert [p.name for p in (folder / "rounds/round-1").iterdir()] == ["checkpoint.safetensors"]
     assert torch.get_num_threads() == threads
     draw(round_job, folder)
     assert files(folder) == files(whole)

@@ -110,26 +110,32 @@ def _info(name: str, **fields: Any) -> tarfile.TarInfo:
     return info
 
 
+_KIND = "is not a plain file of a sample"
 HOSTILE = {
-    "path traversal": _info("../../escaped.png"),
-    "folder": _info("sub/000000000.png"),
-    "symbolic link": _info("000000000.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
-    "hard link": _info("000000000.png", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
-    "fifo": _info("000000000.png", type=tarfile.FIFOTYPE),
-    "giant": _info("000000000.png", size=2**40),
-    "more than there is": _info("000000000.png", size=2**20),
-    "not in the index": _info("000000099.png"),
+    "path traversal": (_info("../../escaped.png"), _KIND),
+    "folder": (_info("sub/000000000.png"), _KIND),
+    "long path": (_info("f" * 90 + "/" + "0" * 20 + ".png"), _KIND),
+    "symbolic link": (_info("000000000.png", type=tarfile.SYMTYPE, linkname="/etc/passwd"), _KIND),
+    "hard link": (_info("000000000.png", type=tarfile.LNKTYPE, linkname="/etc/passwd"), _KIND),
+    "fifo": (_info("000000000.png", type=tarfile.FIFOTYPE), _KIND),
+    "control characters": (_info("000000000\n.png"), _KIND),
+    "giant": (_info("000000000.png", size=2**30), _KIND),
+    "giant in binary": (_info("000000000.png", size=2**40), "not a tar header"),
+    "more than there is": (_info("000000000.png", size=2**20), "truncated inside 000000000.png"),
+    "not in the index": (_info("000000099.png"), "000000099.png does not match its digest"),
 }
 
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_members_are_refused(file_set: Make, tmp_path: Path, what: str) -> None:
     folder = file_set(tmp_path / "set", 3, (8, 8))
-    shard = folder / "shard-000000.tar"
-    shard.write_bytes(HOSTILE[what].tobuf(tarfile.GNU_FORMAT) + b"\0" * 2048)
+    (shard, (info, said)) = folder / "shard-000000.tar", HOSTILE[what]
+    how = tarfile.USTAR_FORMAT if what == "long path" else tarfile.GNU_FORMAT
+    shard.write_bytes(info.tobuf(how) + b"\0" * 2048)
     with pytest.raises(SynthkdError) as caught:
         open_set(folder)
     assert str(shard) in str(caught.value)
+    assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -140,6 +146,17 @@ def test_truncated_shards_are_refused(file_set: Make, tmp_path: Path, cut: int) 
     os.truncate(shard, cut)
     with pytest.raises(SynthkdError, match=r"shard-000000\.tar.*run `synthkd verify"):
         open_set(folder)
+
+
+def test_a_turned_bit_in_a_header_is_seen(file_set: Make, tmp_path: Path) -> None:
+    shard = file_set(tmp_path / "set", 3, (8, 8)) / "shard-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[512 + 512 * -(-int(data[124:135], 8) // 512) + 140] ^= 1  # the time of the second member
+    shard.write_bytes(bytes(data))
+    with pytest.raises(
+        SynthkdError, match=r"damaged after 000000000\.png \(a tar header does not match its checksum\)"
+    ):
+        open_set(shard.parent)
 
 
 @pytest.mark.parametrize("label", ["1", True, -1, 3, None])

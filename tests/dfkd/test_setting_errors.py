@@ -28,7 +28,7 @@ SETTINGS = [
     ("held_out", 1, "0 < share < 1"),
     ("shift", "x", "a number >= 0"),
     ("rotate", float("inf"), "a number >= 0"),
-    ("zoom", -0.5, "a number >= 0"),
+    ("zoom", -0.5, "0 <= share < 1"),
     ("flip", "no", "true or false"),
     ("mix", [0.5], "0 to 1"),
     ("seed", -1, "0 <= seed < 2**63"),

@@ -89,6 +89,25 @@ def test_awkward_network() -> None:
     assert last.shape == (2, 6, 5, 4)
 
 
+class LastChannels(nn.Module):
+    """Maps with the channels first outside and last inside, as in ConvNeXt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.mix = nn.Conv2d(3, 9, 2, 2), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B,3,H,W]"""
+        return self.mix(self.down(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def test_channels_last_inside_is_no_map() -> None:
+    """[B,H,W,C] does not have the image's proportions."""
+    net = nn.Sequential(LastChannels(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3))
+    stages = Stages(net, (6, 8))
+    assert (stages.names, stages.channels, stages.sizes) == (("0",), (9,), ((3, 4),))
+
+
 def test_names_and_refusals() -> None:
     """Modules by name; one line for a name that is none, one without maps, and a network without any."""
     net = _net("resnet")
@@ -97,8 +116,10 @@ def test_names_and_refusals() -> None:
         Stages(net, (32, 32), ("layer.1",))
     with pytest.raises(SynthkdError, match="'fc' returns no feature map"):
         Stages(net, (32, 32), ("fc",))
-    with pytest.raises(SynthkdError, match="no feature maps"):
-        Stages(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), (2, 2))
+    tokens = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(2), nn.LayerNorm(4), nn.Flatten(), nn.Linear(32, 3))
+    for net in (nn.Sequential(nn.Flatten(), nn.Linear(48, 3)), tokens):
+        with pytest.raises(SynthkdError, match="no feature maps"):
+            Stages(net, (4, 4))
 
 
 def test_pairs_from_the_deepest() -> None:
@@ -107,26 +128,26 @@ def test_pairs_from_the_deepest() -> None:
     assert paired("a", "xyz") == [(0, 2)]
 
 
-def test_probes_and_one_graph() -> None:
-    """A frozen network's maps get gradients through probes; a traced pass gives the same, and nothing outlives it."""
+def test_gradients_of_a_frozen_network_in_one_graph() -> None:
+    """Its maps get a graph on demand; a traced pass gives the same, and nothing outlives it."""
     net = _net("resnet").requires_grad_(False)
     stages, x = Stages(net, (8, 12)), torch.randn(2, 3, 8, 12)
-    probes = stages.probes(2, "cpu")
 
-    def step(x: Tensor, probes: list[Tensor]) -> tuple[Any, ...]:
-        logits, maps = stages.reading(lambda: net(x), probes)
+    def step(x: Tensor) -> tuple[Any, ...]:
+        logits, maps = stages.reading(lambda: net(x), differentiable=True)
         return logits, *maps
 
     with stages.attached():
-        plain = step(x, probes)
-        traced = torch.compile(step, backend="eager", fullgraph=True)(x, probes)
+        plain = step(x)
+        traced = torch.compile(step, backend="eager", fullgraph=True)(x)
     assert torch.equal(plain[0], net(x))
     for a, b in zip(plain, traced, strict=True):
         torch.testing.assert_close(a, b)
-    by_probe = torch.autograd.grad(plain[0].square().sum(), probes, retain_graph=True)
-    by_map = torch.autograd.grad(plain[0].square().sum(), plain[1:])
-    for a, b in zip(by_probe, by_map, strict=True):
-        assert torch.equal(a, b)
-        assert a.abs().sum() > 0
+    x.requires_grad_(True)
+    maps = stages.reading(lambda: net(x))[1]
+    wanted = torch.autograd.grad(net.fc(maps[-1].mean(dim=(2, 3))).square().sum(), maps[-1])
+    assert torch.equal(wanted[0], torch.autograd.grad(plain[0].square().sum(), plain[-1], retain_graph=True)[0])
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(plain[0].square().sum(), plain[1:]))
+    assert not any(m.requires_grad for m in stages.reading(lambda: net(x.detach()))[1])
     assert not stages.on
     assert not any(module._forward_hooks for module in net.modules())
