@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from synthkd.bench.distill import measure_distill
 from synthkd.bench.distill_variants import DistillBench
@@ -74,8 +74,9 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     console = Console()
     for name, some in groupby(rows, lambda row: f"{row['stage']}: {row['case']}"):
         there = list(some)
-        table = Table("variant", "images/s", "q1 – q3", f"x {there[0]['reference']}", "bar", "beside the speed")
-        table.title, table.title_justify = name, "left"
+        fixed = (Column(head, no_wrap=True) for head in ("variant", "images/s", "q1 – q3", "times"))
+        title = f"{name}, beside {there[0]['reference']}"
+        table = Table(*fixed, "what it gives", title=title, title_justify="left")
         for row in there:
             if row["images_per_second"] is not None:
                 table.add_row(row["variant"], *_cells(row))
@@ -86,9 +87,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    bar = "" if row["bar"] is None else f"{row['bar']:g}, {'reached' if row['bar_reached'] else 'NOT reached'}"
     rate, *spread = (_rate(row[name]) for name in ("images_per_second", "q1", "q3"))
-    return [rate, " – ".join(spread), f"{row['times_reference'] or math.nan:.2f}", bar, "; ".join(_beside(row))]
+    return [rate, " – ".join(spread), f"{row['times_reference'] or math.nan:.2f}", "; ".join(_beside(row))]
 
 
 def _rate(value: float) -> str:
@@ -97,8 +97,10 @@ def _rate(value: float) -> str:
 
 def _beside(row: Mapping[str, Any]) -> Iterator[str]:
     """What a variant gives, beside the reference, and what else it costs."""
+    if row["bar"] is not None:
+        yield f"bar {row['bar']:g} {'reached' if row['bar_reached'] else 'NOT reached'}"
     if row["stage"] == "read":
-        yield f"pixels within {row['max_pixel_difference']:g} of 255"
+        yield f"within {row['max_pixel_difference']:g} of 255"
         yield "same labels" if row["same_keys"] and row["same_labels"] else "OTHER LABELS"
         return
     if row["variant"] != row["reference"] and row["loss_relative"] is not None:
