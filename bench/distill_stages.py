@@ -51,6 +51,7 @@ from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import sight_of
 from synthkd.dfkd.views import Views, ViewSpec, draw_views
+from synthkd.engine.workers import one_thread
 
 Tell = Callable[[str], None]
 TrainStep = Callable[[int], Tensor | float]
@@ -93,7 +94,7 @@ def _reads(spec: DistillBench, size: int) -> Iterator[Setting]:
     facts = {
         "image_format": spec.image_format, "stored": sized.stored, "crop": sized.crop, "workers": spec.workers,
         "batch_size": spec.batch_size or sized.batch[spec.cuda], "images": spec.images or sized.images[spec.cuda],
-        "torch_threads": torch.get_num_threads(),
+        "torch_threads": torch.get_num_threads() if spec.cuda else 1,
     }  # fmt: skip
     bar = READ_BAR if size == 32 else None
     yield Setting(READ, f"{size} px", size, 5, partial(_readers, spec, size, facts), facts, bar, ("dali",))
@@ -101,9 +102,12 @@ def _reads(spec: DistillBench, size: int) -> Iterator[Setting]:
 
 @contextmanager
 def _readers(spec: DistillBench, size: int, facts: Mapping[str, Any], tell: Tell) -> Iterator[dict[str, Entry]]:
-    """Every reader over one set, after a first round each, in which pixels, keys and labels are compared."""
+    """Every reader over one set, after a first round each, in which pixels, keys and labels are compared.
+
+    On a CPU torch has one thread: those that wait for its small sums would take turns with the threads that decode.
+    """
     found: dict[str, Entry] = {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack, one_thread(spec.device):
         root = write_set(Path(folder) / "set", facts["images"], facts["stored"], spec.image_format, _CLASSES)
         work = _Work(spec, size, facts, open_set(root), members(root))
         for name in spec.chosen(READ):
