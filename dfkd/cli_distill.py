@@ -86,7 +86,8 @@ def distill(
     """Train a student on a synthetic set under its teacher; killed, the same command goes on to the same student.
 
     The weights kept are those that agree with the teacher on most held-out synthetic images; `synthkd evaluate` scores
-    them on real ones, once. Several GPUs: `torchrun --nproc-per-node 8 --no-python synthkd distill SET --out DIR`.
+    them on real ones, once. Several GPUs of a machine: `torchrun --standalone --nproc-per-node 8 --no-python synthkd
+    distill SET --out DIR`.
     """
     wanted = tuple(export or ())
     for name in wanted:

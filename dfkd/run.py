@@ -26,7 +26,7 @@ from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.student import DistillSpec, distill, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
-from synthkd.dfkd.training import CHECKPOINT
+from synthkd.dfkd.training import CHECKPOINT, OtherTrainingError
 from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
@@ -212,7 +212,12 @@ def train_student(job: StudentJob) -> Path:
     teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
     source = open_set(job.set_dir, job.limit, job.previews)
     job.out_dir.mkdir(parents=True, exist_ok=True)
-    student = distill(source, teacher, job.spec, folder=job.out_dir, labels_root=job.set_dir)
+    where: dict[str, Any] = {"folder": job.out_dir, "labels_root": job.set_dir}
+    try:
+        student = distill(source, teacher, job.spec, **where)
+    except OtherTrainingError:  # left by a training that was killed before the run got other settings, or more images
+        (job.out_dir / CHECKPOINT).unlink()
+        student = distill(source, teacher, job.spec, **where)
     about = {"teacher": job.teacher, "images": len(source)}
     save_student(student, job.spec, job.out_dir, about)
     write_atomically(marker, job.stamp)

@@ -34,6 +34,7 @@ class Step:
         self.optimizer = _optimizer(self.parameters, spec)
         self.mean = _floats(self.net, copy=True) if spec.ema else {}
         self._draws = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.net.modules())
+        self._replayed = mode in ("reduce-overhead", "max-autotune") and self.device.type == "cuda"
         self._teach: Any = _graph(objective.teach, mode)
         self._loss: Any = _graph(objective, mode)
         if ranks.world > 1:
@@ -65,6 +66,8 @@ class Step:
         self, x: Tensor, batch: Batch, targets: Tensor | None, part: int, parts: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one part of a batch: its share of the loss, and both networks' logits."""
+        if self._replayed:  # CUDA graphs: results of the last replay may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
         size = len(x) // parts
         cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
         with self._autocast():
@@ -73,7 +76,8 @@ class Step:
             loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
         with self._quiet(part + 1 < parts):
             (loss / parts).backward()
-        return loss.detach() / parts, said, taught.logits
+        found = loss.detach() / parts, said, taught.logits
+        return (found[0].clone(), said.clone(), taught.logits.clone()) if self._replayed else found
 
     def _targets(self, batch: Batch) -> Tensor | None:
         """Class shares [B,K] of blended images for the hard loss; None where labels do."""

@@ -38,6 +38,10 @@ class Stopped(Exception):  # noqa: N818 - not an error: the same command goes on
     """The training was asked to stop; its checkpoint is written where it has a folder."""
 
 
+class OtherTrainingError(SynthkdError):
+    """A folder's checkpoint is of another training."""
+
+
 @dataclass(kw_only=True)
 class Training:
     """One training: what goes in, where its checkpoints go, and who is told.
@@ -219,12 +223,12 @@ def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_other(path: Path, there: Any, here: dict[str, Any]) -> None:
-    """Raise SynthkdError, naming the first difference, for a checkpoint of another training."""
+    """Raise OtherTrainingError, naming the first difference, for a checkpoint of another training."""
     there, here = there if isinstance(there, dict) else {}, json.loads(json.dumps(here))
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             found, wanted = str(there.get(name))[:60], str(here.get(name))[:60]
-            raise SynthkdError(
+            raise OtherTrainingError(
                 f"{path}: is of another training ({name} is {found} there, {wanted} here); choose another --out, or "
                 "delete it"
             )
