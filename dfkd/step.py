@@ -67,7 +67,7 @@ class Step:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one part of a batch: its share of the loss, and both networks' logits."""
         if self._replayed:  # CUDA graphs: results of the last replay may be overwritten from here on
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         size = len(x) // parts
         cut = slice(part * size, (part + 1) * size) if parts > 1 else slice(None)
         with self._autocast():
