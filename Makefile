@@ -37,6 +37,7 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 	$(BIN)/synthkd bench engine --seeds 0,1,2,3,4 --record
 	$(BIN)/synthkd bench engine --case sd15-512 --case sdxl-1024 --counts --record
 	$(BIN)/synthkd bench backends --record
+	$(BIN)/synthkd bench distill --record
 	$(BIN)/synthkd bench ablation --seeds 0 --num-images 400 --record
 	$(BIN)/python -m pytest tests/bench/benchmark_kernels.py --benchmark-only -q
 	$(BIN)/python -m synthkd.bench.resources

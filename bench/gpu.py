@@ -22,12 +22,15 @@ from synthkd.bench.backend_runs import measure_backends
 from synthkd.bench.backends import RUN, BackendSpec
 from synthkd.bench.decoder import DIRECTIONS, DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
+from synthkd.bench.distill import measure_distill
+from synthkd.bench.distill_variants import END, READ, STEP, WAIT_BAR, DistillBench
 from synthkd.bench.engine import EngineSpec, measure_engine
 from synthkd.bench.kernels import measure, workloads
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
 from synthkd.engine.index import write_atomically
+from synthkd.engine.workers import default_workers
 from synthkd.kernels.suites import SUITES
 
 STATE = Path("build/gpu/done.json")
@@ -50,6 +53,11 @@ BACKENDS: dict[str, tuple[tuple[str, ...], ...]] = {
              ("flash", "cudnn", "xformers")),
     "vae": (("compile",), ("aoti",), ("onnx",), ("onnx-tensorrt",), ("tensorrt",)),
 }  # fmt: skip
+# Stage, size and student (all where empty) of what is timed together, and its rounds.
+DISTILL = (
+    (READ, 32, "", 5), (READ, 224, "", 5), (STEP, 32, "", 5), (STEP, 224, "", 5), (END, 32, "resnet18", 3),
+    (END, 224, "resnet50", 2), (END, 32, "resnet20", 3), (END, 32, "digits", 3),
+)  # fmt: skip
 HALF = ("onnx", "onnx-tensorrt", "tensorrt")
 LONGEST = 570  # seconds of one part, after which it is ended
 
@@ -153,6 +161,30 @@ def backends_parts() -> Parts:
     }
 
 
+def distill_part(stage: str, size: int, student: str, rounds: int) -> None:
+    """Readers, steps or short trainings at one size; rows appended, the share of time waited told with its bar."""
+    spec = DistillBench(
+        device=torch.device("cuda"), stages=(stage,), sizes=(size,), students=(student,) if student else (),
+        rounds=rounds, workers=default_workers("cpu"),
+    )  # fmt: skip
+    for row in measure_distill(spec, _tell):
+        append_row("distill", row)
+        said = f"{row['images_per_second']} images/s, {row['times_reference']} x {row['reference']}"
+        if row["bar"] is not None:
+            said += f", bar {row['bar']}: {'reached' if row['bar_reached'] else 'NOT reached'}"
+        if (wait := row.get("data_wait")) is not None:
+            said += f", waits {wait} % of the time, bar {WAIT_BAR}: {'kept' if wait < WAIT_BAR else 'NOT kept'}"
+        _tell(f"distill, {stage}, {row['case']}: {row['variant']}: {row['skipped'] or row['failed'] or said}")
+
+
+def distill_parts() -> Parts:
+    """All of DISTILL."""
+    return {
+        f"distill: {stage} {size} {student}".strip(): partial(distill_part, stage, size, student, rounds)
+        for stage, size, student, rounds in DISTILL
+    }
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
@@ -162,7 +194,7 @@ def parts() -> Parts:
     found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
     found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
     found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
-    found |= engine_parts() | backends_parts()
+    found |= distill_parts() | engine_parts() | backends_parts()
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
