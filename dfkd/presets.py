@@ -70,7 +70,7 @@ def digits() -> Preset:
         job=job,
         num_images=1200,
         distill=DistillSpec(
-            arch="resnet", arch_args=student, steps=800, ema=0.98, soft_labels="stored", views=16
+            arch="resnet", arch_args=student, steps=1000, ema=0.98, soft_labels="stored", views=16
         ),
         judge="embedded:digits/judge",
         test_set="digits:test",
