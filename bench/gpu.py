@@ -35,7 +35,7 @@ from synthkd.kernels.suites import SUITES
 
 STATE = Path("build/gpu/done.json")
 SEEDS = range(5)
-TESTS = {"kernels": ["kernels"], "runs": ["engine", "export", "test_gpu.py"]}  # folders and files of tests/
+TESTS = {"kernels": ["kernels"], "runs": ["engine", "export", "dfkd", "test_gpu.py"]}  # folders and files of tests/
 FIRST, LATER = ("bfloat16", "float32"), ("float16",)  # a dtype costs a minute or two over all ops, mostly compiling
 # The engine's cases, and variants that are timed together: always with `plain`, and the baseline on the same card.
 ENGINE = {
