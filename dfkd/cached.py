@@ -102,7 +102,10 @@ class _Job:
 
 
 class CachedReader(StoreReader):
-    """Another reader, asked once for each image; the same pixels as without a cache."""
+    """Another reader, asked once for each image; in host memory the same pixels as without a cache.
+
+    On a GPU images are cropped and resized there, in float32: the pixels of a CPU's fixed point within 1.
+    """
 
     def __init__(
         self,

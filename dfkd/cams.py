@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from synthkd.dfkd.losses import wide
 from synthkd.dfkd.stages import Stages, paired
 from synthkd.engine.errors import SynthkdError
 
@@ -38,7 +39,7 @@ def class_activation(maps: Tensor, head_weight: Tensor, classes: Tensor | None =
     logit without its bias. Returns [B,K,h,w], or [B,1,h,w] of one class each for classes int64 [B].
     Raises SynthkdError where the layer reads something else.
     """
-    f = _wide(maps)
+    f = wide(maps)
     w = head_weight.to(f.dtype)
     channels, height, width = f.shape[1:]
     if w.shape[1] == channels:
@@ -85,7 +86,7 @@ def gradient_activation(maps: Sequence[Tensor], slopes: Sequence[Tensor]) -> lis
     maps: f, [B,C,h,w]; slopes: the gradients of a class's logit in them; a_c: their mean over positions.
     """
     return [
-        (_wide(g).mean(dim=(2, 3), keepdim=True) * _wide(f)).sum(dim=1) for f, g in zip(maps, slopes, strict=True)
+        (wide(g).mean(dim=(2, 3), keepdim=True) * wide(f)).sum(dim=1) for f, g in zip(maps, slopes, strict=True)
     ]
 
 
@@ -157,8 +158,3 @@ def _mean_square(found: Tensor, wanted: Tensor) -> Tensor:
     if found.shape[2:] != wanted.shape[2:]:
         found = F.interpolate(found, size=wanted.shape[2:], mode="bilinear", align_corners=False)
     return (found - wanted.to(found.dtype)).square().mean()
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 at least; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -16,19 +16,27 @@ from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.parallel import Ranks, joined
 from synthkd.dfkd.progress import Progress, Silent
-from synthkd.dfkd.report_student import write_student_report
+from synthkd.dfkd.report import STUDENT_LOG
+from synthkd.dfkd.report_student import TRAINING, write_student_report
 from synthkd.dfkd.sets import SetSource, open_set
 from synthkd.dfkd.ship import KINDS, export_student
 from synthkd.dfkd.soft_labels import store_labels
-from synthkd.dfkd.student import Hooks, Stopped, Student, TrainOptions, identity_of, save_student, split
+from synthkd.dfkd.student import (
+    Hooks,
+    Stopped,
+    Student,
+    TrainOptions,
+    identity_of,
+    opened_reader,
+    save_student,
+    split,
+)
 from synthkd.dfkd.student import distill as train
 from synthkd.dfkd.teachers import Teacher, load_teacher
 from synthkd.dfkd.training import CHECKPOINT, LogRow, sight_of
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.index import write_atomically
-from synthkd.export.artifacts import weights_sha256
 
-TRAINING, LOG = "training.json", "student_log.jsonl"
 out = Console()
 
 Set = Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]
@@ -142,6 +150,7 @@ class _Job:
             set_dir, out_dir, card, spec, how, ranks,
         )  # fmt: skip
         self.rows: list[LogRow] = []
+        self.size = (1, 1)
 
     def is_done(self, source: SetSource, network: Teacher) -> bool:
         """Whether this very student is there already; says so."""
@@ -150,7 +159,7 @@ class _Job:
             there = json.loads(path.read_text())["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
-        identity = json.loads(json.dumps(identity_of(self.spec, source, weights_sha256([network]))))
+        identity = json.loads(json.dumps(identity_of(self.spec, source, network)))
         if there != identity or not (self.out_dir / "student.toml").exists():
             return False
         self._say(f"{self.out_dir / 'student.toml'}: this student is trained already")
@@ -160,10 +169,13 @@ class _Job:
         """Train, save, summarise; exits with 75 or 130 where it is stopped."""
         if self.ranks.first:
             self.out_dir.mkdir(parents=True, exist_ok=True)
+            (self.out_dir / TRAINING).unlink(missing_ok=True)  # from here on it is no word on what lies beside it
         else:
-            logging.getLogger("synthkd").setLevel(logging.ERROR)  # the first process says it
+            logging.getLogger("synthkd").setLevel(logging.WARNING)  # the first process says the rest
+        self.ranks.wait()
         began = time.perf_counter()
         with (Bars(out) if self.ranks.first else nullcontext(Silent())) as told, StopFlag() as stop:
+            self.size = network.input_size
             hooks = self._hooks(told, stop, source)
             try:
                 student = train(
@@ -178,9 +190,9 @@ class _Job:
 
     def _hooks(self, told: Progress, stop: StopFlag, source: SetSource) -> Hooks:
         spec, done = self.spec, 0
-        if spec.soft_labels == "stored" and self.ranks.first:
-            count, _ = split(source, spec.held_out, (1, 1))
-            told.begin("soft labels", count * spec.views, "images")
+        if spec.soft_labels == "stored":
+            count, _ = split(source, spec.held_out, self.size)
+            told.begin("soft labels", count * spec.views // self.ranks.world, "images")
         told.begin("distill", spec.steps, "steps")
 
         def on_step(step: int) -> None:
@@ -202,14 +214,14 @@ class _Job:
             return
         if isinstance(told, Bars):
             told.note("distill", f"{row['images_per_second']:.0f} images/s, wait {row['data_wait']:.1f} %")
-        with (self.out_dir / LOG).open("w" if len(self.rows) == 1 else "a") as f:
+        with (self.out_dir / STUDENT_LOG).open("w" if len(self.rows) == 1 else "a") as f:
             f.write(json.dumps(row) + "\n")
 
     def _save(self, student: Student, source: SetSource, network: Teacher, seconds: float) -> None:
         about = {"teacher": self.card, "set": self.set_dir.name, "images": len(source)}
         path = save_student(student, self.spec, self.out_dir, about)
         summary = {
-            "identity": identity_of(self.spec, source, weights_sha256([network])),
+            "identity": identity_of(self.spec, source, network),
             "execution": asdict(self.how) | {"processes": self.ranks.world},
             "agreement": student.agreement,
             "seconds": round(seconds, 2),
@@ -281,11 +293,11 @@ def labels(
     rows, _ = split(source, spec.held_out, network.input_size)
     with Bars(out) as bars, StopFlag() as stop:
         bars.begin("soft labels", rows * spec.views, "images")
-        images = source.reader(network.input_size, how)
+        images = opened_reader(source, network, spec, how)
         try:
             stored, told = store_labels(
                 set_dir, source, images, network, sight_of(spec, rows),
-                lambda n: bars.advance("soft labels", n), stop.is_set,
+                on_images=lambda n: bars.advance("soft labels", n), should_stop=stop.is_set,
             )  # fmt: skip
         finally:
             images.close()

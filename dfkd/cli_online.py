@@ -1,7 +1,7 @@
 """`synthkd online`: a student trained on images as they are drawn; none of them is written."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
-from synthkd.dfkd.cli_distill import LOG, TRAINING, averages
+from synthkd.dfkd.cli_distill import averages
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.online import PoolSpec, distill_online
 from synthkd.dfkd.presets import load_preset
-from synthkd.dfkd.report_student import write_student_report
+from synthkd.dfkd.report import STUDENT_LOG
+from synthkd.dfkd.report_student import TRAINING, write_student_report
 from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, save_student
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import LogRow
@@ -52,6 +53,8 @@ def online(
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     spec = options.distill_spec(preset, spec_file, steps, batch_size, None, seed)
+    if preset and spec.soft_labels == "stored":  # the preset's own way, which needs a set
+        spec = replace(spec, soft_labels="teacher", views=0)
     request, held = Request(num_samples=num_samples, seed=seed), PoolSpec(capacity=pool, exponent=exponent)
     how = TrainOptions(device=job.device, compile=compile)
     out_dir.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,7 @@ def online(
         except Stopped:
             raise typer.Exit(stop.exit_code(out, "nothing is kept: begin again", "training step")) from None
     path = save_student(student, spec, out_dir, {"teacher": job.teacher, "images": num_samples, "online": True})
-    write_atomically(out_dir / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(out_dir / STUDENT_LOG, "".join(json.dumps(row) + "\n" for row in rows))
     summary = {"online": asdict(held), "agreement": student.agreement, **averages(rows)}
     write_atomically(out_dir / TRAINING, json.dumps(summary, indent=2, sort_keys=True) + "\n")
     write_student_report(out_dir)

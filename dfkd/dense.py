@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from synthkd.dfkd.feed import Pixels, ReadOptions, Request, Rows
+from synthkd.dfkd.losses import wide
 from synthkd.dfkd.views import Views, ViewSpec, affine, pixel_boxes
 from synthkd.engine.errors import SynthkdError
 from synthkd.kernels import kd_loss
@@ -68,7 +69,7 @@ def dense_kd_loss(
     are resized (bilinear) to the teacher's size where it differs. masks: int64 [B,H,W]; pixels of IGNORE are left out,
     masks of another size are resized (nearest). Zero where no pixel counts. Computed in float32; float64 stays.
     """
-    s, t = _at(student_logits, _size(teacher_logits)), _wide(teacher_logits).detach()
+    s, t = _at(student_logits, _size(teacher_logits)), wide(teacher_logits).detach()
     s, t = _rows(s), _rows(t)
     if masks is None:
         return kd_loss(s, t, temperature)
@@ -210,15 +211,10 @@ def _size(x: Tensor) -> Size:
 
 def _at(logits: Tensor, size: Size) -> Tensor:
     """Logits [B,K,h,w] at another size, float32 at least."""
-    wide = _wide(logits)
-    return wide if _size(wide) == size else F.interpolate(wide, size=size, mode="bilinear", align_corners=False)
+    scores = wide(logits)
+    return scores if _size(scores) == size else F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
 def _rows(logits: Tensor) -> Tensor:
     """[B,K,h,w] -> [B*h*w,K]."""
     return logits.movedim(1, 3).reshape(-1, logits.shape[1])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 at least; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthkd.dfkd.losses import wide
 from synthkd.dfkd.stages import Stages, paired
 
 
@@ -37,7 +38,7 @@ class FeatureMatcher(nn.Module):
         device = student_maps[-1].device.type
         with torch.autocast(device, enabled=False):
             errors = [
-                _relative(regressor(_wide(student_maps[s])), _wide(teacher_maps[t]).detach())
+                _relative(regressor(wide(student_maps[s])), wide(teacher_maps[t]).detach())
                 for (s, t), regressor in zip(self.pairs, self.regressors, strict=True)
             ]
         return torch.stack(errors).mean()
@@ -59,8 +60,3 @@ def _relative(found: Tensor, wanted: Tensor) -> Tensor:
         found = F.interpolate(found, size=wanted.shape[2:], mode="bilinear", align_corners=False)
     size = wanted.square().mean().clamp_min(torch.finfo(wanted.dtype).eps)
     return (found - wanted).square().mean() / (2 * size)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """float32 at least; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -32,12 +32,12 @@ def bn_distance(taps: Sequence[Tap]) -> Tensor:
 
 def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy per sample [B] of logits [B,K] against class shares [B,K]: -sum_k y_k log p_k."""
-    return -(targets * F.log_softmax(_wide(logits), dim=1)).sum(dim=1)
+    return -(targets * F.log_softmax(wide(logits), dim=1)).sum(dim=1)
 
 
 def entropy(logits: Tensor) -> Tensor:
     """Shannon entropy per sample [B], in nats, of softmax(logits [B,K]): -sum_k p_k log p_k."""
-    log_p = F.log_softmax(_wide(logits), dim=1)
+    log_p = F.log_softmax(wide(logits), dim=1)
     return -(log_p.exp() * log_p).sum(dim=1)
 
 
@@ -49,7 +49,7 @@ def disagreement(student_logits: Tensor, teacher_logits: Tensor, kind: str = "kl
     """
     if kind not in DIVERGENCES:
         raise SynthkdError(f"guidance: divergence is {kind!r}; {suggest(str(kind), DIVERGENCES)}")
-    s, t = F.log_softmax(_wide(student_logits), dim=1), F.log_softmax(_wide(teacher_logits), dim=1)
+    s, t = F.log_softmax(wide(student_logits), dim=1), F.log_softmax(wide(teacher_logits), dim=1)
     if kind == "kl":
         apart = _kl(t, s)
     else:
@@ -71,7 +71,7 @@ def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     features: [B,D]; targets: class shares [B,K], which weigh the samples; weight: [K,D]. A class whose mean is the
     group's (one class alone, equal features) counts 1 and has no gradient.
     """
-    f, w = _wide(features), weight.to(_wide(features).dtype)
+    f, w = wide(features), weight.to(wide(features).dtype)
     y = targets.to(f.dtype)
     shares = y.sum(dim=0)
     present = shares > 0
@@ -84,6 +84,6 @@ def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     return ((1 - cosine) * present).sum() / present.sum()
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """float32 at least; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

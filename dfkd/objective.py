@@ -97,6 +97,8 @@ class Objective(nn.Module):
         logits = logits.float()
         with torch.autocast(x.device.type, enabled=False):
             terms = [*self._of_logits(logits, taught, labels, targets), *self._of_maps(logits, maps, taught)]
+            if not (self.spec.kl or self.spec.hard):  # so that every parameter has a gradient, as DDP wants
+                terms.append(0 * logits.sum())
         return torch.stack(terms).sum(), logits.detach()
 
     def _of_logits(self, logits: Tensor, taught: Taught, labels: Tensor, targets: Tensor | None) -> Iterator[Tensor]:

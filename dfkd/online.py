@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import predict
@@ -135,7 +135,9 @@ class OnlineImages(IterableDataset[Batch]):
         return torch.cat([self._group(g)[0].cpu() for g in range(self.held_groups)])
 
     def __iter__(self) -> Iterator[Batch]:
-        """The batches of a training, in order."""
+        """The batches of a training, in order; raises SynthkdError in a DataLoader's worker: none teaches its pool."""
+        if get_worker_info() is not None:
+            raise SynthkdError("online: images are drawn where the student is; give the DataLoader num_workers=0")
         return self.batches(0, self.spec.steps)
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:

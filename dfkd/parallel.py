@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,25 @@ class Ranks:
             value /= self.world
         return value
 
+    def of_first(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The first process's values, which the others must have in the same shapes."""
+        if self.world == 1:
+            return values
+        out = {}
+        for name, value in values.items():
+            shared = value.to(self.device).contiguous()
+            dist.broadcast(shared, 0)
+            out[name] = shared.to(value.device)
+        return out
+
+    def texts(self, texts: dict[str, str]) -> dict[str, str]:
+        """The tables of all processes, joined."""
+        if self.world == 1:
+            return texts
+        found: list[dict[str, str]] = [{} for _ in range(self.world)]
+        dist.all_gather_object(found, texts)
+        return {key: value for table in found for key, value in table.items()}
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.world > 1:
@@ -62,7 +82,8 @@ def joined(device: str) -> Iterator[Ranks]:
         raise SynthkdError(f"torchrun: process {local} of this machine has no GPU; it has {torch.cuda.device_count()}")
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world)
+    patience = timedelta(hours=2)  # the slowest part of a label file
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=world, timeout=patience)
     try:
         yield Ranks(rank, world, f"cuda:{local}" if cuda else device)
     finally:

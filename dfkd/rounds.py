@@ -155,7 +155,7 @@ def ensure_student(
 
 def _as_ever(device: str) -> TrainOptions:
     """How a round's student is trained wherever the set is: nothing that is chosen by measurement."""
-    return TrainOptions(device=device, reader="torch", threads=1)
+    return TrainOptions(device=device, reader="torch", threads=1, compile="off" if device == "cpu" else "auto")
 
 
 def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:

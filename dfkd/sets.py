@@ -4,7 +4,6 @@ Tar headers and json are read once, images only when they are asked for; about f
 """
 
 import hashlib
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -203,15 +202,16 @@ class SetSource:
     """A synthetic set as a `Source`: labels, previews, classes and digest as there; image_format: png, jpg or webp."""
 
     def __init__(self, folder: Path, table: _Table, files: _Files, facts: Mapping[str, Any]) -> None:
-        """facts: classes, digest, image_format, as `open_set` finds them."""
+        """facts: classes and image_format, as `open_set` finds them."""
         self.folder, self._files = folder, files
         self.labels: Rows = table.column("label")
         self.previews: NDArray[np.bool_] = table.column("mark")
         self.classes: tuple[str, ...] = facts["classes"]
-        self.digest: str = facts["digest"]
         self.image_format: str = facts["image_format"]
         self._keys, self._shard = table.column("key"), table.column("shard")
         self._offset, self._size, self._digest = (table.column(name) for name in ("offset", "size", "digest"))
+        parts = (self._keys, self.labels, self.previews, self._digest)  # of these rows alone: a set that grew keeps it
+        self.digest: str = hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()
         self._checked = np.zeros(len(self.labels), np.bool_)
         self.stores: dict[Any, Any] = {}  # decoded images that readers of this set share (see `cached.py`)
 
@@ -260,13 +260,12 @@ def open_set(folder: Path, limit: int | None = None, previews: bool = True) -> S
     classes = _names(folder, recipe)
     each = 1 + (len(recipe.get("previews", ())) if previews else 0)
     wanted = each * min(limit or manifest["num_samples"], manifest["num_samples"])
-    table, sums = _Table(), []
+    table = _Table()
     paths = {shard: folder / index[shard].file for shard in sorted(index)}
     for shard, path in paths.items():
         row = index.pop(shard)  # the rows of a large index are many strings
         found = (e for e in _entries(path, row, recipe["image_format"], len(classes)) if previews or not e.mark)
         table.add(shard, list(islice(found, wanted - table.count)))
-        sums.append(row.sha256)
         if table.count >= wanted:
             break
     if table.count < wanted or not wanted:
@@ -274,8 +273,7 @@ def open_set(folder: Path, limit: int | None = None, previews: bool = True) -> S
             f"{folder}: {table.count} of {wanted} images are in finished shards; finish the set with the command that "
             "began it, or use fewer"
         )
-    digest = hashlib.sha256(json.dumps([sums, wanted, previews]).encode()).hexdigest()
-    facts = {"classes": classes, "digest": digest, "image_format": recipe["image_format"]}
+    facts = {"classes": classes, "image_format": recipe["image_format"]}
     return SetSource(folder, table, _Files(paths), facts)
 
 

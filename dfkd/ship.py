@@ -31,6 +31,7 @@ _FORMAT = "synthkd student 1"
 _ABOUT = "student.json"  # in a .pt2
 _INLINE = 1 << 30  # bytes of weights; a protobuf ends at 2 GiB
 _BATCHES = (1, 2, 5)
+_LARGEST = 2**14  # pixels a side
 
 
 class Graph(nn.Module):
@@ -207,9 +208,9 @@ def _contract_of(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     try:
         about = {name: json.loads(text) for name, text in texts.items()}
         shape, classes = about["input"]["shape"], about["classes"]
-        fits = about["format"] == _FORMAT and len(shape) == 4 and all(int(n) > 0 for n in shape[2:])
+        fits = about["format"] == _FORMAT and len(shape) == 4 and all(0 < int(n) <= _LARGEST for n in shape[2:])
         fits = fits and isinstance(classes, list) and all(isinstance(name, str) for name in classes) and bool(classes)
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError):
         fits = False
     if not fits:
         hint = "expected a file of `synthkd distill --export`"

@@ -1,6 +1,6 @@
 """Steps -> what to read, and what was read -> batches: rows, views and labels kept together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from synthkd.dfkd.dense import DensePixels, turned_labels
 from synthkd.dfkd.feed import Batch, Order, Pixels, Request, Rows, Source
+from synthkd.dfkd.readers import stand_ins
 from synthkd.dfkd.views import Views, ViewSpec, draw_views, per_epoch, view_of_epoch
 
 
@@ -68,27 +69,33 @@ def request_for(rows: Rows, epochs: Rows, sight: Sight, step: int) -> Asked:
 
 
 def batch_of(source: Source, asked: Asked, pixels: Pixels, stored: Labels | None = None) -> Batch:
-    """What was read as a Batch; where a substitute stands for a damaged image, its row, label and view are its own."""
+    """What was read as a Batch. In the place of a damaged image, or of one whose partner is damaged, stands the next
+    whole one of the batch with its own partner, label and view.
+
+    Raises SynthkdError where there is none.
+    """
     b, used = asked.size, pixels.used
-    rows, views = asked.request.rows[used], asked.request.views.take(used)
-    broken = used != np.arange(len(used))
-    main, mixed = views.take(slice(0, b)), asked.request.views.take(slice(0, b)).blended
-    alone = broken[:b].copy()
-    alone[np.flatnonzero(mixed)] |= broken[b:]
-    main = replace(main, share=np.where(alone | ~mixed, np.float32(1), main.share))
+    mixed = asked.request.views.take(slice(0, b)).blended
+    partner_at = np.arange(b)  # where in the request each image's partner was read
+    partner_at[mixed] = b + np.arange(int(mixed.sum()))
+    whole = used[:b] == np.arange(b)
+    whole[mixed] &= used[b:] == b + np.arange(int(mixed.sum()))
+    source_at = stand_ins(whole)
+    rows, views = asked.request.rows[source_at], asked.request.views.take(source_at)
+    main, epochs = torch.from_numpy(source_at), asked.epochs[source_at]
+    images = pixels.images[:b] if whole.all() else pixels.images[main.to(pixels.images.device)]
     partners = None
     if mixed.any():
-        partners = pixels.images[:b].clone()
-        partners[torch.from_numpy(np.flatnonzero(mixed)).to(partners.device)] = pixels.images[b:]
+        partners = pixels.images[torch.from_numpy(partner_at[source_at]).to(pixels.images.device)]
     return Batch(
         step=asked.step,
-        images=pixels.images[:b],
-        labels=torch.from_numpy(source.labels[rows[:b]]),
-        rows=rows[:b],
-        partner_labels=torch.from_numpy(source.labels[main.partner]),
-        keys=source.keys(rows[:b]),
-        views=main,
+        images=images,
+        labels=torch.from_numpy(source.labels[rows]),
+        rows=rows,
+        partner_labels=torch.from_numpy(source.labels[views.partner]),
+        keys=source.keys(rows),
+        views=views,
         partners=partners,
-        logits=stored.of(rows[:b], asked.epochs[used[:b]]) if stored else None,
-        masks=turned_labels(pixels.masks[:b], main) if isinstance(pixels, DensePixels) else None,
+        logits=stored.of(rows, epochs) if stored else None,
+        masks=turned_labels(pixels.masks[main], views) if isinstance(pixels, DensePixels) else None,
     )

@@ -15,16 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from synthkd.dfkd.feed import Reader, Rows, Source
+from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sight import Asked, Sight, batch_of, request_for
-from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.teachers import Teacher, teacher_digest
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.views import Views, looks, view_of_epoch
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
-from synthkd.export.artifacts import weights_sha256
 
 CHUNK = 8192  # rows of a file
 BATCH = 256
@@ -48,6 +49,7 @@ class StoredLabels:
 
     folder: Path
     sight: Sight
+    classes: int
 
     def of(self, rows: Rows, epochs: Rows) -> Tensor:
         """Logits [B,K] of rows in the view of their epoch; raises SynthkdError for files that are not whole."""
@@ -55,7 +57,7 @@ class StoredLabels:
         views = np.array([view_of_epoch(int(e), self.sight.views) for e in epochs])
         for view in np.unique(views):
             here = views == view
-            table = _table(self.folder, int(view), self.sight.count)
+            table = _table(self.folder, self.sight, int(view), self.classes)
             found = table[torch.from_numpy(rows[here])].float()
             out = found.new_empty(len(rows), found.shape[1]) if out is None else out
             out[torch.from_numpy(here)] = found
@@ -67,8 +69,7 @@ def labels_folder(root: Path, source: Source, teacher: Teacher, sight: Sight, de
     """Where a set's labels lie, and what they are a function of."""
     parts: dict[str, Any] = {
         "set": source.digest,
-        "teacher": weights_sha256([teacher]),
-        "input_size": list(teacher.input_size),
+        "teacher": teacher_digest(teacher),
         "seed": sight.seed,
         "reach": asdict(sight.spec),
         "rows": sight.count,
@@ -84,14 +85,17 @@ def store_labels(
     reader: Reader,
     teacher: Teacher,
     sight: Sight,
+    ranks: Ranks | None = None,
     on_images: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[StoredLabels | None, Stored]:
     """Label what is not labelled yet: files of 8,192 rows a view, each written whole; None where it was stopped.
 
+    ranks: processes among which the files are shared out; all of them come back together, with the same answer.
     The logits are of the decoded file under the view's crop, flip, affine part and blend. Raises SynthkdError for
     logits that are not finite and for a folder that cannot be written.
     """
+    ranks = ranks or Ranks()
     folder, parts = labels_folder(root, source, teacher, sight, reader.decoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,19 +103,20 @@ def store_labels(
             write_atomically(folder / NOTE, json.dumps(parts, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise SynthkdError(f"{folder}: cannot be written ({error.strerror}); make the set's folder writable") from error
-    began, labelled = time.perf_counter(), 0
-    for view in range(sight.views):
-        for first in range(0, sight.count, CHUNK):
-            path, rows = _file(folder, view, first), np.arange(first, min(first + CHUNK, sight.count))
-            if path.exists():
-                on_images(len(rows))
-                continue
-            tensors = _label(source, reader, teacher, sight, view, rows, on_images, should_stop)
-            if tensors is None:
-                return None, _told(folder, labelled, began)
-            write_tensors(path, tensors, {"view": view, "first": first})
-            labelled += len(rows)
-    return StoredLabels(folder, sight), _told(folder, labelled, began)
+    began, labelled, stopped = time.perf_counter(), 0, False
+    files = [(view, first) for view in range(sight.views) for first in range(0, sight.count, CHUNK)]
+    for view, first in files[ranks.rank :: ranks.world]:
+        path, rows = _file(folder, view, first), np.arange(first, min(first + CHUNK, sight.count))
+        if path.exists():
+            on_images(len(rows))
+            continue
+        tensors = _label(source, reader, teacher, sight, view, rows, on_images, should_stop)
+        if stopped := tensors is None:
+            break
+        write_tensors(path, tensors or {}, {"view": view, "first": first})
+        labelled += len(rows)
+    stopped = ranks.any(stopped)
+    return None if stopped else StoredLabels(folder, sight, len(teacher.classes)), _told(folder, labelled, began)
 
 
 def _told(folder: Path, labelled: int, began: float) -> Stored:
@@ -149,7 +154,7 @@ def _label(
         batch = batch_of(source, asked, pixels)
         partners = batch.partners if batch.partners is None else batch.partners.to(device)
         logits.append(teacher(looks(batch.images.to(device), batch.views, sight.spec, partners)).float().cpu())
-        seen.append(batch.views)
+        seen.append(asked.request.views.take(slice(0, asked.size)))
         on_images(len(batch))
     found, views = torch.cat(logits), Views.cat(seen)
     return {"logits": _packed(found), **{name: torch.from_numpy(np.array(getattr(views, name))) for name in _VIEW}}
@@ -163,11 +168,28 @@ def _packed(logits: Tensor) -> Tensor:
     return half if torch.isfinite(half).all() else logits
 
 
-@lru_cache(maxsize=4)
-def _table(folder: Path, view: int, count: int) -> Tensor:
-    """Logits [count,K] of one view."""
-    parts = [read_tensors(_file(folder, view, first))[0]["logits"] for first in range(0, count, CHUNK)]
-    table = torch.cat([p.float() for p in parts]) if len({p.dtype for p in parts}) > 1 else torch.cat(parts)
-    if len(table) != count:
-        raise SynthkdError(f"{folder}: view {view} has {len(table)} labels; expected {count}; delete the folder")
-    return table
+@lru_cache(maxsize=2)
+def _table(folder: Path, sight: Sight, view: int, classes: int) -> Tensor:
+    """Logits [count,K] of one view; raises SynthkdError for files that are not whole, or of other views than drawn."""
+    parts = [_chunk(folder, sight, view, first, classes) for first in range(0, sight.count, CHUNK)]
+    return torch.cat([p.float() for p in parts]) if len({p.dtype for p in parts}) > 1 else torch.cat(parts)
+
+
+def _chunk(folder: Path, sight: Sight, view: int, first: int, classes: int) -> Tensor:
+    """Logits of one file, checked against what it ought to hold."""
+    path, rows = _file(folder, view, first), np.arange(first, min(first + CHUNK, sight.count))
+    tensors, note = read_tensors(path)
+    logits, drawn = tensors.get("logits"), sight.of(rows, np.full(len(rows), view))
+    fits = logits is not None and tuple(logits.shape) == (len(rows), classes)
+    fits = fits and logits is not None and logits.is_floating_point() and bool(torch.isfinite(logits).all())
+    if not fits or logits is None or note != {"view": view, "first": first}:
+        raise SynthkdError(f"{path}: holds no labels of {len(rows)} images; delete it and run the command again")
+    read = _views_of(tensors)
+    if read is None or not all(np.array_equal(read[name], getattr(drawn, name)) for name in _VIEW):
+        raise SynthkdError(f"{path}: is of other views than this version draws; delete its folder and label anew")
+    return logits
+
+
+def _views_of(tensors: dict[str, Tensor]) -> dict[str, NDArray[Any]] | None:
+    """The views that a file's labels are of; None where one is missing."""
+    return {name: tensors[name].numpy() for name in _VIEW} if set(_VIEW) <= set(tensors) else None

@@ -4,12 +4,13 @@ The graphs are: the teacher (none with stored labels), the student with its loss
 the running mean of the weights are one fused call each.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.nn.parallel import DistributedDataParallel
 
 from synthkd.dfkd.distill_spec import DistillSpec, learning_rate
@@ -18,6 +19,18 @@ from synthkd.dfkd.objective import Objective, Taught
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.views import ViewSpec, looks
 from synthkd.engine import rng
+from synthkd.engine.errors import SynthkdError
+
+# Grad-CAM takes gradients inside the graph; a process may train many students, each with graphs of its own.
+_DYNAMO = {"trace_autograd_ops": True, "recompile_limit": 1024, "accumulated_recompile_limit": 4096}
+
+
+def check_parts(spec: DistillSpec, world: int) -> None:
+    """Raise SynthkdError where batch_size is not cut into equal parts of two images or more."""
+    parts = world * spec.accumulate
+    if spec.batch_size % parts or spec.batch_size < 2 * parts:
+        found = f"batch_size {spec.batch_size} over {world} processes in {spec.accumulate} parts each"
+        raise SynthkdError(f"distill: {found}; expected equal parts of two images or more")
 
 
 class Step:
@@ -26,7 +39,11 @@ class Step:
     def __init__(
         self, objective: Objective, spec: DistillSpec, ranks: Ranks, dtype: torch.dtype, mode: str | None
     ) -> None:
-        """dtype: of the networks under autocast; mode: of torch.compile, None for eager."""
+        """dtype: of the networks under autocast; mode: of torch.compile, None for eager.
+
+        Raises SynthkdError for a batch that ranks and parts do not cut evenly, and for CUDA graphs over several parts.
+        """
+        check_parts(spec, ranks.world)
         self.objective, self.spec, self.ranks, self.dtype = objective, spec, ranks, dtype
         self.view, self.device = ViewSpec.of(spec), torch.device(ranks.device)
         self.net = objective.student.net
@@ -35,6 +52,8 @@ class Step:
         self.mean = _floats(self.net, copy=True) if spec.ema else {}
         self._draws = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in self.net.modules())
         self._replayed = mode in ("reduce-overhead", "max-autotune") and self.device.type == "cuda"
+        if self._replayed and spec.accumulate > 1:
+            raise SynthkdError(f"--compile {mode}: CUDA graphs do not add gradients up; set accumulate to 1")
         self._teach: Any = _graph(objective.teach, mode)
         self._loss: Any = _graph(objective, mode)
         if ranks.world > 1:
@@ -52,7 +71,7 @@ class Step:
         x = x.contiguous(memory_format=torch.channels_last)
         targets = self._targets(batch)
         parts = self.spec.accumulate
-        with torch._dynamo.config.patch(trace_autograd_ops=True):  # Grad-CAM takes gradients inside the graph
+        with torch._dynamo.config.patch(_DYNAMO), self._compiling():
             found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
         self.optimizer.step()
         if self.mean:
@@ -81,7 +100,7 @@ class Step:
 
     def _targets(self, batch: Batch) -> Tensor | None:
         """Class shares [B,K] of blended images for the hard loss; None where labels do."""
-        if not self.spec.hard or batch.partners is None:
+        if not self.spec.hard or not self.spec.mix:  # by the spec, not by the batch: one graph for all batches
             return None
         share = torch.from_numpy(batch.views.share).to(self.device, non_blocking=True)[:, None]
         eye = torch.eye(self.objective.num_classes, device=self.device)
@@ -91,6 +110,15 @@ class Step:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """A compiler that is missing or fails is one line."""
+        try:
+            yield
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:200]
+            raise SynthkdError(f"distill: torch cannot compile the step here ({reason}); set --compile off") from error
 
     def _quiet(self, on: bool) -> AbstractContextManager[Any]:
         """Within it gradients are not exchanged: only the last part of a batch does that."""

@@ -19,15 +19,16 @@ from synthkd.dfkd.feed import Order, Pixels, Reader, Request, Rows, Source
 from synthkd.dfkd.loader import Loader
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.parallel import Ranks
+from synthkd.dfkd.reader_choice import READERS
 from synthkd.dfkd.sight import Labels
 from synthkd.dfkd.soft_labels import store_labels
+from synthkd.dfkd.step import check_parts
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
-from synthkd.dfkd.training import LogRow, Stopped, Training, identity_of, sight_of
+from synthkd.dfkd.training import LogRow, Stopped, Training, identity_of, reader_of, sight_of
 from synthkd.dfkd.views import Views
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
-from synthkd.export.artifacts import weights_sha256
 
 _HELD_BYTES, _HELD_LEAST = 2**28, 512  # of held-out images in memory: an accuracy needs no more than some thousands
 
@@ -79,9 +80,10 @@ def distill(
     ranks = ranks or Ranks(device=str(device))
     options, hooks = options or TrainOptions(device=str(device)), hooks or Hooks(on_step=on_step)
     source = MemorySource(data) if isinstance(data, LabelledImages) else data
+    check_parts(spec, ranks.world)
     rows, held = split(source, spec.held_out, teacher.input_size)
     student = fresh_student(teacher, spec)
-    reader = source.reader(teacher.input_size, replace(options, crops=spec.crop < 1))
+    reader = opened_reader(source, teacher, spec, options, ranks, folder)
     try:
         stored = _labels(source, reader, teacher, spec, rows, labels_root, ranks, hooks)
         images = read_plain(reader, held)
@@ -90,13 +92,33 @@ def distill(
             student=student, teacher=teacher,
             feed=Loader(source, reader, order, sight_of(spec, rows), torch.device(ranks.device), stored),
             held=images, wanted=predict(teacher, images).argmax(dim=1), spec=spec, options=options, ranks=ranks,
-            decoder=reader.decoder, identity=identity_of(spec, source, weights_sha256([teacher])), folder=folder,
-            on_step=hooks.on_step, on_row=hooks.on_row, should_stop=hooks.should_stop,
+            reading={"reader": reader.name, "decoder": reader.decoder}, damaged=reader.damaged,
+            identity=identity_of(spec, source, teacher), folder=folder, on_step=hooks.on_step, on_row=hooks.on_row,
+            should_stop=hooks.should_stop,
         )  # fmt: skip
         agreement = training.run()
     finally:
         reader.close()
-    return Student(student, training.log, agreement, dict(reader.damaged))
+    return Student(student, training.log, agreement, ranks.texts(dict(reader.damaged)))
+
+
+def opened_reader(
+    source: Source,
+    teacher: Teacher,
+    spec: DistillSpec,
+    options: TrainOptions,
+    ranks: Ranks | None = None,
+    folder: Path | None = None,
+) -> Reader:
+    """A reader of the teacher's images: a checkpoint's where there is one, the first process's for all of them."""
+    ranks, options = ranks or Ranks(), replace(options, crops=spec.crop < 1)
+    known = reader_of(folder) if folder and options.reader == "auto" else None
+    options = replace(options, reader=known) if known else options
+    if ranks.world == 1 or options.reader != "auto":
+        return source.reader(teacher.input_size, options)
+    first = source.reader(teacher.input_size, options) if ranks.first else None
+    name = ranks.texts({"reader": first.name} if first else {})["reader"]
+    return first or source.reader(teacher.input_size, replace(options, reader=name if name in READERS else "auto"))
 
 
 def split(source: Source, share: float, size: tuple[int, int]) -> tuple[int, Rows]:
@@ -115,7 +137,7 @@ def split(source: Source, share: float, size: tuple[int, int]) -> tuple[int, Row
 
 def read_plain(reader: Reader, rows: Rows, batch_size: int = 256) -> Tensor:
     """Whole images, uint8 [N,3,h,w] on the CPU; a damaged one's place is taken by a readable one."""
-    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    parts = np.array_split(rows, max(1, len(rows) // batch_size))  # no small rest, in which none may be readable
     found: list[Pixels] = list(reader.read(Request(part, Views.plain(part)) for part in parts))
     return torch.cat([p.images.cpu() for p in found])
 
@@ -130,16 +152,13 @@ def _labels(
     ranks: Ranks,
     hooks: Hooks,
 ) -> Labels | None:
-    """Stored soft labels where the spec wants them, made by the first process where they are not there yet."""
+    """Stored soft labels where the spec wants them, made by all processes where they are not there yet."""
     if spec.soft_labels != "stored":
         return None
     if root is None:
         raise SynthkdError("distill: soft_labels are stored, but the images are not a set in a folder")
     sight = sight_of(spec, rows)
-    for turn in (True, False):
-        if ranks.first == turn:
-            labels, _ = store_labels(root, source, reader, teacher, sight, hooks.on_labels, hooks.should_stop)
-        ranks.wait()
+    labels, _ = store_labels(root, source, reader, teacher, sight, ranks, hooks.on_labels, hooks.should_stop)
     if labels is None:
         raise Stopped
     return labels
@@ -240,6 +259,7 @@ __all__ = [
     "distill",
     "identity_of",
     "learning_rate",
+    "opened_reader",
     "read_plain",
     "save_student",
     "spec_from",

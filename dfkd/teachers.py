@@ -1,5 +1,7 @@
 """Classifiers from a TOML card: frozen, with preprocessing, taps and features. No code runs unless allowed."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
@@ -13,6 +15,7 @@ from synthkd.dfkd.model_zoo import build_classifier
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.taps import Moments, Tap, Taps, batchnorm_layers, merged_taps, read_moments
 from synthkd.engine.errors import SynthkdError
+from synthkd.export.artifacts import weights_sha256
 
 
 class Look(NamedTuple):
@@ -124,6 +127,12 @@ def _pooled(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.flatten(1, -2).mean(dim=1)
 
 
+def teacher_digest(teacher: Teacher) -> str:
+    """SHA-256 of what a teacher says of an image: tensors, architecture, input size, classes."""
+    parts = [weights_sha256([teacher]), repr(teacher.net), list(teacher.input_size), list(teacher.classes)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def load_teacher(
     reference: str, device: str | torch.device = "cpu", *, allow_code: bool = False, moments: bool = True
 ) -> Teacher:
@@ -200,4 +209,5 @@ __all__ = [
     "load_teacher",
     "load_weights",
     "read_card",
+    "teacher_digest",
 ]

@@ -17,7 +17,7 @@ _NOTE = "synthkd"
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
     """Replace a file as a whole: temporary file, fsync, rename. Raises SynthkdError where that fails."""
-    fresh = path.with_name(path.name + ".tmp")
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two trainings may label one set
     try:
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, fresh,
                   metadata={_NOTE: json.dumps(note)})  # fmt: skip
@@ -25,6 +25,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
             os.fsync(f.fileno())
         fresh.replace(path)
     except (OSError, SafetensorError) as error:
+        fresh.unlink(missing_ok=True)
         raise SynthkdError(f"{path}: cannot be written ({error}); free space or make its folder writable") from error
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from synthkd.dfkd.cached import CACHES
 from synthkd.dfkd.feed import ReadOptions
+from synthkd.dfkd.reader_choice import READERS
 from synthkd.engine.errors import SynthkdError, suggest
 
-READERS, CACHES = ("auto", "dali", "torch"), ("auto", "off", "memory", "device")
 COMPILES = ("auto", "off", "default", "reduce-overhead", "max-autotune")
 PRECISIONS = ("auto", "float32", "bfloat16")
 # Below so many operations of a whole training, compiling on a CPU takes longer than it saves (docs/distill.md).
@@ -21,7 +22,7 @@ class TrainOptions(ReadOptions):
 
     compile: auto compiles on a GPU where a training has 300 steps, on a CPU where it has 1e14 operations; precision: of
     the networks under autocast, auto is bfloat16 on a GPU that has it, float32 elsewhere; checkpoint_seconds between
-    checkpoints (0: one a step).
+    checkpoints (0: one a step; of several processes one a log row).
     """
 
     compile: str = "auto"

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ from synthkd.dfkd.objective import Objective
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sight import Sight
 from synthkd.dfkd.step import Step
-from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.teachers import Teacher, teacher_digest
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.views import ViewSpec
@@ -46,6 +46,7 @@ class OtherTrainingError(SynthkdError):
 class Training:
     """One training: what goes in, where its checkpoints go, and who is told.
 
+    reading: which reader and decoder the feed has; damaged: what it could not read, by key, filled as it goes.
     feed: the batches; held: uint8 [M,3,h,w], images for the agreement, with the teacher's classes `wanted`, int64 [M];
     identity: what the student is a function of; folder: None keeps no checkpoint. on_step is told the number of
     finished steps, on_row the log's rows: loss, learning rate, agreement, images per second, percent of time waited.
@@ -59,7 +60,8 @@ class Training:
     spec: DistillSpec
     options: TrainOptions
     ranks: Ranks
-    decoder: str = ""
+    reading: Mapping[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
     identity: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     on_step: Callable[[int], None] = lambda _: None
@@ -80,12 +82,16 @@ class Training:
         self._step = Step(objective, self.spec, self.ranks, self.options.dtype, self._mode)
         self._total, self._counted = torch.zeros((), device=self.ranks.device), 0
         start = self._resume()
+        if self.ranks.any(start != int(self.ranks.of_first({"": torch.tensor(start)})[""])):
+            raise SynthkdError(f"{self.folder}: processes see different checkpoints; put --out on a shared folder")
         with objective.attached():
             self._loop(start)
-        chosen = self.best[1] if self.spec.select == "best" else self._step.weights()
-        net.load_state_dict({name: value.clone() for name, value in chosen.items()})
+        best = self.spec.select == "best"
+        chosen = self.best[1] if best else self._step.weights()
+        net.load_state_dict(self.ranks.of_first({name: value.clone() for name, value in chosen.items()}))
         net.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
-        return self.best[0] if self.spec.select == "best" else float(self.log[-1]["agreement"] or 0.0)
+        agreement = self.best[0] if best else float(self.log[-1]["agreement"] or 0.0)
+        return float(self.ranks.of_first({"": torch.tensor(agreement, dtype=torch.float64)})[""])
 
     def _operations(self) -> float:
         """Floating point operations of the whole training on this process; a backward pass counts as two forward."""
@@ -96,7 +102,7 @@ class Training:
 
     def _loop(self, start: int) -> None:
         spec = self.spec
-        every, judged = max(25, spec.steps // 1000), max(100, spec.steps // 50)
+        every, judged = rhythm(spec.steps)
         clock, saved = _Clock(self.feed, self._counted), time.monotonic()
         with closing(self.feed.batches(start, spec.steps)) as batches:
             for step, batch in enumerate(batches, start):
@@ -111,7 +117,8 @@ class Training:
                 if self._to_stop(self._counted == 0) and not last:
                     self._save(done)
                     raise Stopped
-                if time.monotonic() - saved >= self.options.checkpoint_seconds and self._counted == 0 and not last:
+                due = time.monotonic() - saved >= self.options.checkpoint_seconds
+                if due and not last and (self._counted == 0 or self.ranks.world == 1):
                     self._save(done)
                     saved = time.monotonic()
 
@@ -148,7 +155,7 @@ class Training:
         best = {f"best.{name}": value for name, value in self.best[1].items()} | {"total": self._total}
         note = {
             "step": done, "counted": self._counted, "log": self.log, "best": self.best[0], "identity": self.identity,
-            "how": self._how(),
+            "how": self._how(), "damaged": dict(self.damaged),
         }  # fmt: skip
         write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
 
@@ -156,7 +163,7 @@ class Training:
         """What decides last bits beside the identity."""
         device = torch.device(self.ranks.device).type
         return {
-            "decoder": self.decoder,
+            **self.reading,
             "precision": str(self.options.dtype),
             "threads": torch.get_num_threads() if device == "cpu" else 0,
             "compile": self._mode,
@@ -185,8 +192,9 @@ class Training:
             self._step.load(state)
             self.log, self.best = list(note["log"]), (float(note["best"]), best)
             step, self._counted = int(note["step"]), int(note["counted"])
+            self.damaged.update({str(key): str(reason) for key, reason in note["damaged"].items()})
             self._total = tensors["total"].to(self.ranks.device)
-        except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise SynthkdError(f"{path}: not a checkpoint of this student ({reason}); delete it") from error
         if not 0 <= step < self.spec.steps:
@@ -195,6 +203,12 @@ class Training:
             self.on_row(row)
         self.on_step(step)
         return step
+
+
+def rhythm(steps: int) -> tuple[int, int]:
+    """Steps between log rows, and between looks at the held-out images, which are some of these rows."""
+    every = max(25, steps // 1000)
+    return every, every * max(1, round(max(100, steps // 50) / every))
 
 
 class _Clock:
@@ -211,6 +225,16 @@ class _Clock:
         out["data_wait"] = round(100 * min(1.0, (waited - self._waited) / spent), 2)
         self._at, self._waited, self._before = now, waited, 0
         return out
+
+
+def reader_of(folder: Path) -> str | None:
+    """The reader that a folder's checkpoint was trained with; None where there is none, or it does not say."""
+    path = folder / CHECKPOINT
+    try:
+        found = read_tensors(path)[1]["how"]["reader"] if path.exists() else None
+    except (SynthkdError, KeyError, TypeError):  # what is wrong with it is said when it is loaded
+        return None
+    return found if found in ("torch", "dali") else None
 
 
 def sight_of(spec: DistillSpec, rows: int) -> Sight:
@@ -234,6 +258,6 @@ def _refuse_other(path: Path, there: Any, here: dict[str, Any]) -> None:
             )
 
 
-def identity_of(spec: DistillSpec, source: Source, teacher_sha256: str) -> dict[str, Any]:
+def identity_of(spec: DistillSpec, source: Source, teacher: Teacher) -> dict[str, Any]:
     """What a student is a function of, as plain values."""
-    return {**asdict(spec), "set": source.digest, "teacher": teacher_sha256}
+    return {**asdict(spec), "set": source.digest, "teacher": teacher_digest(teacher)}

@@ -145,7 +145,7 @@ def test_damaged_and_impossible_labels_are_one_line(tiny_set: Path, tmp_path: Pa
     path = labels.folder / "view-0001-000000000.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(SynthkdError, match=r"view-0001.*not readable"):
-        StoredLabels(labels.folder, labels.sight).of(np.arange(3), np.ones(3, np.int64))
+        StoredLabels(labels.folder, labels.sight, 3).of(np.arange(3), np.ones(3, np.int64))
     with pytest.raises(SynthkdError, match="not a set in a folder"):
         distill(open_set(tiny_set), teacher, SPEC)
     with pytest.raises(SynthkdError, match="compare maps with the teacher's"):
