@@ -6,6 +6,7 @@ change; its labels lie in `soft_labels/KEY/`, where KEY hashes (set, teacher, vi
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,7 +26,6 @@ from synthkd.dfkd.teachers import Teacher, teacher_digest
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.views import Views, looks, view_of_epoch
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
 
 CHUNK = 8192  # rows of a file
 BATCH = 256
@@ -99,8 +99,10 @@ def store_labels(
     folder, parts = labels_folder(root, source, teacher, sight, reader.decoder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / NOTE).exists():
-            write_atomically(folder / NOTE, json.dumps(parts, indent=2, sort_keys=True) + "\n")
+        if ranks.first and not (folder / NOTE).exists():
+            temporary = folder / f"{NOTE}.{os.getpid()}.tmp"  # two trainings may label one set
+            temporary.write_text(json.dumps(parts, indent=2, sort_keys=True) + "\n")
+            temporary.replace(folder / NOTE)
     except OSError as error:
         raise SynthkdError(f"{folder}: cannot be written ({error.strerror}); make the set's folder writable") from error
     began, labelled, stopped = time.perf_counter(), 0, False

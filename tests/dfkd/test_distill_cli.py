@@ -87,6 +87,14 @@ def test_online(call: Any, tiny_job: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_documented_online_command(call: Any, tmp_path: Path) -> None:
+    """`synthkd online --preset digits`: the preset's stored labels need a set, so its teacher is in the loop."""
+    done = call("online", "--preset", "digits", "--num-samples", 80, "--steps", 3, "--out", tmp_path / "c")
+    assert done.returncode == 0, done.stderr
+    assert "agrees with the teacher" in done.stdout
+
+
+@pytest.mark.slow
 def test_torchrun_trains_one_student_on_two_processes(tiny_set: Path, tmp_path: Path) -> None:
     """The documented command: one set of files, one voice, the ranks' weights averaged by DDP."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -88,8 +88,8 @@ def test_a_step_waits_for_nothing_on_a_gpu(
     source = open_set(file_set(tmp_path / "set", 80, (24, 20)))
     spec = replace(SPEC, steps=24, mix=0.0, crop=1.0)
 
-    def watch(step: int) -> None:
-        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 23 else "default")
+    def watch(step: int) -> None:  # from the third epoch on, when the loader's thread has filled the store
+        torch.cuda.set_sync_debug_mode("error" if 12 <= step < 23 else "default")
 
     try:
         distill(source, teacher, spec, options=TrainOptions(device=str(device), cache="device", compile="off"),
