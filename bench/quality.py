@@ -88,7 +88,8 @@ def score(job: QualityJob) -> dict[str, Any]:
     if preset.test_set:
         test = load_test_set(preset.test_set, teacher.classes, teacher.input_size)
         for name, spec in (("student", preset.distill), ("short_student", short(preset.distill))):
-            student = distill(everything, teacher, replace(spec, seed=job.seed)).net
+            spec = replace(spec, seed=job.seed, soft_labels="teacher")  # the same views, of images in memory
+            student = distill(everything, teacher, spec).net
             found[f"{name}_accuracy"] = round(evaluate(student, test).accuracy, 2)
     return found
 

@@ -135,6 +135,7 @@ def test_a_compiler_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, fold
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="torch's C++ compiler calls break at a space in its own path")
 def test_a_compiled_training_is_the_eager_one(file_set: Make, tmp_path: Path) -> None:
     """By inductor, one graph each for teacher and student whatever the batch: the losses of the eager training."""
     source, spec = open_set(file_set(tmp_path / "set", 40, (12, 10))), replace(SPEC, soft_labels="teacher")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synthkd.dfkd import student
+from synthkd.dfkd import objective
 from synthkd.dfkd.nets import build_net
 from synthkd.dfkd.student import DistillSpec, distill
 from synthkd.dfkd.teachers import Teacher
@@ -189,7 +189,7 @@ def test_the_student_loop_calls_the_op_and_learns_the_same(
         seen.append(loss.item())
         return loss
 
-    monkeypatch.setattr(student, "kd_loss", spy)
+    monkeypatch.setattr(objective, "kd_loss", spy)
     data, teacher = _task()
     teacher.to(device)
     spec = DistillSpec(arch_args={"widths": [4], "blocks": [1]}, steps=6, batch_size=16, warmup_steps=2)
