@@ -63,7 +63,7 @@ def test_a_killed_part_comes_last(tmp_path: Path) -> None:
 
 
 def test_short_parts_come_first() -> None:
-    """Tests, every op, the decoder both ways, the student loop, engine, backends, every op in float16, then the seeds."""
+    """Tests, every op, the decoder both ways, student loop, engine, backends, every op in float16, then the seeds."""
     names, ops = list(gpu.parts()), [suite.name for suite in SUITES]
     short = ["tests: kernels", "tests: runs", *(f"kernels: {op}" for op in ops)]
     short += ["decoder: forward", "decoder: forward+input gradient"]
