@@ -69,10 +69,10 @@ def request_for(rows: Rows, epochs: Rows, sight: Sight, step: int) -> Asked:
 
 
 def batch_of(source: Source, asked: Asked, pixels: Pixels, stored: Labels | None = None) -> Batch:
-    """What was read as a Batch. In the place of a damaged image, or of one whose partner is damaged, stands the next
-    whole one of the batch with its own partner, label and view.
+    """What was read as a Batch; raises SynthkdError where no image of it is whole.
 
-    Raises SynthkdError where there is none.
+    In the place of a damaged image, or of one whose partner is damaged, stands the next whole one of the batch with its
+    own partner, label and view.
     """
     b, used = asked.size, pixels.used
     mixed = asked.request.views.take(slice(0, b)).blended

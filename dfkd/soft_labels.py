@@ -122,7 +122,7 @@ def store_labels(
 
 
 def _told(folder: Path, labelled: int, began: float) -> Stored:
-    size = sum(p.stat().st_size for p in folder.iterdir())
+    size = sum(p.stat().st_size for p in folder.glob("view-*.safetensors"))
     return Stored(folder, size, labelled, labelled / max(time.perf_counter() - began, 1e-9))
 
 
