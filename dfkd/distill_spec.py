@@ -113,9 +113,7 @@ class DistillSpec:
         for f in fields(self):
             if f.type is float:
                 object.__setattr__(self, f.name, float(getattr(self, f.name)))
-        if self.batch_size % self.accumulate or self.batch_size < 2 * self.accumulate:
-            parts = f"accumulate {self.accumulate} does not cut batch_size {self.batch_size}"
-            raise SynthkdError(f"distill: {parts} into equal parts of two images or more")
+        check_parts(self, 1)
         if self.soft_labels == "stored" and self.views == 0:
             raise SynthkdError("distill: soft_labels are stored, but views is 0; set how many views to store, say 8")
         if self.soft_labels == "stored" and (self.cam or self.grad_cam or self.features):
@@ -125,6 +123,14 @@ class DistillSpec:
             )
         if not any((self.kl, self.hard, self.cam, self.grad_cam, self.features)):
             raise SynthkdError("distill: kl, hard, cam, grad_cam and features are all 0; a student needs one of them")
+
+
+def check_parts(spec: DistillSpec, world: int) -> None:
+    """Raise SynthkdError where `world` processes cannot cut batch_size into equal parts of two images or more."""
+    parts = world * spec.accumulate
+    if spec.batch_size % parts or spec.batch_size < 2 * parts:
+        found = f"batch_size {spec.batch_size} over {world} processes in {spec.accumulate} parts each"
+        raise SynthkdError(f"distill: {found}; expected equal parts of two images or more")
 
 
 def spec_from(data: Any, where: str, base: DistillSpec | None = None) -> DistillSpec:

@@ -25,14 +25,6 @@ from synthkd.engine.errors import SynthkdError
 _DYNAMO = {"trace_autograd_ops": True, "recompile_limit": 1024, "accumulated_recompile_limit": 4096}
 
 
-def check_parts(spec: DistillSpec, world: int) -> None:
-    """Raise SynthkdError where batch_size is not cut into equal parts of two images or more."""
-    parts = world * spec.accumulate
-    if spec.batch_size % parts or spec.batch_size < 2 * parts:
-        found = f"batch_size {spec.batch_size} over {world} processes in {spec.accumulate} parts each"
-        raise SynthkdError(f"distill: {found}; expected equal parts of two images or more")
-
-
 class Step:
     """The student, its optimizer and running mean; `run` takes one batch."""
 
@@ -41,9 +33,8 @@ class Step:
     ) -> None:
         """dtype: of the networks under autocast; mode: of torch.compile, None for eager.
 
-        Raises SynthkdError for a batch that ranks and parts do not cut evenly, and for CUDA graphs over several parts.
+        Raises SynthkdError for CUDA graphs over several parts of a batch.
         """
-        check_parts(spec, ranks.world)
         self.objective, self.spec, self.ranks, self.dtype = objective, spec, ranks, dtype
         self.view, self.device = ViewSpec.of(spec), torch.device(ranks.device)
         self.net = objective.student.net

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages
-from synthkd.dfkd.distill_spec import DistillSpec, learning_rate, spec_from
+from synthkd.dfkd.distill_spec import DistillSpec, check_parts, learning_rate, spec_from
 from synthkd.dfkd.evaluate import predict
 from synthkd.dfkd.feed import Order, Pixels, Reader, Request, Rows, Source
 from synthkd.dfkd.loader import Loader
@@ -22,7 +22,6 @@ from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.reader_choice import READERS
 from synthkd.dfkd.sight import Labels
 from synthkd.dfkd.soft_labels import store_labels
-from synthkd.dfkd.step import check_parts
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import LogRow, Stopped, Training, identity_of, reader_of, sight_of

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from synthkd.dfkd.distill_spec import DistillSpec
+from synthkd.dfkd.distill_spec import DistillSpec, check_parts
 from synthkd.dfkd.feed import Order
 from synthkd.dfkd.loader import Loader
 from synthkd.dfkd.nets import build_net
@@ -23,7 +23,7 @@ from synthkd.dfkd.objective import Objective
 from synthkd.dfkd.parallel import Ranks, joined  # noqa: F401 - for the pair
 from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.soft_labels import store_labels
-from synthkd.dfkd.step import Step, check_parts
+from synthkd.dfkd.step import Step
 from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, distill, fresh_student
 from synthkd.dfkd.teachers import Teacher, teacher_digest
 from synthkd.dfkd.training import rhythm, sight_of
