@@ -129,6 +129,19 @@ def _from_npz(path: Path, classes: tuple[str, ...]) -> LabelledImages:
     return LabelledImages(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), classes)
 
 
+def images_from_npz(path: Path, what: str) -> Tensor:
+    """The images `x` of an .npz, uint8 [N,3,H,W]; raises SynthkdError, which begins with `what`, for anything else."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            x = data["x"]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise SynthkdError(f"{what} {path}: expected an array x without pickles ({error})") from error
+    if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) or len(x) == 0:
+        raise SynthkdError(f"{what} {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3] or [N,H,W]")
+    x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
+
+
 def _from_folder(path: Path, classes: tuple[str, ...], size: tuple[int, int]) -> LabelledImages:
     missing = [name for name in classes if not (path / name).is_dir()]
     if 0 < len(missing) < len(classes):

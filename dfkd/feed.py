@@ -151,6 +151,36 @@ class Feed(Protocol):
         """What both networks said of a batch, [B,K] each, after its step; without a wait."""
         ...
 
+    def terms(self) -> dict[str, float]:
+        """What it measured of itself since it was last asked, for the log: means by name."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the batches to come hang on beside their step, by name, once a step is done; see `load`."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a state; raises KeyError, ValueError or RuntimeError for another feed's."""
+        ...
+
+
+class Unmoved:
+    """The part of a Feed whose batches do not hang on what the student makes of them: it learns and keeps nothing."""
+
+    def learned(self, batch: "Batch", student_logits: Tensor, teacher_logits: Tensor) -> None:
+        """Nothing."""
+
+    def terms(self) -> dict[str, float]:
+        """None."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Nothing."""
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from synthkd.dfkd.feed import Batch, Order, Reader, Request, Source
+from synthkd.dfkd.feed import Batch, Order, Reader, Request, Source, Unmoved
 from synthkd.dfkd.sight import Asked, Labels, Sight, ask, batch_of
 
 AHEAD = 3  # batches that wait for the student
 
 
-class Loader:
+class Loader(Unmoved):
     """Iterates over the batches of steps [start, stop), read and copied to the device ahead of time."""
 
     def __init__(
@@ -33,9 +33,6 @@ class Loader:
         self.source, self.reader, self.order, self.sight, self.stored = source, reader, order, sight, stored
         self.device = device
         self.waited = 0.0  # seconds in which the student had nothing to do
-
-    def learned(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor) -> None:
-        """Nothing: which images come when does not hang on what the student makes of them."""
 
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """Batches in order; closing the generator ends the thread."""

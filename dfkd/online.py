@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import predict
-from synthkd.dfkd.feed import Batch
+from synthkd.dfkd.feed import Batch, Unmoved
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sight import Sight
 from synthkd.dfkd.student import Hooks, Student, TrainOptions, fresh_student
@@ -98,7 +98,7 @@ class ReplayPool:
         self.priority[at] = (t.exp() * (t - s)).sum(1).clamp(0, 1e4)
 
 
-class OnlineImages(IterableDataset[Batch]):
+class OnlineImages(Unmoved, IterableDataset[Batch]):
     """Batches of images as they are drawn: a Feed of the training loop, and an IterableDataset for any other loop.
 
     Groups of the request are drawn evenly over the first `fill` of the steps. The first ones, `held_out` of all, are

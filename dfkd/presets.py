@@ -18,6 +18,7 @@ class Preset:
     """A run by name: the synthesis job, how many images, the student, and where the result is scored.
 
     judge: card of an independent network that only scores; test_set: as for `synthkd evaluate --data`.
+    pool: out-of-domain images for the methods that want some (see `dfkd/pools.py`); methods: options by method name.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Preset:
     distill: DistillSpec = field(default_factory=DistillSpec)
     judge: str | None = None
     test_set: str | None = None
+    pool: str | None = None
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def on(self, device: str) -> "Preset":
         """The same on another device."""

@@ -79,26 +79,66 @@ def distill(
     ranks = ranks or Ranks(device=str(device))
     options, hooks = options or TrainOptions(device=str(device)), hooks or Hooks(on_step=on_step)
     source = MemorySource(data) if isinstance(data, LabelledImages) else data
-    check_parts(spec, ranks.world)
-    rows, held = split(source, spec.held_out, teacher.input_size)
     student = fresh_student(teacher, spec)
-    reader = opened_reader(source, teacher, spec, options, ranks, folder)
+    feed = SetFeed.opened(source, teacher, spec, options, ranks, folder, labels_root, hooks)
     try:
-        stored = _labels(source, reader, teacher, spec, rows, labels_root, ranks, hooks)
-        images = read_plain(reader, held)
-        order = Order(rows, spec.batch_size, spec.seed, ranks.rank, ranks.world)
         training = Training(
-            student=student, teacher=teacher,
-            feed=Loader(source, reader, order, sight_of(spec, rows), torch.device(ranks.device), stored),
-            held=images, wanted=predict(teacher, images).argmax(dim=1), spec=spec, options=options, ranks=ranks,
-            reading={"reader": reader.name, "decoder": reader.decoder}, damaged=reader.damaged,
-            identity=identity_of(spec, source, teacher), folder=folder, on_step=hooks.on_step, on_row=hooks.on_row,
-            should_stop=hooks.should_stop,
+            student=student, teacher=teacher, feed=feed, held=feed.held,
+            wanted=predict(teacher, feed.held).argmax(dim=1), spec=spec, options=options, ranks=ranks,
+            reading=feed.reading, damaged=feed.damaged, identity=identity_of(spec, source, teacher), folder=folder,
+            on_step=hooks.on_step, on_row=hooks.on_row, should_stop=hooks.should_stop,
         )  # fmt: skip
         agreement = training.run()
     finally:
-        reader.close()
-    return Student(student, training.log, agreement, ranks.texts(dict(reader.damaged)))
+        feed.close()
+    return Student(student, training.log, agreement, ranks.texts(dict(feed.damaged)))
+
+
+class SetFeed(Loader):
+    """A finished set as a Feed: its last images are held out, uint8 [M,3,h,w], for the agreement with the teacher."""
+
+    held: Tensor
+
+    @classmethod
+    def opened(
+        cls,
+        source: Source,
+        teacher: Teacher,
+        spec: DistillSpec,
+        options: TrainOptions,
+        ranks: Ranks | None = None,
+        folder: Path | None = None,
+        labels_root: Path | None = None,
+        hooks: Hooks | None = None,
+    ) -> "SetFeed":
+        """See `distill`, whose arguments these are; `close` gives the reader back."""
+        ranks = ranks or Ranks(device=options.device)
+        check_parts(spec, ranks.world)
+        rows, held = split(source, spec.held_out, teacher.input_size)
+        reader = opened_reader(source, teacher, spec, options, ranks, folder)
+        try:
+            stored = _labels(source, reader, teacher, spec, rows, labels_root, ranks, hooks or Hooks())
+            order = Order(rows, spec.batch_size, spec.seed, ranks.rank, ranks.world)
+            feed = cls(source, reader, order, sight_of(spec, rows), torch.device(ranks.device), stored)
+            feed.held = read_plain(reader, held)
+        except BaseException:
+            reader.close()
+            raise
+        return feed
+
+    @property
+    def reading(self) -> dict[str, str]:
+        """Which reader and decoder read the images."""
+        return {"reader": self.reader.name, "decoder": self.reader.decoder}
+
+    @property
+    def damaged(self) -> dict[str, str]:
+        """What could not be read, by key; filled as it goes."""
+        return self.reader.damaged
+
+    def close(self) -> None:
+        """Give the reader back."""
+        self.reader.close()
 
 
 def opened_reader(

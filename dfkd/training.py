@@ -135,6 +135,7 @@ class Training:
         rate = round(learning_rate(self.spec, done - 1), 8)
         rates["images_per_second"] = round(rates["images_per_second"] * self.spec.batch_size, 1)
         row: LogRow = {"step": done, "loss": round(value, 6), "lr": rate, "agreement": agreement, **rates}
+        row |= {name: round(term, 6) for name, term in self.feed.terms().items()}
         self.log.append(row)
         self.on_row(row)
         if agreement is not None and agreement >= self.best[0]:  # the later of equals has seen more
@@ -157,7 +158,8 @@ class Training:
             "step": done, "counted": self._counted, "log": self.log, "best": self.best[0], "identity": self.identity,
             "how": self._how(), "damaged": dict(self.damaged),
         }  # fmt: skip
-        write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best}, note)
+        found = {f"feed.{name}": value for name, value in self.feed.state().items()}
+        write_tensors(self.folder / CHECKPOINT, {**_prefixed(self._step.state()), **best, **found}, note)
 
     def _how(self) -> dict[str, Any]:
         """What decides last bits beside the identity."""
@@ -190,6 +192,7 @@ class Training:
             state = {n.removeprefix("step."): v for n, v in tensors.items() if n.startswith("step.")}
             best = {n.removeprefix("best."): v for n, v in tensors.items() if n.startswith("best.")}
             self._step.load(state)
+            self.feed.load({n.removeprefix("feed."): v for n, v in tensors.items() if n.startswith("feed.")})
             self.log, self.best = list(note["log"]), (float(note["best"]), best)
             step, self._counted = int(note["step"]), int(note["counted"])
             self.damaged.update({str(key): str(reason) for key, reason in note["damaged"].items()})

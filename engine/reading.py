@@ -95,6 +95,14 @@ def read_set(folder: Path) -> Iterator[Sample]:
         yield from _read_shard(folder, index[shard], suffix)
 
 
+def read_shard(folder: Path, shard: int) -> Iterator[Sample]:
+    """The samples of one finished shard, like those of `read_set`; raises SynthkdError where it is not there."""
+    manifest, index = read_manifest(folder), read_index(folder)
+    if shard not in index:
+        raise SynthkdError(f"{folder}: shard {shard} is missing or not finished; run the command that began the set")
+    yield from _read_shard(folder, index[shard], manifest["recipe"]["image_format"])
+
+
 def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
     path, wanted = folder / row.file, {n: d for g in row.groups for n, d in g.members.items()}
     held: dict[str, bytes] = {}

@@ -1,0 +1,189 @@
+"""One method of one preset in a folder: what it makes, its student, a score. Killed, the same call goes on."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from synthkd.dfkd.data import load_test_set
+from synthkd.dfkd.distill_spec import DistillSpec
+from synthkd.dfkd.evaluate import evaluate, predict
+from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
+from synthkd.dfkd.parallel import Ranks
+from synthkd.dfkd.presets import Preset
+from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.student import Student, fresh_student, save_student
+from synthkd.dfkd.teachers import Teacher, load_teacher, teacher_digest
+from synthkd.dfkd.train_options import TrainOptions
+from synthkd.dfkd.training import CHECKPOINT, LogRow, Stopped, Training
+from synthkd.engine.index import MANIFEST, read_manifest, write_atomically
+from synthkd.engine.workers import one_thread
+
+RESULT, SPENT = "result.json", "spent.json"
+
+
+@dataclass(kw_only=True)
+class MethodRun:
+    """method: its name; options: on top of the preset's for it; pool: in place of the preset's; how: execution."""
+
+    preset: Preset
+    method: str
+    out: Path
+    seed: int = 0
+    num_images: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    pool: str | None = None
+    how: TrainOptions | None = None
+    workers: int | None = None
+    progress: Progress = field(default_factory=Silent)
+    should_stop: Callable[[], bool] = lambda: False
+
+    def execute(self) -> dict[str, Any]:
+        """Do what is left to do and return the result, which is in result.json; raises Stopped where that is asked."""
+        make = load_method(self.method)
+        self.out.mkdir(parents=True, exist_ok=True)
+        spent = _Spent(self.out / SPENT)
+        with one_thread(self.preset.job.device):
+            asked = self.preset.job
+            job = self._job(load_teacher(asked.teacher, asked.device, allow_code=asked.allow_code))
+            identity = self._identity(job)
+            if (known := _finished(self.out, identity)) is not None:
+                return known
+            student, feed_facts = self._taught(make, job, identity, spent)
+            save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
+            result = self._result(job, student, feed_facts, spent.total()) | {"identity": identity}
+        write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+        return result
+
+    def _job(self, teacher: Teacher) -> MethodJob:
+        # A method's batches have the teacher beside them: stored labels are of one method's kind of set only.
+        spec: DistillSpec = replace(self.preset.distill, seed=self.seed, soft_labels="teacher", views=0)
+        return MethodJob(
+            preset=self.preset, spec=spec, num_images=self.num_images or self.preset.num_images, folder=self.out,
+            teacher=teacher, student=fresh_student(teacher, spec), name=self.method,
+            how=self.how or TrainOptions(device=self.preset.job.device),
+            options={**self.preset.methods.get(self.method, {}), **self.options},
+            pool=self.pool or self.preset.pool, workers=self.workers, progress=self.progress,
+            should_stop=self.should_stop,
+        )  # fmt: skip
+
+    def _identity(self, job: MethodJob) -> dict[str, Any]:
+        """What the student is a function of, as far as it was declared."""
+        parts = {
+            **asdict(job.spec), "preset": self.preset.name, "method": self.method, "options": dict(job.options),
+            "num_images": job.num_images, "pool": job.pool, "teacher": teacher_digest(job.teacher),
+        }  # fmt: skip
+        done: dict[str, Any] = json.loads(json.dumps(parts))
+        return done
+
+    def _taught(
+        self, make: Method, job: MethodJob, identity: dict[str, Any], spent: "_Spent"
+    ) -> tuple[Student, dict[str, Any]]:
+        with spent("synthesize"):
+            feed = make(job)
+        began, done = "distill", 0
+        self.progress.begin(began, job.spec.steps, "steps")
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            self.progress.advance(began, step - done)
+            done = step
+
+        try:
+            training = Training(
+                student=job.student, teacher=job.teacher, feed=feed, held=feed.held,
+                wanted=predict(job.teacher, feed.held).argmax(dim=1), spec=job.spec, options=job.how,
+                ranks=Ranks(device=job.how.device), reading=feed.reading, damaged=feed.damaged, identity=identity,
+                folder=self.out, on_step=on_step, should_stop=self.should_stop,
+            )  # fmt: skip
+            with spent("distill"):
+                agreement = training.run()
+        finally:
+            feed.close()
+            self.progress.end(began)
+        return Student(job.student, training.log, agreement, dict(feed.damaged)), _facts(feed, job)
+
+    def _result(
+        self, job: MethodJob, student: Student, facts: dict[str, Any], seconds: dict[str, float]
+    ) -> dict[str, Any]:
+        scores: dict[str, Any] = {}
+        if self.preset.test_set is not None:
+            for name, net in (("teacher", job.teacher), ("student", student.net)):
+                test = load_test_set(self.preset.test_set, net.classes, net.input_size)
+                scores[f"{name}_accuracy"] = round(evaluate(net, test).accuracy, 2)
+        return {
+            "preset": self.preset.name,
+            "method": self.method,
+            "seed": self.seed,
+            **scores,
+            "agreement": student.agreement,
+            **facts,
+            "steps": job.spec.steps,
+            "batch_size": job.spec.batch_size,
+            "seconds": round(sum(seconds.values()), 2),
+            "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "peak_mb": peak_mb(job.how.device),
+            "damaged": len(student.damaged),
+        }
+
+
+def _facts(feed: MethodFeed, job: MethodJob) -> dict[str, Any]:
+    """How many images there were to learn from."""
+    drawn = int(read_manifest(job.shards)["num_samples"]) if (job.shards / MANIFEST).exists() else 0
+    return {"num_images": drawn, "reader": feed.reading.get("reader", "none")}
+
+
+def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of this very run, if it is there."""
+    try:
+        found = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    there = isinstance(found, dict) and found.get("identity") == identity and (folder / "student.toml").exists()
+    return found if there else None
+
+
+class _Spent:
+    """Seconds of each stage over all calls that it took; a killed call's are lost."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._name, self._began = path, "", 0.0
+
+    def __call__(self, name: str) -> "_Spent":
+        self._name = name
+        return self
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *error: object) -> None:
+        known = self.total()
+        known[self._name] = known.get(self._name, 0.0) + time.perf_counter() - self._began
+        write_atomically(self._path, json.dumps(known) + "\n")
+
+    def total(self) -> dict[str, float]:
+        """By stage."""
+        try:
+            found = json.loads(self._path.read_text())
+            return {str(name): float(value) for name, value in found.items()}
+        except (OSError, ValueError, AttributeError, TypeError):
+            return {}
+
+
+def peak_mb(device: str) -> float:
+    """Most memory that was in use at once, MB: of the GPU, else of this process or of the largest of its workers."""
+    if device.startswith("cuda"):
+        return round(torch.cuda.max_memory_allocated() / 1e6, 1)
+    unit = 1 if sys.platform == "darwin" else 1024
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(most * unit / 1e6, 1)
+
+
+__all__ = ["RESULT", "LogRow", "MethodRun", "Stopped", "peak_mb"]
