@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Generator(nn.Module):
         self.linear = nn.Linear(noise, first * self.grid[0] * self.grid[1])
         self.norm = nn.BatchNorm2d(first)
         steps: list[nn.Module] = []
-        for c_in, c_out in zip(widths[:-1], widths[1:], strict=True):
+        for c_in, c_out in pairwise(widths):
             steps += [nn.Upsample(scale_factor=2), nn.Conv2d(c_in, c_out, 3, padding=1), nn.BatchNorm2d(c_out)]
             steps.append(nn.LeakyReLU(0.2))
         self.steps = nn.Sequential(*steps, nn.Conv2d(widths[-1], 3, 3, padding=1))
@@ -53,7 +54,7 @@ class PatchDiscriminator(nn.Module):
             raise SynthkdError(f"patch is {patch}; expected {', '.join(map(str, PATCHES))} pixels")
         channels = [in_channels, width, *[2 * width] * (PATCHES[patch] - 1)]
         steps: list[nn.Module] = []
-        for i, (c_in, c_out) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        for i, (c_in, c_out) in enumerate(pairwise(channels)):
             steps.append(nn.Conv2d(c_in, c_out, 4, 2, 1, bias=i == 0))
             steps += [nn.BatchNorm2d(c_out)] if i else []
             steps.append(nn.LeakyReLU(0.2))
