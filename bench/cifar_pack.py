@@ -6,6 +6,7 @@ CIFAR-100 that are of no CIFAR-10 class). The pack is lossless: a colour transfo
 """
 
 import hashlib
+import json
 import lzma
 import math
 import shutil
@@ -91,7 +92,8 @@ def read_packed(path: Path) -> tuple[Pixels, dict[str, NDArray[Any]]]:
 def check_sums(pack: Path, names: Sequence[str]) -> None:
     """Raise SynthkdError for a file that is not there, or not the one that the pack's list of SHA-256 names."""
     sums = pack / _SUMS
-    listed = dict(reversed(line.split()) for line in sums.read_text().splitlines()) if sums.is_file() else {}
+    lines = sums.read_text().splitlines() if sums.is_file() else []
+    listed = {name.strip(): digest for digest, _, name in (line.partition(" ") for line in lines)}
     for name in names:
         path = pack / name
         if not path.is_file():
@@ -110,7 +112,7 @@ def make(pack: Path, out: Path) -> dict[str, int]:
     np.savez(out / TEST, x=test, y=beside["y"].astype(np.int64))
     pool = np.concatenate([_out_of_domain(pack / name) for name in parts])
     np.savez(out / POOL, x=pool)
-    names = ", ".join(f'"{name}"' for name in beside["classes"].tolist())
+    names = ", ".join(json.dumps(str(name)) for name in beside["classes"].tolist())
     for name, path in TEACHERS.items():
         (out / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(pack / weights[name], (out / path).with_suffix(".safetensors"))
