@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from synthkd.dfkd.generators import PATCHES, PatchDiscriminator, patch_loss
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.losses import class_balance, class_rows, divergence, entropy
 from synthkd.dfkd.method_run import MethodRun, Stopped
+from synthkd.dfkd.methods import players as module
 from synthkd.dfkd.methods.base import MethodJob
 from synthkd.dfkd.methods.mosaickd import MosaicFeed, mosaickd
 from synthkd.dfkd.methods.players import GameSpec, Players
@@ -304,3 +306,17 @@ def test_what_it_cannot_do_is_said_before_the_pool_is_read(run: Callable[..., Me
             run(distill=replace(STUDENT, **change)).execute()
     with pytest.raises(SynthkdError, match="give --pool"):
         replace(run(), pool=None).execute()
+
+
+def test_compiled_players_play_the_same_game(teacher_card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the three calls is one graph; here without a code generator, which would take a minute."""
+    teacher, found = load_teacher(str(teacher_card)), []
+    for backend in (None, "aot_eager"):
+        graph = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False) if backend else None
+        monkeypatch.setattr(module, "_graph", lambda call, _, graph=graph: graph(call) if graph else call)
+        players = game(teacher, fresh_student(teacher, STUDENT))
+        for i in range(2):
+            players.learn(stripes(6), i)
+        found.append((players.images(players.noise("x", 0, 4)), players.terms()))
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)
+    assert (found[0][0].int() - found[1][0].int()).abs().max() <= 1
