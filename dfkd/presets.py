@@ -77,6 +77,9 @@ def digits() -> Preset:
         ),
         judge="embedded:digits/judge",
         test_set="digits:test",
+        methods={
+            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.016},
+        },
     )
 
 
