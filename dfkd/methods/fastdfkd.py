@@ -20,6 +20,7 @@ from synthkd.dfkd.methods.growing import GrowingSet
 from synthkd.dfkd.methods.inversion import Jitter, OneGraph, device_of, moved, need_statistics, normal, redrawn
 from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
+from synthkd.dfkd.training import Stopped
 from synthkd.dfkd.views import ViewSpec
 from synthkd.engine import rng
 from synthkd.engine.batch import Batch as Group
@@ -153,7 +154,7 @@ class MetaGenerator:
         self.net, self.device = copy.deepcopy(slow).to(device), device
         theta = [p.detach().to(device).requires_grad_() for p in slow.parameters()]
         self.meta = Meta(theta, list(self.net.parameters()), spec.meta, spec.lr_g * spec.inner)
-        self.seen = copy.deepcopy(job.student).requires_grad_(False)
+        self.seen = copy.deepcopy(job.student).eval().requires_grad_(False)
         self.memory: Memory = {
             name: (layer.running_mean.clone(), layer.running_var.clone())  # type: ignore[operator]
             for name, layer in batchnorm_layers(job.teacher.net).items()
@@ -255,7 +256,7 @@ class FastFeed:
     """
 
     def __init__(self, job: MethodJob, spec: FastSpec) -> None:
-        """Makes the warm-up's groups, or reads them."""
+        """Makes the warm-up's groups, or reads them; raises Stopped where that is asked for."""
         view = ViewSpec.of(job.spec)
         if view.crop < 1 or view.mix:
             raise SynthkdError(f"method {job.name}: crop and mix need a finished set; set crop to 1 and mix to 0")
@@ -273,14 +274,26 @@ class FastFeed:
         self.first = min(spec.warmup, groups)
         self.making = MetaGenerator(job, spec, groups)
         self._sight = Sight(view, job.spec.seed, job.spec.views, job.spec.batch_size)
-        if self.set.on_disk() >= self.first:
-            self.set.read(self.first)
-        else:
-            self._grow(self.first)
+        self._warm_up()
         count = min(max(1, round(groups * job.spec.held_out)), self.first - 1)
         sizes = [self.set.plan.unit(g).kept for g in range(self.first)]
         self._kept_out = slice(sum(sizes[:-count]), sum(sizes))
         self.held = self.set.images[self._kept_out].cpu()
+
+    def _warm_up(self) -> None:
+        """Have the first groups in memory; raises Stopped where that is asked for."""
+        if self.set.on_disk() >= self.first:
+            return self.set.read(self.first)
+        told, stage, plan = self.job.progress, "synthesize", self.set.plan
+        told.begin(stage, sum(plan.unit(g).kept for g in range(self.first)), "images")
+        try:
+            for group in range(self.first):
+                if self.job.should_stop():
+                    raise Stopped
+                self._grow(group + 1)
+                told.advance(stage, plan.unit(group).kept)
+        finally:
+            told.end(stage)
 
     @property
     def reading(self) -> Mapping[str, str]:
