@@ -30,6 +30,7 @@ from synthkd.bench.methods import measure_methods
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
+from synthkd.dfkd.training import Stopped
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
 from synthkd.engine.workers import default_workers
@@ -67,6 +68,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("cifar10", ("mosaickd", "fastdfkd", "pool"), (0,)),
     ("cifar10-mosaickd", ("mosaickd", "pool"), (0,)),
 )
+TRY_AGAIN = 75  # exit code of a part whose time was over before its end
 MINUTES = 8.0  # of one part that may go on in the next call
 HALF = ("onnx", "onnx-tensorrt", "tensorrt")
 LONGEST = 570  # seconds of one part, after which it is ended
@@ -275,6 +277,9 @@ def run_parts(todo: Parts, state: Path, minutes: float) -> Left:
         try:
             todo[name]()
         except Exception as error:
+            if isinstance(error, subprocess.CalledProcessError) and error.returncode == TRY_AGAIN:
+                _tell(f"{name}: goes on in the next call")
+                continue
             failed.append(name)
             _tell(f"{name}: FAILED: {type(error).__name__}: {error}")
             continue
@@ -292,7 +297,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     if arguments.part:
-        parts()[arguments.part]()
+        try:
+            parts()[arguments.part]()
+        except Stopped:
+            sys.exit(TRY_AGAIN)
         return
     left = run_parts({name: partial(apart, name) for name in parts()}, STATE, arguments.minutes)
     _tell(f"left for the next call: {', '.join(left.todo)}" if left.todo else "all parts done")
