@@ -20,10 +20,11 @@ _MADE_BY = "python -m synthkd.bench.cifar_pack PACK OUT"
 def cifar10() -> Preset:
     """ResNet-20 (91.73 %) to a fresh ResNet-20, a short run for a CPU."""
     student = DistillSpec(
-        arch="resnet20", steps=400, batch_size=128, ema=0.98, flip=True, shift=0.125, rotate=0.0, zoom=0.0
-    )
+        arch="resnet20", steps=400, batch_size=128, ema=0.98, held_out=0.02, flip=True, shift=0.125, rotate=0.0,
+        zoom=0.0,
+    )  # fmt: skip
     small = {"widths": [64, 32, 16], "patch_width": 32}
-    return _preset("cifar10", "resnet20", student, {"mosaickd": small})
+    return _preset("cifar10", "resnet20", student, 5_000, {"mosaickd": small})
 
 
 def cifar10_mosaickd() -> Preset:
@@ -37,10 +38,12 @@ def cifar10_mosaickd() -> Preset:
         weight_decay=1e-4, warmup_steps=0, select="last", held_out=0.02, temperature=1.0, flip=True, shift=0.125,
         rotate=0.0, zoom=0.0,
     )  # fmt: skip
-    return _preset("cifar10-mosaickd", "resnet56", student, {})
+    return _preset("cifar10-mosaickd", "resnet56", student, 50_000, {})
 
 
-def _preset(name: str, teacher: str, student: DistillSpec, options: dict[str, dict[str, object]]) -> Preset:
+def _preset(
+    name: str, teacher: str, student: DistillSpec, num_images: int, options: dict[str, dict[str, object]]
+) -> Preset:
     """Raises SynthkdError where the files are not there."""
     folder = Path(os.environ.get("SYNTHKD_DATA", "data/cifar10"))
     card = folder / TEACHERS[teacher]
@@ -53,7 +56,7 @@ def _preset(name: str, teacher: str, student: DistillSpec, options: dict[str, di
     return Preset(
         name=name,
         job=SynthJob(model="", teacher=str(card), recipe=recipe),
-        num_images=50_000,
+        num_images=num_images,
         distill=student,
         test_set=str(folder / TEST),
         pool=str(folder / POOL),
