@@ -82,8 +82,11 @@ def digits() -> Preset:
         methods={
             "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.05, "bn": 0.2},
             "fastdfkd": {**small, "inner": 10, "bn": 1.0, "warmup": 10},
+            "mosaickd": {
+                "widths": [64, 32, 16], "patch_width": 32, "keep": True, "student_steps": 2, "align": 4.0, "lr": 2e-3,
+            },
         },
-    )
+    )  # fmt: skip
 
 
 def preset_names() -> list[str]:

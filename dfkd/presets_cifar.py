@@ -23,7 +23,7 @@ def cifar10() -> Preset:
         arch="resnet20", steps=400, batch_size=128, ema=0.98, held_out=0.02, flip=True, shift=0.125, rotate=0.0,
         zoom=0.0,
     )  # fmt: skip
-    small = {"widths": [64, 32, 16], "patch_width": 32}
+    small = {"widths": [64, 32, 16], "patch_width": 32, "lr": 2e-3}
     return _preset("cifar10", "resnet20", student, 5_000, {"mosaickd": small})
 
 
