@@ -34,10 +34,13 @@ class Generator(nn.Module):
         self.steps = nn.Sequential(*steps, nn.Conv2d(widths[-1], 3, 3, padding=1))
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [B,D] -> images [B,3,H,W] in [0,1]; cut at the right and below where 4 does not divide the size."""
+        """z [B,D] -> images [B,3,H,W] in [0,1], float32 at least.
+
+        Cut at the right and below where 4 does not divide the size.
+        """
         x = self.linear(z).view(len(z), -1, *self.grid)
         y: Tensor = self.steps(self.norm(x))
-        return y[:, :, : self.size[0], : self.size[1]].sigmoid()
+        return wide(y[:, :, : self.size[0], : self.size[1]]).sigmoid()
 
 
 class PatchDiscriminator(nn.Module):

@@ -128,7 +128,8 @@ class MosaicFeed:
             images = self.players.images(self.players.noise("student", step, self.half))
             return images, self._labels(images)
         self._grow(self._kept, step)
-        u = torch.from_numpy(rng.uniform(self.job.seed, step, "kept", self.half)).to(self._kept.device)
+        drawn = torch.from_numpy(rng.uniform(self.job.seed, step, "kept", self.half))
+        u = drawn.to(self._kept.device, non_blocking=True)
         at = (u * self._kept.size).long().clamp_max(self._kept.size - 1)
         return self._kept.images[at], self._kept.labels[at]
 

@@ -190,9 +190,11 @@ class Players:
     @contextmanager
     def _running(self) -> Iterator[None]:
         """Precision of the networks, and one line where a compiler is missing or fails."""
-        half = self.dtype != torch.float32
+        half, device = self.dtype != torch.float32, self.device.type
+        # No cache of cast weights: the discriminator's change between its own loss and the generator's.
+        cast = torch.autocast(device, self.dtype, enabled=half, cache_enabled=False)
         try:
-            with torch._dynamo.config.patch(_DYNAMO), torch.autocast(self.device.type, self.dtype, enabled=half):
+            with torch._dynamo.config.patch(_DYNAMO), cast:
                 yield
         except TorchDynamoException as error:
             why = " ".join(str(error).split())[:200]
