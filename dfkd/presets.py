@@ -79,7 +79,7 @@ def digits() -> Preset:
         judge="embedded:digits/judge",
         test_set="digits:test",
         methods={
-            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.05, "bn": 0.2},
+            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.016},
             "fastdfkd": {**small, "inner": 10, "bn": 1.0, "warmup": 10},
         },
     )
