@@ -15,13 +15,17 @@ from synthkd.dfkd.data import load_test_set
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import evaluate, predict
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
+from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.report import write_report
 from synthkd.dfkd.student import Student, fresh_student, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher, teacher_digest
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import CHECKPOINT, LogRow, Stopped, Training
+from synthkd.engine.environment import environment, versions
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import MANIFEST, read_manifest, write_atomically
 from synthkd.engine.workers import one_thread
 
@@ -47,7 +51,8 @@ class MethodRun:
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and return the result, which is in result.json; raises Stopped where that is asked."""
         make = load_method(self.method)
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.out.exists() and not self.out.is_dir():
+            raise SynthkdError(f"{self.out}: is a file; choose a folder")
         spent = _Spent(self.out / SPENT)
         with one_thread(self.preset.job.device):
             asked = self.preset.job
@@ -59,6 +64,7 @@ class MethodRun:
             save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
             result = self._result(job, student, feed_facts, spent.total()) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
+        write_report(self.out)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result
 
@@ -88,6 +94,7 @@ class MethodRun:
     ) -> tuple[Student, dict[str, Any]]:
         with spent("synthesize"):
             feed = make(job)
+        self.out.mkdir(parents=True, exist_ok=True)  # now, so that a wrong option leaves nothing behind
         began, done = "distill", 0
         self.progress.begin(began, job.spec.steps, "steps")
 
@@ -131,6 +138,13 @@ class MethodRun:
             "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
             "peak_mb": peak_mb(job.how.device),
             "damaged": len(student.damaged),
+            "classes": list(job.teacher.classes),
+            "parameters": {
+                "teacher": count_parameters(job.teacher.net), "student": count_parameters(student.net.net),
+            },
+            "test_set": self.preset.test_set or "none",
+            "device": environment(torch.device(job.how.device), 0)["device"],
+            "versions": versions(),
         }
 
 
@@ -163,9 +177,12 @@ class _Spent:
     def __enter__(self) -> None:
         self._began = time.perf_counter()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and not issubclass(kind, Stopped):
+            return
         known = self.total()
         known[self._name] = known.get(self._name, 0.0) + time.perf_counter() - self._began
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self._path, json.dumps(known) + "\n")
 
     def total(self) -> dict[str, float]:

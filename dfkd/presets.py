@@ -78,6 +78,7 @@ def digits() -> Preset:
         ),
         judge="embedded:digits/judge",
         test_set="digits:test",
+        pool="embedded:digits/pool",
         methods={
             "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.016},
             "fastdfkd": {**small, "inner": 10, "bn": 1.0, "warmup": 10},

@@ -50,7 +50,7 @@ dl.hero { margin-bottom: 1.6rem; } dl.hero dd:not(.aside) { font-size: clamp(2.1
   letter-spacing: -.025em; color: var(--tone, var(--ink)); } dl.hero small { font-size: .45em; letter-spacing: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.8rem 2rem; }
 .grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-section > .grid + .grid, section > .scroll + .scroll { margin-top: 1.8rem; }
+section > .grid + .grid, section > .scroll + .scroll, section > .scroll + .grid { margin-top: 1.8rem; }
 .chart { min-width: 0; max-width: 28rem; } .chart svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
 svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .chart svg { overflow: visible; } svg text.tone { fill: var(--tone); font-weight: 600; }
@@ -215,14 +215,16 @@ def figures(items: Sequence[Figure], hero: bool = False) -> Html:
     return wrap("dl", join(cells), 'class="hero"' if hero else "")
 
 
-def sheet(names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, crisp: bool) -> Html:
-    """A contact sheet with its rows named; crisp: enlarge pixel by pixel."""
+def sheet(
+    names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, crisp: bool, title: str = ""
+) -> Html:
+    """A contact sheet with its rows named; crisp: enlarge pixel by pixel; title: the tone's name by default."""
     labels = wrap("ol", join(wrap("li", wrap("span", n, f'title="{esc(n)}"')) for n in names), 'aria-hidden="true"')
     data = base64.b64encode(png).decode()
     kind = "crisp" if crisp else "photo"
     size = f'style="max-width:{5.5 * columns:g}rem"'
     image = Html(f'<img class="{kind}" {size} alt="{esc(alt)}" src="data:image/png;base64,{data}">')
-    caption = wrap("figcaption", tone.capitalize(), f'class="swatch {tone}"')
+    caption = wrap("figcaption", title or tone.capitalize(), f'class="swatch {tone}"')
     return wrap("figure", join([caption, wrap("div", join([labels, image]))]), 'class="sheet"')
 
 
