@@ -80,7 +80,7 @@ def digits() -> Preset:
         test_set="digits:test",
         pool="embedded:digits/pool",
         methods={
-            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.05, "bn": 0.2},
+            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.016},
             "fastdfkd": {**small, "inner": 10, "bn": 1.0, "warmup": 10},
             "mosaickd": {
                 "widths": [64, 32, 16], "patch_width": 32, "keep": True, "student_steps": 2, "align": 4.0, "lr": 2e-3,

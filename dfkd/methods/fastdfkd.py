@@ -17,7 +17,7 @@ from synthkd.dfkd.generators import Generator
 from synthkd.dfkd.losses import bn_distance, class_scores, disagreement
 from synthkd.dfkd.methods.base import MethodFeed, MethodJob
 from synthkd.dfkd.methods.growing import GrowingSet
-from synthkd.dfkd.methods.inversion import Jitter, OneGraph, device_of, moved, need_statistics, normal, redrawn
+from synthkd.dfkd.methods.inversion import Jitter, device_of, moved, need_statistics, normal, redrawn
 from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
 from synthkd.dfkd.training import Stopped
@@ -145,8 +145,8 @@ class MetaGenerator:
     the student's statistics stay as they are: a frozen copy of it is looked through.
     """
 
-    def __init__(self, job: MethodJob, spec: FastSpec, groups: int) -> None:
-        """groups: that will be made."""
+    def __init__(self, job: MethodJob, spec: FastSpec) -> None:
+        """Its inner step is not compiled: inductor 2.13 gives a gradient of zero for a loss with other outputs."""
         self.job, self.spec, self.teacher, device = job, spec, job.teacher, device_of(job.teacher)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.raw(job.seed, 0, "generator", 1)[0] >> 1))
@@ -161,7 +161,6 @@ class MetaGenerator:
         }
         self.made = 0
         self.sums, self.counted = torch.zeros(len(_TERMS), device=device), 0
-        self._loss = OneGraph(job, self.loss, spec.inner * groups)
 
     def loss(
         self, z: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, memory: Memory, adversarial: bool
@@ -198,7 +197,7 @@ class MetaGenerator:
         best, kept, terms = torch.full((), math.inf, device=self.device), None, self.sums
         after = self.memory
         for step in range(spec.inner):
-            loss, images, after, terms = self._loss(
+            loss, images, after, terms = self.loss(
                 z, *jitter.at(step), targets, self.memory, adversarial and spec.adv > 0
             )
             gradients = torch.autograd.grad(loss, [*self.meta.fast, z])
@@ -272,7 +271,7 @@ class FastFeed:
                 "samples_per_class: one group is held out"
             )
         self.first = min(spec.warmup, groups)
-        self.making = MetaGenerator(job, spec, groups)
+        self.making = MetaGenerator(job, spec)
         self._sight = Sight(view, job.spec.seed, job.spec.views, job.spec.batch_size)
         self._warm_up()
         count = min(max(1, round(groups * job.spec.held_out)), self.first - 1)
