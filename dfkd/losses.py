@@ -58,6 +58,30 @@ def disagreement(student_logits: Tensor, teacher_logits: Tensor, kind: str = "kl
     return (s.argmax(dim=1) == t.argmax(dim=1)).to(apart.dtype) * apart
 
 
+def divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(t || s) per sample [B], in nats, of logits [B,K]: sum_k t_k log(t_k / s_k), at temperature 1.
+
+    MosaicKD's generator raises it wherever the student is (arXiv 2110.15094, eq. 3); DiffDFKD's `disagreement` only
+    where both name one class.
+    """
+    return _kl(F.log_softmax(wide(teacher_logits), dim=1), F.log_softmax(wide(student_logits), dim=1))
+
+
+def class_balance(logits: Tensor) -> Tensor:
+    """How far a group's mean prediction is from all classes alike, in bits: sum_k p_k log2 p_k, p = mean_b p(k | x_b).
+
+    logits: [B,K]. A scalar from -log2 K (all alike) to 0 (one class): minus the entropy of the mean prediction
+    (the information loss of arXiv 1904.01186, eq. 8; in bits as MosaicKD's published weight of 10 takes it).
+    """
+    log_p = F.log_softmax(wide(logits), dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return (log_p.exp() * log_p).sum() / math.log(2)
+
+
+def class_rows(logits: Tensor) -> Tensor:
+    """Logits [B,K] as they are; of label maps, [B,K,h,w], every position as a row of its own: [B h w,K]."""
+    return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
