@@ -1,4 +1,4 @@
-"""Teacher cards: a classifier, or a dense network, in a small TOML file beside its weights. Reading one runs no code."""
+"""Teacher cards: a classifier or a dense network in a small TOML file beside its weights. Reading one runs no code."""
 
 import pickle
 import struct

@@ -71,7 +71,7 @@ class SynthJob:
             read_decoder_card(decoder.removeprefix("fitted:"))
         if card.task != CLASSIFICATION:
             raise SynthkdError(
-                f"teacher {self.teacher!r} is of the task {card.task!r}; a diffusion prior is guided by classifiers alone, "
+                f"teacher {self.teacher!r} is of the task {card.task!r}; a diffusion prior is guided by classifiers, "
                 "so train its student with --method mosaickd or pool"
             )
         if len(card.classes) != len(recipe.classes):

@@ -55,9 +55,9 @@ def export_student(
 
     The file takes uint8 [B,3,H,W], RGB, any B, H x W fixed: the student's input size, or `image_size`, from which the
     graph then resizes (bilinear, antialiased). Scaling by 1/255, mean and standard deviation are in the graph; it
-    returns logits float32 [B,K], of a dense network [B,K,h,w]. Class names, this contract and versions stand in the file
-    (ONNX: metadata_props, JSON texts; pt2: the extra file student.json). Made on the CPU in float32; it counts, and gets its name, only after it
-    was loaded and run on noise at batches 1, 2 and 5, within TOLERANCE of eager.
+    returns logits float32 [B,K], of a dense network [B,K,h,w]. Class names, this contract and versions stand in the
+    file (ONNX: metadata_props, JSON texts; pt2: the extra file student.json). Made on the CPU in float32; it counts,
+    and gets its name, only after it was loaded and run on noise at batches 1, 2 and 5, within TOLERANCE of eager.
     Returns the path. Raises SynthkdError, one line, for another kind or suffix, for a missing
     package, a network that cannot be traced, more than 1 GiB of weights (ONNX), and results that differ.
     """

@@ -1,4 +1,4 @@
-"""Classifiers and dense networks from a TOML card: frozen, with preprocessing, taps and features; no code unless allowed."""
+"""Classifiers and dense networks of a TOML card: frozen, with preprocessing, taps, features; no code unless allowed."""
 
 import hashlib
 import json

@@ -65,7 +65,9 @@ def scored(net: nn.Module) -> tuple[float, float]:
 def write(state: dict[str, Tensor], iou: float, pixels: float) -> None:
     """Weights, and the card beside them."""
     FOLDER.mkdir(exist_ok=True)
-    save_file({k: v.contiguous() for k, v in state.items()}, FOLDER / "teacher.safetensors")
+    target = FOLDER / "teacher.safetensors"
+    save_file({k: v.contiguous() for k, v in state.items()}, target)
+    target.chmod(0o644)
     about = {
         "description": "The dense network to distil: DeepLabV3+-type, reads scenes of handwritten digits.",
         "trained_on": "scenes of the 1,000 train digits (digits_split.json) on striped grounds, new ones each step",
