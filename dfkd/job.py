@@ -28,6 +28,7 @@ _LARGEST_ZOOM = 4
 class SynthJob:
     """model: folder, hub id or `embedded:NAME`; loras: fused into it, `PATH[@WEIGHT]`; teacher: a card.
 
+    An empty model is of presets whose methods need no prior: `check` refuses to draw with it.
     alpha, beta, gamma, divergence, entropy, head, bn_momentum: the guidance's terms (see `TeacherGuidance`).
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
@@ -59,6 +60,8 @@ class SynthJob:
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
+        if not self.model:
+            raise SynthkdError("model is empty: this preset has no diffusion prior to draw with; name another method")
         card = read_card(card_path(self.teacher))
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:

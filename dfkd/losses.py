@@ -50,11 +50,7 @@ def disagreement(student_logits: Tensor, teacher_logits: Tensor, kind: str = "kl
     if kind not in DIVERGENCES:
         raise SynthkdError(f"guidance: divergence is {kind!r}; {suggest(str(kind), DIVERGENCES)}")
     s, t = F.log_softmax(wide(student_logits), dim=1), F.log_softmax(wide(teacher_logits), dim=1)
-    if kind == "kl":
-        apart = _kl(t, s)
-    else:
-        middle = torch.logaddexp(s, t) - math.log(2)
-        apart = (_kl(t, middle) + _kl(s, middle)) / 2
+    apart = _kl(t, s) if kind == "kl" else _js(t, s)
     return (s.argmax(dim=1) == t.argmax(dim=1)).to(apart.dtype) * apart
 
 
@@ -82,8 +78,43 @@ def class_rows(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
+def competition(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1 - JS(t, s) per sample [B], in nats, of logits [B,K] (R_compete of arXiv 1912.08795, eq. 6). float32 at least.
+
+    Small where the networks differ on an image, unlike `disagreement` also where they name two classes.
+    """
+    return 1 - _js(F.log_softmax(wide(teacher_logits), dim=1), F.log_softmax(wide(student_logits), dim=1))
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_q, log_p) - math.log(2)
+    return (_kl(log_p, middle) + _kl(log_q, middle)) / 2
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Total variation per image [B]: the sum of ||x - x shifted by one pixel||_2 over four directions.
+
+    Right, down and both diagonals, over all channels, on what both images cover (R_TV of arXiv 1912.08795, eq. 3, in
+    the norm of the authors' code, there over a whole batch). images: [B,C,H,W]; an image one pixel wide or high has no
+    neighbours that way. float32 at least; the gradient of a flat image is 0.
+    """
+    x = wide(images)
+    pairs = [
+        (x[..., :, 1:], x[..., :, :-1]),
+        (x[..., 1:, :], x[..., :-1, :]),
+        (x[..., 1:, 1:], x[..., :-1, :-1]),
+        (x[..., 1:, :-1], x[..., :-1, 1:]),
+    ]
+    return torch.stack([image_norm(a - b) for a, b in pairs]).sum(dim=0)
+
+
+def image_norm(images: Tensor) -> Tensor:
+    """||x||_2 per image [B] (R_l2 of arXiv 1912.08795, eq. 3); images: [B,C,H,W]. float32 at least."""
+    return torch.linalg.vector_norm(wide(images).flatten(1), dim=1)
 
 
 def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ class MosaicFeed:
         images = job.opened_pool().selected(spec.select or None).source
         rest = job.spec.batch_size - self.half
         self._pool = job.set_feed(images, replace(job.spec, batch_size=rest, accumulate=1))
-        self.held = self._pool.held
+        self.held, self.waited = self._pool.held, 0.0
         self._settings = {**asdict(spec), "student": asdict(job.spec), "pool": images.digest}
         self.players = Players(
             spec, job.teacher, job.student, batch=spec.batch or self.half, how=job.how, seed=job.seed,
@@ -111,17 +111,13 @@ class MosaicFeed:
         """Of the pool."""
         return self._pool.damaged
 
-    @property
-    def waited(self) -> float:
-        """Seconds in which nothing of the pool was there."""
-        return self._pool.waited
-
     def batches(self, start: int, stop: int) -> Generator[Batch]:
         """See `Feed`; after the training's last batch a set is left in the run's folder."""
         with closing(self._pool.batches(start, stop)) as pool:
             for step, real in enumerate(pool, start):
                 if step % self.spec.student_steps == 0:
                     self.players.learn(real.images, step // self.spec.student_steps)
+                self.waited = self._pool.waited
                 yield self._joined(real, self._made(step))
         if stop == self.job.spec.steps and self._kept is None:
             self._last_set().written("synthesize")

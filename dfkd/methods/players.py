@@ -174,7 +174,7 @@ class Players:
             net.load_state_dict(_under(state, f"{name}.net."))
             for i, p in enumerate(net.parameters()):
                 kept = _under(state, f"{name}.adam.{i}.")
-                self._adam[name].state[p] = {key: value.to(p.device).clone() for key, value in kept.items()}
+                self._adam[name].state[p] = {key: _like(value, p) for key, value in kept.items()}
 
     def _operations(self) -> float:
         """Floating point operations of all steps, roughly: a backward pass counts as two forward."""
@@ -206,6 +206,11 @@ def _placed(net: nn.Module, device: torch.device) -> nn.Module:
 
 def _adam(net: nn.Module, spec: GameSpec) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), spec.lr, betas=(spec.betas[0], spec.betas[1]), fused=True)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """An optimizer's tensor in its parameter's memory: the fused step takes both as they lie."""
+    return value.to(parameter.device).clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value).detach()
 
 
 def _graph(call: Any, mode: str | None) -> Any:
