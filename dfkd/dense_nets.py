@@ -72,8 +72,8 @@ class DeepLab(nn.Module):
         """
         super().__init__()
         if len(widths) != len(blocks) or len(widths) < 3 or min(*widths, *blocks, *rates, pyramid, low_level) < 1:
-            stages = f"widths {list(widths)} and blocks {list(blocks)}"
-            raise ValueError(f"{stages} must be equally many, three or more; all numbers at least 1")
+            asked = f"widths {list(widths)} and blocks {list(blocks)}"
+            raise ValueError(f"{asked} must be equally many, three or more; all numbers at least 1")
         self.stem = _unit(in_channels, widths[0], 3, stride=2)
         stages: list[nn.Module] = []
         for i, (c_in, c_out, count) in enumerate(zip([widths[0], *widths[:-1]], widths, blocks, strict=True)):

@@ -77,7 +77,7 @@ def letter_scenes() -> Tensor:
 
 
 def letter_glyphs() -> Tensor:
-    """Coverage float32 [M,1,32,32] of letters and signs of Pillow's font, blurred as the digits are: by way of 8x8 pixels.
+    """Coverage float32 [M,1,32,32] of letters and signs of Pillow's font, blurred as digits are: by way of 8x8 pixels.
 
     Letters that look like a digit are left out. Raises SynthkdError where Pillow was built without FreeType.
     """
@@ -101,7 +101,9 @@ def letter_glyphs() -> Tensor:
     return F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
 
 
-def scenes(glyphs: Tensor, labels: Tensor, count: int, seed: int, ground: Field, bend: float = 0.0) -> tuple[Tensor, Tensor]:
+def scenes(
+    glyphs: Tensor, labels: Tensor, count: int, seed: int, ground: Field, bend: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Images uint8 [N,3,48,48] and label maps int64 [N,48,48] (0: ground).
 
     glyphs: coverage [M,1,h,w]; labels: int64 [M]; ground: random numbers [N,8] -> a field [N,1,48,48] in [0,1]; bend:
@@ -123,7 +125,7 @@ def scenes(glyphs: Tensor, labels: Tensor, count: int, seed: int, ground: Field,
 def _placed(
     glyphs: Tensor, labels: Tensor, u: NDArray[np.float32], bent: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Coverage [N,1,48,48] and label maps [N,48,48]: half of the scenes have two glyphs, either side of the middle."""
+    """Coverage [N,1,48,48] and label maps [N,48,48]; half of the scenes have two glyphs, either side of the middle."""
     two, upright = u[:, 0] < 0.5, u[:, 1] < 0.5
     cover, names = torch.zeros(len(u), 1, SIDE, SIDE), torch.zeros(len(u), SIDE, SIDE, dtype=torch.long)
     for which in range(2):
