@@ -1,4 +1,4 @@
-"""Teacher cards: a classifier described by a small TOML file beside its weights. Reading one runs no code."""
+"""Teacher cards: a classifier or a dense network in a small TOML file beside its weights. Reading one runs no code."""
 
 import pickle
 import struct
@@ -20,7 +20,8 @@ from synthkd.engine.models import EMBEDDED
 
 TRANSFORMERS = "transformers:"
 _REQUIRED = ("arch", "weights", "input_size", "mean", "std", "classes")
-_FIELDS = (*_REQUIRED, "arch_args", "moments", "about")
+CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")
+_FIELDS = (*_REQUIRED, "task", "arch_args", "moments", "about")
 # ImageNet's mean and deviation are near 0.45 and 0.22 for images in [0,1], near 115 and 57 for 0..255.
 _LARGEST = 1.5
 _UNIT_SCALE = Kind(
@@ -44,6 +45,7 @@ _KINDS: Mapping[str, Kind] = {
     "mean": Kind(_numbers, "three numbers"),
     "std": Kind(lambda v: _numbers(v) and min(v) > 0, "three numbers above 0"),
     "classes": Kind(lambda v: are_texts(v) and len(set(v)) == len(v) >= 2, "at least two distinct class names (texts)"),
+    "task": Kind(lambda v: v in TASKS, " or ".join(repr(task) for task in TASKS)),
     "arch_args": TABLE,
     "moments": kind_of(str, "a file name"),
     "about": TABLE,
@@ -54,6 +56,7 @@ _KINDS: Mapping[str, Kind] = {
 class TeacherCard:
     """What a classifier is: architecture, weights file, input in pixels, normalisation, class names.
 
+    task: `classification`, logits [B,K], or `segmentation`, logits [B,K,h,w] that are resized to the images;
     arch: a built-in network, `transformers:FOLDER_OR_ID`, `timm:NAME`, `torchvision:NAME` or `module:function`;
     weights: None only where a `transformers:` folder brings them; moments: input statistics of the norm layers
     that keep none, as `synthkd teacher moments` writes them; folder: where the card lies.
@@ -65,6 +68,7 @@ class TeacherCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     classes: tuple[str, ...]
+    task: str = CLASSIFICATION
     arch_args: Mapping[str, Any] = field(default_factory=dict)
     moments: Path | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +80,7 @@ def card_path(reference: str) -> Path:
     if not reference.startswith(EMBEDDED):
         return Path(reference)
     name, _, card = reference.removeprefix(EMBEDDED).partition("/")
-    return embedded_path(name) / f"{card or 'teacher'}.toml"
+    return embedded_path(name, "teacher.toml") / f"{card or 'teacher'}.toml"
 
 
 def read_card(path: Path, *, moments: bool = True) -> TeacherCard:

@@ -1,4 +1,4 @@
-"""`synthkd evaluate`: score a classifier, from its card or as it ships, on labelled images."""
+"""`synthkd evaluate`: score a classifier or a dense network, from its card or as it ships, on labelled images."""
 
 import json
 import math
@@ -14,7 +14,9 @@ from rich.table import Table
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_progress import Bars
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
-from synthkd.dfkd.evaluate import Network, Score
+from synthkd.dfkd.dense import DenseImages
+from synthkd.dfkd.dense_task import load_dense_set
+from synthkd.dfkd.evaluate import DENSE_BATCH, DenseScore, Network, Score, evaluate_dense
 from synthkd.dfkd.evaluate import evaluate as score
 from synthkd.dfkd.progress import Progress
 from synthkd.dfkd.ship import Shipped, load_shipped
@@ -38,7 +40,8 @@ _ROWS = {
 def evaluate(
     card: Annotated[str, typer.Argument(help="Card of a student or teacher, or a shipped student (.onnx, .pt2).")],
     data: Annotated[
-        str, typer.Option(help="digits:test, a folder of class folders, an .npz of x and y, or set:FOLDER (synthetic).")
+        str,
+        typer.Option(help="digits:test, class folders, .npz of x and y, set:FOLDER (synthetic), segments:test."),
     ],
     teacher: Annotated[str | None, typer.Option(help="Card of a teacher to compare with on the same images.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print all scores as JSON.")] = False,
@@ -49,13 +52,19 @@ def evaluate(
     ] = False,
     device: options.Device = None,
 ) -> None:
-    """Score a classifier on labelled images: accuracy, likelihood, calibration, agreement with a teacher."""
+    """Score a classifier on labelled images: accuracy, likelihood, calibration, agreement with a teacher.
+
+    A dense network (task "segmentation" of its card) is scored on label maps: intersection over union, pixel accuracy.
+    """
     if batch_size < 1:
         raise SynthkdError(f"--batch-size is {batch_size}; expected a whole number >= 1")
     if limit is not None and limit < 1:
         raise SynthkdError(f"--limit is {limit}; expected a whole number >= 1")
     where = options.pick_device(device)
     net = _network(card, where, allow_code)
+    if net.dense:
+        _evaluate_dense(card, net, data, (teacher, limit, batch_size), json_output)
+        return
     beside = load_teacher(teacher, where, allow_code=allow_code) if teacher is not None else None
     if beside is not None and len(beside.classes) != len(net.classes):
         counts = f"{len(beside.classes)} classes, {card!r} {len(net.classes)}"
@@ -68,6 +77,42 @@ def evaluate(
         return
     out.print(f"{card}: {result.accuracy:.2f} % on {data}", soft_wrap=True, highlight=False, markup=False)
     out.print(_table(result, net.classes, len(images)))
+
+
+def _evaluate_dense(
+    card: str, net: Teacher | Shipped, data: str, asked: tuple[str | None, int | None, int], json_output: bool
+) -> None:
+    """asked: --teacher, --limit and --batch-size."""
+    teacher, limit, batch_size = asked
+    if teacher is not None:
+        what = f"{card!r} is a dense network, which is compared with none"
+        raise SynthkdError(f"--teacher {teacher!r}: {what}; leave it out")
+    found = load_dense_set(data, net.classes)
+    if limit is not None and limit < len(found):
+        rows = [i * len(found) // limit for i in range(limit)]
+        found = DenseImages(found.images[rows], found.masks[rows], found.classes)
+    with Bars(err if json_output else out) as bars:
+        bars.begin("evaluate", len(found), "images")
+        told = partial(bars.advance, "evaluate")
+        result = evaluate_dense(net, found, batch_size=min(batch_size, DENSE_BATCH), on_batch=told)
+        bars.end("evaluate")
+    if json_output:
+        print(json.dumps(result.to_dict()))
+        return
+    out.print(f"{card}: mIoU {result.mean_iou:.2f} % on {data}", soft_wrap=True, highlight=False, markup=False)
+    out.print(_dense_table(result, net.classes, len(found)))
+
+
+def _dense_table(result: DenseScore, classes: tuple[str, ...], count: int) -> Table:
+    table = Table(title=f"{count} images", show_header=False)
+    table.add_row("mean intersection over union", f"{result.mean_iou:.2f} %")
+    table.add_row("accuracy of pixels", f"{result.accuracy:.2f} %")
+    for name, value in list(zip(classes, result.class_iou, strict=True))[:_SHOWN]:
+        table.add_row(f"IoU of {escape(name)}", "nowhere" if value is None else f"{value:.2f} %")
+    if len(classes) > _SHOWN:
+        table.add_row(f"{len(classes) - _SHOWN} more classes", "--json has all")
+    table.add_row("images per second", f"{result.images_per_second:.0f}")
+    return table
 
 
 def _network(card: str, device: str, allow_code: bool) -> Teacher | Shipped:

@@ -13,9 +13,9 @@ from rich.table import Table
 from torch import Tensor
 
 from synthkd.dfkd import cli_options as options
-from synthkd.dfkd.cards import card_path, read_card
+from synthkd.dfkd.cards import CLASSIFICATION, card_path, read_card
 from synthkd.dfkd.data import load_test_set
-from synthkd.dfkd.evaluate import evaluate
+from synthkd.dfkd.evaluate import test_scores
 from synthkd.dfkd.losses import bn_distance
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.taps import batchnorm_layers, channels, measure_moments, statless_layers, write_moments
@@ -53,11 +53,11 @@ def check(
     where = options.pick_device(device)
     drawing = _drawing(card, model, preset)
     teacher = load_teacher(card, where, allow_code=allow_code)
-    test = load_test_set(data, teacher.classes, teacher.input_size) if data else None
+    accuracy = test_scores(teacher, data)["accuracy"] if data else None
     found = _network(card, teacher)
     found["noise"] = _observed(teacher, _noise(teacher).to(where))
     found["prior"] = _observed(teacher, _prior_images(*drawing, where)) if drawing else None
-    found["accuracy"] = evaluate(teacher, test).accuracy if test else None
+    found["accuracy"] = accuracy
     if json_output:
         print(json.dumps(found))
         return
@@ -95,7 +95,8 @@ def moments(
 
 def _drawing(card: str, model: str | None, preset: str | None) -> tuple[str, Recipe] | None:
     """The prior and the recipe of one unguided group; the embedded default's own for its cards."""
-    if model is None and preset is None and card.startswith(EMBEDDED):
+    guides = read_card(card_path(card), moments=False).task == CLASSIFICATION
+    if model is None and preset is None and card.startswith(EMBEDDED) and guides:
         preset = card.removeprefix(EMBEDDED).partition("/")[0]
     if preset is not None:
         job = load_preset(preset).job
@@ -164,12 +165,12 @@ def _observed(teacher: Teacher, images: Tensor) -> dict[str, Any]:
     if not bool(seen.logits.isfinite().all()):
         raise SynthkdError("teacher: its logits are not finite; check mean, std and weights")
     top, best = seen.logits.softmax(dim=1).max(dim=1)
-    counts = torch.bincount(best, minlength=len(teacher.classes))
+    counts = torch.bincount(best.flatten(), minlength=len(teacher.classes))  # of a dense network those of pixels
     return {
         "logits": list(seen.logits.shape),
         "confidence": round(top.mean().item(), 4),
         "predicted_classes": int((counts > 0).sum()),
-        "commonest_class_share": round(counts.max().item() / len(best), 4),
+        "commonest_class_share": round(counts.max().item() / best.numel(), 4),
         "bn_distance": round(bn_distance(seen.taps).item(), 4) if seen.taps else None,
         "moments_distance": round(bn_distance(seen.stored).item(), 4) if seen.stored else None,
     }

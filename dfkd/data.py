@@ -115,18 +115,26 @@ def load_test_set(reference: str, classes: tuple[str, ...], size: tuple[int, int
 
 
 def _from_npz(path: Path, classes: tuple[str, ...]) -> LabelledImages:
+    x, y = labelled_arrays(path)
+    if y.ndim != 1:
+        raise SynthkdError(f"data {path}: y has shape {y.shape}; expected a label for each image, [N]")
+    if y.min() < 0 or y.max() >= len(classes):
+        raise SynthkdError(f"data {path}: labels {y.min()}..{y.max()}; the teacher has {len(classes)} classes")
+    return LabelledImages(x, torch.from_numpy(y), classes)
+
+
+def labelled_arrays(path: Path) -> tuple[Tensor, NDArray[np.int64]]:
+    """Images uint8 [N,3,H,W] and labels int64, [N] or [N,H,W], of an .npz of x and y; raises SynthkdError otherwise."""
     try:
         with np.load(path, allow_pickle=False) as data:
             x, y = data["x"], data["y"].astype(np.int64)
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
     grey_or_rgb = x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)
-    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim != 1 or len(x) != len(y) or len(y) == 0:
+    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim not in (1, 3) or len(x) != len(y) or len(y) == 0:
         raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
-    if y.min() < 0 or y.max() >= len(classes):
-        raise SynthkdError(f"data {path}: labels {y.min()}..{y.max()}; the teacher has {len(classes)} classes")
     x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
-    return LabelledImages(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), classes)
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), y
 
 
 def images_from_npz(path: Path, what: str) -> Tensor:

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthkd.dfkd.data import LabelledImages
+from synthkd.dfkd.data import LabelledImages, load_test_set
 from synthkd.dfkd.dense import DenseImages, class_iou, dense_confusion, mean_iou
+from synthkd.dfkd.dense_task import load_dense_set
 from synthkd.dfkd.ship import Shipped
+from synthkd.dfkd.teachers import Teacher
 from synthkd.engine.errors import SynthkdError
 
 BINS = 15  # of the calibration error
+DENSE_BATCH = 16  # images a pass, whose logits are as large as images
 Network = nn.Module | Shipped
 OnBatch = Callable[[int], None]
 
@@ -70,6 +73,20 @@ def predict(net: Network, images: Tensor, batch_size: int = 256, on_batch: OnBat
     return torch.cat([logits for _, logits in _passes(net, images, batch_size, on_batch)])
 
 
+def named(net: Teacher, images: Tensor) -> Tensor:
+    """Classes int64 [N] that a network names on uint8 images [N,3,H,W]; of a dense one of each pixel, int16 [N,H,W]."""
+    if not net.dense:
+        return predict(net, images).argmax(dim=1)
+    parts = [at_size(logits, images).argmax(dim=1).short() for _, logits in _passes(net, images, DENSE_BATCH, None)]
+    return torch.cat(parts)
+
+
+def at_size(logits: Tensor, images: Tensor) -> Tensor:
+    """Logits [B,K,h,w] resized (bilinear) to the height and width of images or label maps, float32."""
+    size = list(images.shape[-2:])
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
 def evaluate(
     net: Network,
     data: LabelledImages,
@@ -100,7 +117,7 @@ def evaluate(
 
 
 def evaluate_dense(
-    net: Network, data: DenseImages, *, batch_size: int = 16, on_batch: OnBatch | None = None
+    net: Network, data: DenseImages, *, batch_size: int = DENSE_BATCH, on_batch: OnBatch | None = None
 ) -> DenseScore:
     """Scores per pixel of a network whose logits are [B,K,h,w]; they are resized (bilinear) to the masks.
 
@@ -113,14 +130,21 @@ def evaluate_dense(
             raise SynthkdError(f"evaluate: outputs are {list(logits.shape)}; expected [B,{count},h,w] for a dense set")
         _check_finite(logits, first=place)
         masks = data.masks[place : place + len(part)]
-        large = F.interpolate(logits.float(), size=list(masks.shape[1:]), mode="bilinear", align_corners=False)
-        confusion += dense_confusion(large.argmax(dim=1), masks, count)
+        confusion += dense_confusion(at_size(logits, masks).argmax(dim=1), masks, count)
         place += len(part)
     speed = place / max(time.perf_counter() - seconds, 1e-9)
     right = 100 * float(confusion.diagonal().sum()) / max(1, int(confusion.sum()))
     return DenseScore(
         round(right, 4), mean_iou(confusion), class_iou(confusion), confusion.tolist(), round(speed, 1)
     )
+
+
+def test_scores(net: Teacher, reference: str) -> dict[str, float]:
+    """Percent on a real test set: accuracy, which of dense networks is that of pixels, and their `miou` beside it."""
+    if not net.dense:
+        return {"accuracy": round(evaluate(net, load_test_set(reference, net.classes, net.input_size)).accuracy, 2)}
+    found = evaluate_dense(net, load_dense_set(reference, net.classes))
+    return {"miou": round(found.mean_iou, 2), "accuracy": round(found.accuracy, 2)}
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:

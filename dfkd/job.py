@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from synthkd.dfkd.cards import CLASSIFICATION
 from synthkd.dfkd.distill_spec import DistillSpec, spec_from
 from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
@@ -71,6 +72,11 @@ class SynthJob:
         parse_backends((*recipe.backends, *self.execution.backends))
         if (decoder := recipe.guidance.decoder).startswith("fitted:"):
             read_decoder_card(decoder.removeprefix("fitted:"))
+        if card.task != CLASSIFICATION:
+            raise SynthkdError(
+                f"teacher {self.teacher!r} is of the task {card.task!r}; a diffusion prior is guided by classifiers, "
+                "so train its student with --method mosaickd or pool"
+            )
         if len(card.classes) != len(recipe.classes):
             raise SynthkdError(
                 f"teacher {self.teacher!r} has {len(card.classes)} outputs, the recipe names "

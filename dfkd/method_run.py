@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from synthkd.dfkd.data import load_test_set
 from synthkd.dfkd.distill_spec import DistillSpec
-from synthkd.dfkd.evaluate import evaluate, predict
+from synthkd.dfkd.evaluate import named, test_scores
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.parallel import Ranks
@@ -106,7 +105,7 @@ class MethodRun:
         try:
             training = Training(
                 student=job.student, teacher=job.teacher, feed=feed, held=feed.held,
-                wanted=predict(job.teacher, feed.held).argmax(dim=1), spec=job.spec, options=job.how,
+                wanted=named(job.teacher, feed.held), spec=job.spec, options=job.how,
                 ranks=Ranks(device=job.how.device), reading=feed.reading, damaged=feed.damaged, identity=identity,
                 folder=self.out, on_step=on_step, should_stop=self.should_stop,
             )  # fmt: skip
@@ -123,8 +122,8 @@ class MethodRun:
         scores: dict[str, Any] = {}
         if self.preset.test_set is not None:
             for name, net in (("teacher", job.teacher), ("student", student.net)):
-                test = load_test_set(self.preset.test_set, net.classes, net.input_size)
-                scores[f"{name}_accuracy"] = round(evaluate(net, test).accuracy, 2)
+                found = test_scores(net, self.preset.test_set)
+                scores |= {f"{name}_{score}": value for score, value in found.items()}
         return {
             "preset": self.preset.name,
             "method": self.method,

@@ -1,4 +1,4 @@
-"""A card's `arch` -> a fresh classifier. The only file that imports timm, torchvision and transformers' classifiers."""
+"""A card's `arch` -> a fresh network. The only file that imports timm, torchvision and transformers' vision models."""
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, load_weights
+from synthkd.dfkd.cards import SEGMENTATION, TRANSFORMERS, TeacherCard, load_weights
 from synthkd.dfkd.nets import ARCHITECTURES, build_net
 from synthkd.engine.errors import SynthkdError, suggest
 
@@ -32,6 +32,7 @@ _LOADING = (
 def build_classifier(card: TeacherCard, *, allow_code: bool = False) -> nn.Module:
     """The network of a card: [B,3,H,W], normalised -> logits [B,K]; weights are the caller's to load.
 
+    For the task segmentation a network of transformers is one for semantic segmentation, logits [B,K,h,w].
     Only a `transformers:` network comes with its weights: the card's own, or the folder's from safetensors.
     `module:function` is imported from the Python path and called with num_classes=K and arch_args, if allow_code.
     Raises SynthkdError for an unknown name, a missing library or folder, arguments that do not fit, a folder of another
@@ -53,7 +54,10 @@ def build_classifier(card: TeacherCard, *, allow_code: bool = False) -> nn.Modul
 
 
 def _transformers(card: TeacherCard) -> nn.Module:
-    """AutoModelForImageClassification, whose output is made the logits; only safetensors, no remote code."""
+    """AutoModelForImageClassification, or AutoModelForSemanticSegmentation, whose output is made the logits.
+
+    Only safetensors, no remote code.
+    """
     where = _folder_or_id(card)
     if card.arch_args:
         raise SynthkdError(f"arch {card.arch!r}: arch_args do not fit; the folder's config.json says how it is built")
@@ -79,7 +83,8 @@ def _pretrained(
     library: Any, card: TeacherCard, where: str, state: Mapping[str, Tensor] | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The network and what its loading left open; the number of labels is checked before weights are read."""
-    auto = library.AutoModelForImageClassification
+    dense = card.task == SEGMENTATION
+    auto = library.AutoModelForSemanticSegmentation if dense else library.AutoModelForImageClassification
     config = library.AutoConfig.from_pretrained(where, trust_remote_code=False)
     if config.num_labels != len(card.classes):
         raise SynthkdError(

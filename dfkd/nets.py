@@ -11,6 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthkd.dfkd.dense_nets import DeepLab
 from synthkd.engine.errors import SynthkdError, suggest
 
 
@@ -242,6 +243,7 @@ ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {
     "vgg8": partial(VGG, blocks=(1, 1, 1, 1, 1)),
     "vgg11": partial(VGG, blocks=(1, 1, 2, 2, 2)),
     "vgg13": partial(VGG, blocks=(2, 2, 2, 2, 2)),
+    "deeplab": DeepLab,
     "vgg16": partial(VGG, blocks=(2, 2, 3, 3, 3)),
 }
 

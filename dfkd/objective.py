@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synthkd.dfkd.cams import cam_consistency, check_cam, check_grad_cam, grad_cams, region_distance
+from synthkd.dfkd.dense import check_dense_views, dense_hard_loss, dense_kd_loss
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.feature_losses import FeatureMatcher
 from synthkd.dfkd.losses import class_scores
 from synthkd.dfkd.stages import Stages
 from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.views import ViewSpec
 from synthkd.engine.errors import SynthkdError
 from synthkd.kernels import kd_loss
 
@@ -21,7 +23,8 @@ from synthkd.kernels import kd_loss
 class Taught(NamedTuple):
     """What the teacher says of a batch, without a graph.
 
-    logits: [B,K], float32; maps [B,C,h,w] and Grad-CAMs [B,h,w] of its stages where a loss wants them.
+    logits: [B,K], of dense networks [B,K,h,w], float32; maps [B,C,h,w] and Grad-CAMs [B,h,w] of its
+    stages where a loss wants them.
     """
 
     logits: Tensor
@@ -33,7 +36,8 @@ class Objective(nn.Module):
     """Images, the teacher's word and labels -> the loss, a scalar.
 
     kl T^2 KL(teacher || student) (`kernels.kd_loss`) + hard * cross-entropy with the labels + cam * `cam_consistency` +
-    grad_cam * `region_distance` of Grad-CAMs + features * `FeatureMatcher`. Parameters are the student's, and those
+    grad_cam * `region_distance` of Grad-CAMs + features * `FeatureMatcher`. Of dense networks the first two are means
+    over pixels (`dense_kd_loss`, `dense_hard_loss`), and CAMs there are none. Parameters are the student's, and those
     that match features, which are thrown away.
     """
 
@@ -41,6 +45,9 @@ class Objective(nn.Module):
         """student: its `net` is trained, in train mode. Raises SynthkdError for a loss that the networks rule out."""
         super().__init__()
         self.net, self.spec, self.num_classes = student.net, spec, len(student.classes)
+        self.dense = student.dense
+        if self.dense:
+            _check_dense(spec)
         self._others = {"student": student, "teacher": teacher}  # in a dict: neither is a child, nor in the state
         self._stages: dict[str, Stages] = {}
         self.matcher: FeatureMatcher | None = None
@@ -103,8 +110,11 @@ class Objective(nn.Module):
 
     def _of_logits(self, logits: Tensor, taught: Taught, labels: Tensor, targets: Tensor | None) -> Iterator[Tensor]:
         if self.spec.kl:
-            yield self.spec.kl * kd_loss(logits, taught.logits, self.spec.temperature)
-        if self.spec.hard:
+            between = dense_kd_loss if self.dense else kd_loss
+            yield self.spec.kl * between(logits, taught.logits, self.spec.temperature)
+        if self.spec.hard and self.dense:
+            yield self.spec.hard * dense_hard_loss(logits, labels)
+        elif self.spec.hard:
             plain = F.cross_entropy(logits, labels) if targets is None else class_scores(logits, targets).mean()
             yield self.spec.hard * plain
 
@@ -116,3 +126,11 @@ class Objective(nn.Module):
             yield spec.grad_cam * region_distance(grad_cams(maps, logits, taught.logits.argmax(1)), taught.cams)
         if self.matcher is not None:
             yield spec.features * self.matcher(maps, taught.maps)
+
+
+def _check_dense(spec: DistillSpec) -> None:
+    """Raise SynthkdError for losses and views that label maps do not have."""
+    if spec.cam or spec.grad_cam:
+        raise SynthkdError("distill: cam and grad_cam are of classifiers, and the teacher is dense; set them to 0")
+    if spec.hard:
+        check_dense_views(ViewSpec.of(spec))

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from synthkd.dfkd.distill_spec import DistillSpec
-from synthkd.dfkd.evaluate import predict
+from synthkd.dfkd.evaluate import named
 from synthkd.dfkd.feed import Batch, Unmoved
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.sight import Sight, in_memory
@@ -195,7 +195,7 @@ def distill_online(
     feed = OnlineImages(synthesizer, request, spec, teacher.input_size, pool)
     held = feed.held()
     training = Training(
-        student=student, teacher=teacher, feed=feed, held=held, wanted=predict(teacher, held).argmax(dim=1), spec=spec,
+        student=student, teacher=teacher, feed=feed, held=held, wanted=named(teacher, held), spec=spec,
         options=options, ranks=Ranks(device=device), on_step=hooks.on_step, on_row=hooks.on_row,
         should_stop=hooks.should_stop,
     )  # fmt: skip

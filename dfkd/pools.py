@@ -19,6 +19,7 @@ from torch import Tensor
 from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages, images_from_npz
 from synthkd.dfkd.decode import decode
+from synthkd.dfkd.dense_task import POOL, letter_scenes
 from synthkd.dfkd.feed import Reader, ReadOptions, Request, Rows, Source
 from synthkd.dfkd.losses import entropy
 from synthkd.dfkd.progress import Progress, Silent
@@ -184,11 +185,14 @@ def _rows_of(source: Source, rows: Rows) -> Source:
 def open_images(reference: str) -> Source:
     """Images of a folder (sub-folders too), of tar shards in a folder, of one tar, a synthetic set or an .npz.
 
-    Or embedded:NAME/pool. npz: x uint8 [N,H,W,3] or [N,H,W]. Raises SynthkdError where there is nothing to read.
+    Or embedded:NAME/pool, or segments:pool (see `dfkd/dense_task.py`). npz: x uint8 [N,H,W,3] or [N,H,W]. Raises
+    SynthkdError where there is nothing to read.
     """
     path = Path(reference)
     if reference.startswith(EMBEDDED):
         return _unlabelled(embedded_pool(reference))
+    if reference == POOL:
+        return _unlabelled(letter_scenes())
     if path.suffix == ".npz" and path.is_file():
         return _unlabelled(images_from_npz(path, "pool"))
     if path.suffix == ".tar" and path.is_file():

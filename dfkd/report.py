@@ -73,10 +73,11 @@ def _colours(run: Run) -> h.Html:
 
 def summary(run: Run) -> h.Section:
     """The figures a reader takes home."""
-    teacher, student = run.number("teacher_accuracy"), run.number("student_accuracy")
+    score, words = ("miou", "mean IoU") if run.number("student_miou") is not None else ("accuracy", "accuracy")
+    teacher, student = run.number(f"teacher_{score}"), run.number(f"student_{score}")
     plain = run.number("unguided_student_accuracy")
     told = [
-        ("Teacher", teacher, "accuracy on real test images", "teacher"),
+        ("Teacher", teacher, f"{words} on real test images", "teacher"),
         ("Student", student, "trained on guided images only", "guided"),
         ("Unguided control", plain, "same student, unguided images", "unguided"),
     ]
@@ -87,7 +88,7 @@ def summary(run: Run) -> h.Section:
     used = "the teacher's weights, its class names and the image prior"
     text = f"Not used: any image the teacher was trained on. The input was {used}."
     if hero:
-        text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure accuracy, never to train."
+        text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure {words}, never to train."
     return h.Section("summary", "Summary", _summary_sentence(run, teacher, student, plain), [*body, h.note(text)])
 
 

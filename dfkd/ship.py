@@ -35,7 +35,7 @@ _LARGEST = 2**14  # pixels a side
 
 
 class Graph(nn.Module):
-    """A student with all of its preprocessing: uint8 [B,3,H,W], RGB -> logits float32 [B,K]."""
+    """A student with all of its preprocessing: uint8 [B,3,H,W], RGB -> logits float32 [B,K], or [B,K,h,w]."""
 
     def __init__(self, student: Teacher) -> None:
         """student: a network with its mean and standard deviation."""
@@ -55,9 +55,9 @@ def export_student(
 
     The file takes uint8 [B,3,H,W], RGB, any B, H x W fixed: the student's input size, or `image_size`, from which the
     graph then resizes (bilinear, antialiased). Scaling by 1/255, mean and standard deviation are in the graph; it
-    returns logits float32 [B,K]. Class names, this contract and versions stand in the file (ONNX: metadata_props, JSON
-    texts; pt2: the extra file student.json). Made on the CPU in float32; it counts, and gets its name, only after it
-    was loaded and run on noise at batches 1, 2 and 5, within TOLERANCE of eager.
+    returns logits float32 [B,K], of a dense network [B,K,h,w]. Class names, this contract and versions stand in the
+    file (ONNX: metadata_props, JSON texts; pt2: the extra file student.json). Made on the CPU in float32; it counts,
+    and gets its name, only after it was loaded and run on noise at batches 1, 2 and 5, within TOLERANCE of eager.
     Returns the path. Raises SynthkdError, one line, for another kind or suffix, for a missing
     package, a network that cannot be traced, more than 1 GiB of weights (ONNX), and results that differ.
     """
@@ -90,13 +90,22 @@ def contract(student: Teacher, image_size: tuple[int, int]) -> dict[str, Any]:
             "name": "images", "dtype": "uint8", "shape": ["batch", 3, *image_size], "channels": "RGB",
             "preprocessing": "none: scaling, resizing, mean and standard deviation are in the graph",
         },
-        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", len(student.classes)]},
+        "output": {"name": "logits", "dtype": "float32", "shape": ["batch", *_output(student)]},
         "network_input_size": list(student.input_size),
         "mean": student.get_buffer("mean").flatten().tolist(),
         "std": student.get_buffer("std").flatten().tolist(),
         "parameters": count_parameters(student.net) or sum(p.numel() for p in student.net.parameters()),
         "versions": versions("onnx", "onnxruntime"),
     }  # fmt: skip
+
+
+def _output(student: Teacher) -> list[int]:
+    """The shape of what is said of one image: K, or K, h and w of a dense network."""
+    if not student.dense:
+        return [len(student.classes)]
+    with torch.no_grad():
+        one = student(torch.zeros(1, 3, *student.input_size, device=student.get_buffer("mean").device))
+    return list(one.shape[1:])
 
 
 def _program(graph: Graph, about: Mapping[str, Any]) -> ExportedProgram:
@@ -116,7 +125,7 @@ def _written(program: ExportedProgram, folder: Path, kind: str, about: Mapping[s
     height, width = about["input"]["shape"][2:]
     signature = Signature(
         inputs=(TensorSpec("images", (2, 3, height, width), torch.uint8, True),),
-        outputs=(TensorSpec("logits", (2, len(about["classes"])), torch.float32, True),),
+        outputs=(TensorSpec("logits", (2, *about["output"]["shape"][1:]), torch.float32, True),),
         batch=2, most=2, dynamic=True,
     )  # fmt: skip
     onnx_file.write_model(program, folder, signature, OPSET)
@@ -156,6 +165,7 @@ class Shipped:
         self.classes: tuple[str, ...] = tuple(about["classes"])
         height, width = about["input"]["shape"][2:]
         self.input_size: tuple[int, int] = (int(height), int(width))
+        self.dense = len(about["output"]["shape"]) == 4  # logits are label maps'
 
     def __call__(self, images: Tensor) -> Tensor:
         """images: uint8 [B,3,h,w], resized (bilinear, antialiased, rounded) to `input_size` -> float32 [B,K], CPU."""
@@ -207,9 +217,10 @@ def _contract_of(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
     """A file's contract, checked."""
     try:
         about = {name: json.loads(text) for name, text in texts.items()}
-        shape, classes = about["input"]["shape"], about["classes"]
+        shape, classes, said = about["input"]["shape"], about["classes"], about["output"]["shape"]
         fits = about["format"] == _FORMAT and len(shape) == 4 and all(0 < int(n) <= _LARGEST for n in shape[2:])
         fits = fits and isinstance(classes, list) and all(isinstance(name, str) for name in classes) and bool(classes)
+        fits = fits and isinstance(said, list)
     except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError):
         fits = False
     if not fits:

@@ -52,7 +52,10 @@ class Step:
             self._loss = DistributedDataParallel(self._loss, device_ids=devices)
 
     def run(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Take a step of the optimizer on a batch: loss, and logits [B,K] of student and teacher, without a wait."""
+        """Take a step of the optimizer on a batch: loss, and logits [B,K] of student and teacher, without a wait.
+
+        Dense networks' logits are [B,K,h,w]; raises SynthkdError for their hard loss without label maps.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.spec, step)
         if self._draws:
@@ -60,10 +63,10 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         x = looks(batch.images, batch.views, self.view, batch.partners)
         x = x.contiguous(memory_format=torch.channels_last)
-        targets = self._targets(batch)
+        labels, targets = self._labels(batch), self._targets(batch)
         parts = self.spec.accumulate
         with torch._dynamo.config.patch(_DYNAMO), self._compiling():
-            found = [self._part(x, batch, targets, part, parts) for part in range(parts)]
+            found = [self._part(x, batch, labels, targets, part, parts) for part in range(parts)]
         self.optimizer.step()
         if self.mean:
             self._follow(step)
@@ -73,7 +76,7 @@ class Step:
         return torch.stack(losses).sum(), torch.cat(ours), torch.cat(theirs)
 
     def _part(
-        self, x: Tensor, batch: Batch, targets: Tensor | None, part: int, parts: int
+        self, x: Tensor, batch: Batch, labels: Tensor, targets: Tensor | None, part: int, parts: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Forward and backward of one part of a batch: its share of the loss, and both networks' logits."""
         if self._replayed:  # CUDA graphs: results of the last replay may be overwritten from here on
@@ -83,15 +86,25 @@ class Step:
         with self._autocast():
             taught = self._teach(x[cut]) if batch.logits is None else Taught(batch.logits[cut].float())
         with self._quiet(part + 1 < parts), self._autocast():
-            loss, said = self._loss(x[cut], taught, batch.labels[cut], None if targets is None else targets[cut])
+            loss, said = self._loss(x[cut], taught, labels[cut], None if targets is None else targets[cut])
         with self._quiet(part + 1 < parts):
             (loss / parts).backward()
         found = loss.detach() / parts, said, taught.logits
         return (found[0].clone(), said.clone(), taught.logits.clone()) if self._replayed else found
 
+    def _labels(self, batch: Batch) -> Tensor:
+        """Labels [B], or label maps [B,h,w] of dense networks where a loss reads them."""
+        if not (self.objective.dense and self.spec.hard):
+            return batch.labels
+        if batch.masks is None:
+            hard = f"hard is {self.spec.hard}, but these images have no label maps"
+            raise SynthkdError(f"distill: {hard}; set it to 0, the teacher's word is enough")
+        return batch.masks
+
     def _targets(self, batch: Batch) -> Tensor | None:
         """Class shares [B,K] of blended images for the hard loss; None where labels do."""
-        if not self.spec.hard or not self.spec.mix:  # by the spec, not by the batch: one graph for all batches
+        # By the spec, not by the batch: one graph for all batches.
+        if self.objective.dense or not self.spec.hard or not self.spec.mix:
             return None
         share = torch.from_numpy(batch.views.share).to(self.device, non_blocking=True)[:, None]
         eye = torch.eye(self.objective.num_classes, device=self.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages
 from synthkd.dfkd.distill_spec import DistillSpec, check_parts, learning_rate, spec_from
-from synthkd.dfkd.evaluate import predict
+from synthkd.dfkd.evaluate import named
 from synthkd.dfkd.feed import Order, Pixels, Reader, Request, Rows, Source
 from synthkd.dfkd.loader import Loader
 from synthkd.dfkd.nets import build_net, count_parameters
@@ -22,7 +22,7 @@ from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.reader_choice import READERS
 from synthkd.dfkd.sight import Labels
 from synthkd.dfkd.soft_labels import store_labels
-from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.teachers import Teacher, wrong_shape
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import LogRow, Stopped, Training, identity_of, reader_of, sight_of
 from synthkd.dfkd.views import Views
@@ -84,7 +84,7 @@ def distill(
     try:
         training = Training(
             student=student, teacher=teacher, feed=feed, held=feed.held,
-            wanted=predict(teacher, feed.held).argmax(dim=1), spec=spec, options=options, ranks=ranks,
+            wanted=named(teacher, feed.held), spec=spec, options=options, ranks=ranks,
             reading=feed.reading, damaged=feed.damaged, identity=identity_of(spec, source, teacher), folder=folder,
             on_step=hooks.on_step, on_row=hooks.on_row, should_stop=hooks.should_stop,
         )  # fmt: skip
@@ -214,19 +214,22 @@ def fresh_student(teacher: Teacher, spec: DistillSpec) -> Teacher:
         std=teacher.get_buffer("std").flatten().tolist(),
         input_size=teacher.input_size,
         classes=teacher.classes,
+        task=teacher.task,
     ).to(device)
     _try_out(student, spec)
     return student
 
 
 def _try_out(student: Teacher, spec: DistillSpec) -> None:
-    """One forward pass on a black image: raises SynthkdError where the network does not take it."""
+    """One forward pass on a black image: raises SynthkdError where the network does not take it, or is no such one."""
     try:
         with torch.no_grad():
-            student(torch.zeros(1, 3, *student.input_size, device=student.get_buffer("mean").device))
+            found = student(torch.zeros(1, 3, *student.input_size, device=student.get_buffer("mean").device))
     except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         size, reason = "x".join(map(str, (3, *student.input_size))), " ".join(str(error).split())[:160]
         raise SynthkdError(f"distill: arch {spec.arch!r} does not take {size} images ({reason})") from error
+    if wrong := wrong_shape(found, student):
+        raise SynthkdError(f"distill: arch {spec.arch!r} {wrong} of the teacher (task {student.task!r})")
 
 
 def save_student(student: Student, spec: DistillSpec, folder: Path, about: Mapping[str, Any]) -> Path:
@@ -248,6 +251,7 @@ def save_student(student: Student, spec: DistillSpec, folder: Path, about: Mappi
 def _card(student: Student, spec: DistillSpec, about: Mapping[str, Any]) -> dict[str, Any]:
     net = student.net
     return {
+        **({"task": net.task} if net.dense else {}),
         "arch": spec.arch,
         "weights": "student.safetensors",
         "input_size": list(net.input_size),

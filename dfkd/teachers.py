@@ -1,4 +1,4 @@
-"""Classifiers from a TOML card: frozen, with preprocessing, taps and features. No code runs unless allowed."""
+"""Classifiers and dense networks of a TOML card: frozen, with preprocessing, taps, features; no code unless allowed."""
 
 import hashlib
 import json
@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthkd.dfkd.cards import TRANSFORMERS, TeacherCard, card_path, load_weights, read_card
+from synthkd.dfkd.cards import (
+    CLASSIFICATION,
+    SEGMENTATION,
+    TRANSFORMERS,
+    TeacherCard,
+    card_path,
+    load_weights,
+    read_card,
+)
 from synthkd.dfkd.model_zoo import build_classifier
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.taps import Moments, Tap, Taps, batchnorm_layers, merged_taps, read_moments
@@ -32,7 +40,7 @@ class Look(NamedTuple):
 
 
 class Teacher(nn.Module):
-    """A frozen classifier with its preprocessing: images in [0,1] go in, logits come out."""
+    """A frozen classifier, or dense network, with its preprocessing: images in [0,1] go in, logits come out."""
 
     def __init__(
         self,
@@ -43,18 +51,25 @@ class Teacher(nn.Module):
         input_size: tuple[int, int],
         classes: Sequence[str],
         moments: Moments | None = None,
+        task: str = CLASSIFICATION,
     ) -> None:
         """net: any classifier [B,3,H,W] -> [B,K]; it is set to eval mode and frozen.
 
-        moments: stored input statistics of norm layers that keep none.
+        task: `segmentation` for a net whose logits are [B,K,h,w]; moments: stored input statistics of norm layers that
+        keep none.
         """
         super().__init__()
         self.net = net.eval().requires_grad_(False)
-        self.moments = moments
+        self.moments, self.task = moments, task
         self.classes, self.input_size = tuple(classes), (input_size[0], input_size[1])
         self._taps = Taps(self.net, moments, self.classifier)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def dense(self) -> bool:
+        """Whether logits are label maps' [B,K,h,w], at whatever size."""
+        return self.task == SEGMENTATION
 
     @property
     def has_statistics(self) -> bool:
@@ -63,7 +78,12 @@ class Teacher(nn.Module):
 
     @property
     def classifier(self) -> nn.Linear | None:
-        """The last linear layer with an output per class; the last one of all where none has; None without any."""
+        """The last linear layer with an output per class; the last one of all where none has.
+
+        None without any, and of dense networks, whose linear layers read positions.
+        """
+        if self.dense:
+            return None
         layers = [layer for layer in self.net.modules() if isinstance(layer, nn.Linear)]
         fitting = [layer for layer in layers if layer.out_features == len(self.classes)]
         return next(reversed(fitting or layers), None)
@@ -78,7 +98,7 @@ class Teacher(nn.Module):
         return (images - self.get_buffer("mean")) / self.get_buffer("std")
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B,3,H,W] in [0,1] -> logits [B,K]."""
+        """images [B,3,H,W] in [0,1] -> logits [B,K], of a dense network [B,K,h,w]."""
         logits: Tensor = self.net(self.preprocess(images))
         return logits
 
@@ -130,6 +150,7 @@ def _pooled(x: Tensor) -> Tensor:
 def teacher_digest(teacher: Teacher) -> str:
     """SHA-256 of what a teacher says of an image: tensors, architecture, input size, classes."""
     parts = [weights_sha256([teacher]), repr(teacher.net), list(teacher.input_size), list(teacher.classes)]
+    parts += [teacher.task] if teacher.dense else []
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -150,8 +171,9 @@ def load_teacher(
         net.load_state_dict(state)
     stored = read_moments(card.moments, net) if card.moments else None
     teacher = Teacher(
-        net, mean=card.mean, std=card.std, input_size=card.input_size, classes=card.classes, moments=stored
-    )
+        net, mean=card.mean, std=card.std, input_size=card.input_size, classes=card.classes, moments=stored,
+        task=card.task,
+    )  # fmt: skip
     _try_out(reference, card, teacher)
     return teacher.to(device)
 
@@ -159,7 +181,7 @@ def load_teacher(
 def _try_out(reference: str, card: TeacherCard, teacher: Teacher) -> None:
     """One forward pass on a black image: raises SynthkdError where the network does not take the card's input.
 
-    Or where what it returns is not [1, classes].
+    Or where what it returns is not [1, classes], of a dense network [1, classes, h, w].
     """
     try:
         with torch.no_grad():
@@ -170,10 +192,18 @@ def _try_out(reference: str, card: TeacherCard, teacher: Teacher) -> None:
         raise SynthkdError(
             f"teacher {reference!r}: arch {card.arch!r} does not take {size} images ({reason})"
         ) from error
+    if wrong := wrong_shape(found, teacher):
+        raise SynthkdError(f"teacher {reference!r}: arch {card.arch!r} {wrong} of the card (task {card.task!r})")
+
+
+def wrong_shape(found: object, net: Teacher) -> str:
+    """What is wrong with the outputs for one image, as "returns …; expected …, one per class"; "" where nothing is."""
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    if shape != (1, len(card.classes)):
-        expected = f"logits (1, {len(card.classes)}), one per class of the card"
-        raise SynthkdError(f"teacher {reference!r}: arch {card.arch!r} returns {shape}; expected {expected}")
+    count = len(net.classes)
+    fits = isinstance(found, Tensor) and found.dim() == (4 if net.dense else 2) and found.shape[:2] == (1, count)
+    if fits and found.numel():  # type: ignore[attr-defined]
+        return ""
+    return f"returns {shape}; expected logits (1, {count}{', h, w' if net.dense else ''}), one per class"
 
 
 def _check_state(card: TeacherCard, path: object, want: Mapping[str, Tensor], have: Mapping[str, Tensor]) -> None:
@@ -210,4 +240,5 @@ __all__ = [
     "load_weights",
     "read_card",
     "teacher_digest",
+    "wrong_shape",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd.dfkd.distill_spec import DistillSpec, learning_rate
-from synthkd.dfkd.evaluate import predict
+from synthkd.dfkd.evaluate import named
 from synthkd.dfkd.feed import Feed, Source
 from synthkd.dfkd.objective import Objective
 from synthkd.dfkd.parallel import Ranks
@@ -47,7 +47,8 @@ class Training:
     """One training: what goes in, where its checkpoints go, and who is told.
 
     reading: which reader and decoder the feed has; damaged: what it could not read, by key, filled as it goes.
-    feed: the batches; held: uint8 [M,3,h,w], images for the agreement, with the teacher's classes `wanted`, int64 [M];
+    feed: the batches; held: uint8 [M,3,h,w], images for the agreement, with the teacher's classes `wanted`, as `named`
+    gives them, of dense networks for every pixel;
     identity: what the student is a function of; folder: None keeps no checkpoint. on_step is told the number of
     finished steps, on_row the log's rows: loss, learning rate, agreement, images per second, percent of time waited.
     """
@@ -143,10 +144,10 @@ class Training:
             self.best = agreement, weights
 
     def _agreement(self) -> float:
-        """Percent of held-out images on which teacher and student name one class."""
+        """Percent of held-out images, or of their pixels, for which teacher and student name one class."""
         self._judge.net.load_state_dict(self._step.weights())
         self._judge.net.eval()
-        same = (predict(self._judge, self.held).argmax(dim=1) == self.wanted).float().mean().item()
+        same = (named(self._judge, self.held) == self.wanted).double().mean().item()
         return round(100 * same, 3)
 
     def _save(self, done: int) -> None:

@@ -1,7 +1,7 @@
-"""Rebuild the embedded default from nothing: glyphs, tokenizer, autoencoder, readers, prior, guidance decoder, records.
+"""Rebuild the embedded default from nothing: glyphs, tokenizer, autoencoder, readers, prior, decoder, dense teacher.
 
 Every stage is seeded. Scratch files go to build/assets at the repository's root, results to
-engine/assets/digits.
+engine/assets/digits, those of the dense teacher to engine/assets/segments.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent
 SCRATCH = HERE.parents[2] / "build" / "assets"
-STAGES = ("glyphs", "tokenizer", "vae", "readers", "unet", "decoder", "records")
+STAGES = ("glyphs", "tokenizer", "vae", "readers", "unet", "decoder", "dense", "records")
 MINUTES = {"vae": 15.0, "unet": 45.0}
 STEPS = {"vae": 3_000, "unet": 10_000}
 
