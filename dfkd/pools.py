@@ -18,6 +18,7 @@ from torch import Tensor
 
 from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages, images_from_npz
+from synthkd.dfkd.decode import decode
 from synthkd.dfkd.feed import Reader, ReadOptions, Request, Rows, Source
 from synthkd.dfkd.losses import entropy
 from synthkd.dfkd.progress import Progress, Silent
@@ -33,6 +34,7 @@ from synthkd.engine.reading import MAX_MEMBER
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "pool.safetensors"
+TILE = 32  # pixels, of an embedded pool's sheet
 _BATCH = 256
 _log = logging.getLogger("synthkd")
 
@@ -186,11 +188,9 @@ def open_images(reference: str) -> Source:
     """
     path = Path(reference)
     if reference.startswith(EMBEDDED):
-        name, _, part = reference.removeprefix(EMBEDDED).partition("/")
-        path = embedded_path(name) / f"{part}.tar"
+        return _unlabelled(embedded_pool(reference))
     if path.suffix == ".npz" and path.is_file():
-        images = images_from_npz(path, "pool")
-        return MemorySource(LabelledImages(images, torch.zeros(len(images), dtype=torch.long), ()))
+        return _unlabelled(images_from_npz(path, "pool"))
     if path.suffix == ".tar" and path.is_file():
         return _from_tars(reference, [path])
     if not path.is_dir():
@@ -199,6 +199,22 @@ def open_images(reference: str) -> Source:
         return open_set(path)
     tars = sorted(path.glob("*.tar"))
     return _from_tars(reference, tars) if tars else _from_folder(reference, path)
+
+
+def _unlabelled(images: Tensor) -> MemorySource:
+    return MemorySource(LabelledImages(images, torch.zeros(len(images), dtype=torch.long), ()))
+
+
+def embedded_pool(reference: str) -> Tensor:
+    """The pool that comes with an embedded default, `embedded:NAME/pool`: uint8 [N,3,32,32], tiles of one sheet."""
+    name, _, part = reference.removeprefix(EMBEDDED).partition("/")
+    path = embedded_path(name) / f"{part}.webp"
+    if not path.is_file():
+        raise SynthkdError(f"pool {reference!r}: not found; known: {EMBEDDED}{name}/pool")
+    sheet = torch.from_numpy(decode(path.read_bytes(), str(path)).copy())
+    rows, columns = sheet.shape[0] // TILE, sheet.shape[1] // TILE
+    tiles = sheet.view(rows, TILE, columns, TILE, 3).permute(0, 2, 4, 1, 3)
+    return tiles.reshape(-1, 3, TILE, TILE).contiguous()
 
 
 def _from_folder(reference: str, path: Path) -> FileSource:

@@ -77,6 +77,7 @@ def digits() -> Preset:
         ),
         judge="embedded:digits/judge",
         test_set="digits:test",
+        pool="embedded:digits/pool",
     )
 
 
