@@ -22,7 +22,7 @@ from synthkd.bench.engine import EngineSpec, measure_engine, summary
 from synthkd.bench.engine_cases import EMBEDDED, case_names
 from synthkd.bench.kernels import dtype_name, measure, workloads
 from synthkd.bench.record import append_row, stamped
-from synthkd.dfkd.cli_options import Device, pick_device
+from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars
 from synthkd.dfkd.presets import load_preset
 from synthkd.engine import SynthkdError
@@ -52,7 +52,7 @@ def digits(
         preset = replace(preset, num_images=num_images)
     console = Console(stderr=json_output)
     rows = []
-    for seed in _numbers(seeds):
+    for seed in parse_numbers("--seeds", seeds):
         if record and (out_dir / f"seed-{seed}").exists():
             raise SynthkdError(
                 f"{out_dir}/seed-{seed}: holds an earlier run, so times would not be one run's; remove it"
@@ -81,7 +81,7 @@ def adversarial(
     preset = load_preset("digits").on(pick_device(device))
     preset = replace(preset, num_images=num_images or preset.num_images)
     console, rows = Console(), []
-    for seed in _numbers(seeds):
+    for seed in parse_numbers("--seeds", seeds):
         with Bars(console) as bars:
             rows.append(adversarial_seed(preset, gamma, rounds, seed, out_dir / f"seed-{seed}", bars))
         if record:
@@ -199,8 +199,8 @@ def engine(
     images = None if no_quality else num_images or preset.num_images
     for name in _known_cases(case or (case_names() if where.type == "cuda" else [EMBEDDED])):
         spec = EngineSpec(
-            case=name, device=where, variants=variant or (), seeds=_numbers(seeds), repeats=repeats, num_images=images,
-            counts=counts,
+            case=name, device=where, variants=variant or (), seeds=parse_numbers("--seeds", seeds), repeats=repeats,
+            num_images=images, counts=counts,
         )  # fmt: skip
         for row in measure_engine(spec, preset, _tell):
             rows.append(row)
@@ -229,7 +229,8 @@ def ablation(
     """Digits with one idea at a time on or off: what each costs, and what a student makes of the set."""
     names = [name.strip() for name in variants.split(",") if name.strip()]
     where, rows = torch.device(pick_device(device)), []
-    spec = AblationSpec(device=where, variants=names, seeds=_numbers(seeds), repeats=repeats, num_images=num_images)
+    numbers = parse_numbers("--seeds", seeds)
+    spec = AblationSpec(device=where, variants=names, seeds=numbers, repeats=repeats, num_images=num_images)
     for row in measure_ablation(spec, load_preset("digits"), recorded() if record else set(), _tell):
         rows.append(row)
         _give(row, "ablation", record, json_output)
@@ -278,13 +279,6 @@ def _decoder_cells(entry: dict[str, Any]) -> list[str]:
     cells = [f"{errors[n]:.2g}" if errors.get(n) is not None else "–" for n in ("image", "gradient")]
     time = f"FAILED: {entry['failed']}" if entry["failed"] else f"{entry['milliseconds']['median']:.2f}"
     return [time, str(entry["tflop_per_s"] or "–"), *cells, str(entry["peak_gb"] or "–")]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise SynthkdError(f"--seeds {text!r}: expected numbers such as 0,1,2") from error
 
 
 def _table(rows: list[dict[str, object]]) -> Table:

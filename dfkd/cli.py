@@ -19,6 +19,17 @@ from synthkd.dfkd.cli_decoder import fit
 from synthkd.dfkd.cli_distill import distill, labels
 from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
+from synthkd.dfkd.cli_methods import (
+    Deadline,
+    Method,
+    MethodOptions,
+    Minutes,
+    Pool,
+    compare,
+    parsed_options,
+    run_method,
+    shortened,
+)
 from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
@@ -40,6 +51,7 @@ app.command("export", epilog="Example: synthkd export embedded:digits --preset d
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
+app.command("compare", epilog="Example: synthkd compare digits --methods mosaickd,fastdfkd,pool --out runs/c")(compare)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
@@ -52,6 +64,10 @@ def run(
     seed: options.Seed = 0,
     num_images: Annotated[int | None, typer.Option("--num-images", help="Images per set, not the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of the students instead of the preset's.")] = None,
+    method: Method = None,
+    pool: Pool = None,
+    set_option: MethodOptions = None,
+    minutes: Minutes = None,
     gamma: options.Gamma = None,
     rounds: options.Rounds = None,
     divergence: options.Divergence = None,
@@ -71,7 +87,11 @@ def run(
     fixed_batch: options.FixedBatch = False,
     device: options.Device = None,
 ) -> None:
-    """Do the whole job: guided set, unguided control, both students, scores on real data, report."""
+    """Do the whole job: guided set, unguided control, both students, scores on real data, report.
+
+    With --method another one: what it makes, its student, its score; `synthkd compare` puts several beside one another.
+    """
+    from synthkd.dfkd.method_run import MethodRun
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.run import Interrupted, Run
 
@@ -82,12 +102,20 @@ def run(
         attention=attention, quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
     )  # fmt: skip
     chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
-    if steps is not None:
-        chosen = replace(chosen, distill=replace(chosen.distill, steps=steps))
+    chosen = shortened(chosen, steps)
     if num_images is not None:
         Request(num_samples=num_images, seed=seed)
+    if method is not None:
+        run_method(MethodRun(
+            preset=chosen, method=method, out=out_dir, seed=seed, num_images=num_images, pool=pool,
+            options=parsed_options(set_option), workers=options.check_workers(workers),
+        ), minutes)  # fmt: skip
+        return
+    if pool is not None or set_option:
+        raise SynthkdError("--pool and --set are for --method; name one")
     with Bars(out) as bars, StopFlag() as stop:
-        job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, stop.is_set)
+        until = Deadline(stop, minutes)
+        job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, until.is_set)
         try:
             result = job.execute()
         except Interrupted:
@@ -222,6 +250,7 @@ def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a set 
 @app.command(epilog="Example: synthkd info")
 def info() -> None:
     """Show versions, devices, presets and embedded models."""
+    from synthkd.dfkd.methods.base import method_names
     from synthkd.dfkd.presets import preset_names
 
     table = Table(show_header=False)
@@ -235,6 +264,7 @@ def info() -> None:
         table.add_row(f"backend {name}", escape(why_not) or "yes")
     table.add_row("artifacts", str(default_store()))
     table.add_row("presets", ", ".join(preset_names()))
+    table.add_row("methods", ", ".join(method_names()))
     table.add_row("embedded models", "embedded:digits")
     out.print(table)
 

@@ -103,6 +103,17 @@ def parse_shards(text: str | None, count: int) -> list[int] | None:
     return chosen
 
 
+def parse_numbers(name: str, text: str) -> list[int]:
+    """`0,1,2` as distinct whole numbers >= 0; raises SynthkdError, which names the option, for anything else."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise SynthkdError(f"{name} {text!r}: expected numbers such as 0,1,2") from error
+    if len(set(found)) != len(found) or min(found) < 0:
+        raise SynthkdError(f"{name} {text!r}: expected distinct numbers >= 0")
+    return found
+
+
 def read_lines(path: Path, what: str) -> tuple[str, ...]:
     """Non-empty lines of a text file."""
     try:

@@ -15,13 +15,16 @@ from synthkd.dfkd.data import load_test_set
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import evaluate, predict
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
+from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.report import write_report
 from synthkd.dfkd.student import Student, fresh_student, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher, teacher_digest
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import CHECKPOINT, LogRow, Stopped, Training
+from synthkd.engine.environment import environment, versions
 from synthkd.engine.index import MANIFEST, read_manifest, write_atomically
 from synthkd.engine.workers import one_thread
 
@@ -59,6 +62,7 @@ class MethodRun:
             save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
             result = self._result(job, student, feed_facts, spent.total()) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
+        write_report(self.out)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result
 
@@ -131,6 +135,13 @@ class MethodRun:
             "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
             "peak_mb": peak_mb(job.how.device),
             "damaged": len(student.damaged),
+            "classes": list(job.teacher.classes),
+            "parameters": {
+                "teacher": count_parameters(job.teacher.net), "student": count_parameters(student.net.net),
+            },
+            "test_set": self.preset.test_set or "none",
+            "device": environment(torch.device(job.how.device), 0)["device"],
+            "versions": versions(),
         }
 
 

@@ -13,6 +13,7 @@ from synthkd.dfkd import report_html as h
 from synthkd.dfkd.report_data import CLASSES_SHOWN, Run, load_run, read_log
 from synthkd.dfkd.report_guidance import guidance
 from synthkd.dfkd.report_images import copies, images
+from synthkd.dfkd.report_players import players
 from synthkd.dfkd.report_scores import classes, confusion, distance
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import ENVIRONMENTS, flatten
@@ -43,14 +44,14 @@ def write_report(run_dir: Path) -> Path:
 def sections(run: Run) -> list[h.Section]:
     """What there is to say about the run, in the order of the page."""
     before: list[Maker] = [summary, images, copies, distance, guidance]
-    learned: list[Maker] = [distillation] if run.result else []
+    learned: list[Maker] = [distillation, lambda run: players(run.folder / STUDENT_LOG)] if run.result else []
     scored: list[Maker] = [classes, confusion] if run.result else []
     makers = [*before, *learned, balance, confidence, *scored, throughput, provenance]
     return [section for make in makers if (section := make(run)) is not None]
 
 
 def _title(run: Run) -> str:
-    name = run.text("preset") or run.folder.resolve().name
+    name = " ".join(filter(None, (run.text("preset"), run.text("method")))) or run.folder.resolve().name
     seed = (run.result or {}).get("seed", run.main.manifest["seed"] if run.main else "–")
     return f"{name}, seed {seed}"
 
@@ -58,6 +59,8 @@ def _title(run: Run) -> str:
 def _lead(run: Run) -> str:
     if run.result is None:
         return "A synthetic set: images drawn by a latent diffusion model for a classifier's classes."
+    if run.text("method") not in ("", "diffdfkd", "diffusion"):
+        return f"Distillation without the teacher's data: method {run.text('method')}, and what its student learned."
     return "Distillation without data: a diffusion model, steered by a teacher, drew the training set of its student."
 
 

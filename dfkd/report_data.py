@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synthkd.dfkd.methods.diffdfkd import KIND
 from synthkd.engine.config import Recipe
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import MANIFEST, GroupRow, read_index, read_manifest
@@ -51,7 +52,9 @@ class DrawnSet:
     @property
     def tone(self) -> str:
         """Whose colour the set wears, and what it is called."""
-        return "guided" if self.recipe.guidance.scale > 0 else "unguided"
+        declared = self.manifest.get("guidance")
+        kind = declared.get("kind", KIND) if isinstance(declared, dict) else KIND  # another one is a method's own set
+        return "guided" if self.recipe.guidance.scale > 0 or kind != KIND else "unguided"
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -215,14 +215,16 @@ def figures(items: Sequence[Figure], hero: bool = False) -> Html:
     return wrap("dl", join(cells), 'class="hero"' if hero else "")
 
 
-def sheet(names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, crisp: bool) -> Html:
-    """A contact sheet with its rows named; crisp: enlarge pixel by pixel."""
+def sheet(
+    names: Sequence[str], png: bytes, alt: str, tone: str, columns: int, crisp: bool, title: str = ""
+) -> Html:
+    """A contact sheet with its rows named; crisp: enlarge pixel by pixel; title: the tone's name by default."""
     labels = wrap("ol", join(wrap("li", wrap("span", n, f'title="{esc(n)}"')) for n in names), 'aria-hidden="true"')
     data = base64.b64encode(png).decode()
     kind = "crisp" if crisp else "photo"
     size = f'style="max-width:{5.5 * columns:g}rem"'
     image = Html(f'<img class="{kind}" {size} alt="{esc(alt)}" src="data:image/png;base64,{data}">')
-    caption = wrap("figcaption", tone.capitalize(), f'class="swatch {tone}"')
+    caption = wrap("figcaption", title or tone.capitalize(), f'class="swatch {tone}"')
     return wrap("figure", join([caption, wrap("div", join([labels, image]))]), 'class="sheet"')
 
 

@@ -39,6 +39,14 @@ def images(run: Run) -> h.Section:
     return h.Section("images", "Images", _images_sentence(run), body)
 
 
+def contact_sheet(drawn: DrawnSet, title: str, tone: str) -> h.Html:
+    """The first images of each class of one set under a title."""
+    shown = [c for c in range(min(CLASSES_SHOWN, len(drawn.counts))) if drawn.keys.get(c)]
+    rows, names = [drawn.keys[c] for c in shown], [drawn.recipe.classes[c] for c in shown]
+    png, crisp = _sheet_png(drawn.pixels, rows)
+    return h.sheet(names, png, f"Images of {title}", tone, max(map(len, rows), default=1), crisp, title)
+
+
 def _forming(run: Run) -> list[h.Html]:
     """The previews of the first image of some classes, in the order of the run, and the image itself."""
     sheets = []

@@ -1,0 +1,139 @@
+"""`synthkd compare`, and what `synthkd run --method` needs: methods by name, their options, a time limit."""
+
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.compare import Comparison, Row, score_column, summarised
+from synthkd.dfkd.method_run import MethodRun
+from synthkd.dfkd.methods.base import load_method, method_names
+from synthkd.dfkd.presets import Preset, load_preset
+from synthkd.dfkd.train_options import TrainOptions
+from synthkd.dfkd.training import Stopped
+from synthkd.engine import Request, SynthkdError
+
+Method = Annotated[
+    str | None, typer.Option(help="A method by name (`synthkd info` lists them): its student, and no control.")
+]
+Pool = Annotated[
+    str | None,
+    typer.Option(help="Out-of-domain images: a folder of images or of tar shards, an .npz of x, embedded:digits/pool."),
+]
+MethodOptions = Annotated[
+    list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE; may be given several times.")
+]
+Minutes = Annotated[
+    float | None, typer.Option(help="Stop after so many minutes with exit code 75; the same command goes on.")
+]
+out = Console()
+
+
+class Deadline:
+    """Whether a stop was asked for, or the time is over."""
+
+    def __init__(self, stop: StopFlag, minutes: float | None) -> None:
+        """Raises SynthkdError for a limit that is not above 0."""
+        if minutes is not None and not minutes > 0:
+            raise SynthkdError(f"--minutes is {minutes}; expected a number above 0")
+        self._stop, self._until = stop, time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+
+    def is_set(self) -> bool:
+        """Asked in the loops."""
+        return self._stop.is_set() or time.monotonic() > self._until
+
+
+def parsed_options(entries: Sequence[str] | None) -> dict[str, Any]:
+    """`name=value` entries as a table; a value is TOML's, or a text. Raises SynthkdError for any other entry."""
+    found: dict[str, Any] = {}
+    for entry in entries or ():
+        name, equals, value = entry.partition("=")
+        if not equals or not name.strip():
+            raise SynthkdError(f"--set {entry!r}: expected NAME=VALUE, such as adv=0.5")
+        try:
+            found[name.strip()] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            found[name.strip()] = value.strip()
+    return found
+
+
+def run_method(job: MethodRun, minutes: float | None) -> None:
+    """`synthkd run PRESET --method NAME`."""
+    load_method(job.method)
+    with Bars(out) as bars, StopFlag() as stop:
+        try:
+            until = Deadline(stop, minutes)
+            result = replace(job, progress=bars, should_stop=until.is_set).execute()
+        except Stopped:
+            raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "step")) from None
+    table = Table(title=f"{result['preset']}, {result['method']}, seed {result['seed']}", show_header=False)
+    for name in (
+        "teacher_accuracy", "student_accuracy", "teacher_miou", "student_miou", "agreement", "num_images", "seconds",
+        "peak_mb",
+    ):  # fmt: skip
+        if name in result:
+            table.add_row(name.replace("_", " "), str(result[name]))
+    out.print(table)
+    out.print(f"report: {job.out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def compare(
+    preset: Annotated[str, typer.Argument(help="Preset to run; `synthkd info` lists them.")],
+    out_dir: options.Out,
+    methods: Annotated[str, typer.Option(help="Names, such as mosaickd,fastdfkd,pool (default: all installed).")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    num_images: Annotated[int | None, typer.Option("--num-images", help="Images a method may make.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of every student.")] = None,
+    pool: Pool = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that draw, of methods that can use several.")] = 1,
+    minutes: Minutes = None,
+    device: options.Device = None,
+) -> None:
+    """Methods at equal budget: the same student, steps and images; a table, a plot and pictures in one report.
+
+    One run after the other, each in a process of its own. What is finished is kept: add methods or seeds later.
+    """
+    names = [n.strip() for n in methods.split(",") if n.strip()] or method_names()
+    for name in names:
+        load_method(name)
+    job = MethodRun(
+        preset=shortened(load_preset(preset), steps).on(options.pick_device(device)), method=names[0], out=out_dir,
+        num_images=num_images, pool=pool, workers=workers,
+    )  # fmt: skip
+    if num_images is not None:
+        Request(num_samples=num_images, seed=0)
+    job = replace(job, how=TrainOptions(device=job.preset.job.device))
+    with Bars(out) as bars, StopFlag() as stop:
+        until = Deadline(stop, minutes)
+        try:
+            rows = Comparison(
+                run=job, methods=names, seeds=options.parse_numbers("--seeds", seeds), progress=bars,
+                should_stop=until.is_set,
+            ).execute()  # fmt: skip
+        except Stopped:
+            raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "step")) from None
+    out.print(comparison_table(rows))
+    out.print(f"report: {out_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def shortened(preset: Preset, steps: int | None) -> Preset:
+    """A preset with another number of training steps."""
+    return preset if steps is None else replace(preset, distill=replace(preset.distill, steps=steps))
+
+
+def comparison_table(rows: Sequence[Row]) -> Table:
+    """Means over seeds, best first."""
+    column = score_column(rows)
+    more = {name: summarised(rows, name) for name in ("agreement", "num_images", "seconds", "peak_mb")}
+    table = Table("method", f"{column.replace('_', ' ')}, %", "spread", *(n.replace("_", " ") for n in more))
+    for name, (mean, low, high) in sorted(summarised(rows, column).items(), key=lambda item: -item[1][0]):
+        cells = [f"{found[name][0]:.6g}" if name in found else "–" for found in more.values()]
+        table.add_row(name, f"{mean:.2f}", f"{low:.2f} to {high:.2f}", *cells)
+    return table
