@@ -24,7 +24,7 @@ from synthkd.engine import CutMixSpec, GuidanceSpec, Plan, Recipe, Request, Synt
 from synthkd.engine.reading import read_shard
 from synthkd.engine.verify import verify_set
 
-SPEC = DistillSpec(arch="resnet", arch_args={"widths": [8], "blocks": [1]}, steps=2, batch_size=4, soft_labels="teacher")
+SPEC = DistillSpec(arch="resnet", arch_args={"widths": [8], "blocks": [1]}, steps=2, batch_size=4)
 
 
 @pytest.fixture
