@@ -39,6 +39,7 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 	$(BIN)/synthkd bench backends --record
 	$(BIN)/synthkd bench distill --record
 	$(BIN)/synthkd bench ablation --seeds 0 --num-images 400 --record
+	$(BIN)/synthkd bench methods --seeds 0,1,2 --out out/methods --record
 	$(BIN)/python -m pytest tests/bench/benchmark_kernels.py --benchmark-only -q
 	$(BIN)/python -m synthkd.bench.resources
 

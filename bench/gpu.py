@@ -26,9 +26,12 @@ from synthkd.bench.distill import measure_distill
 from synthkd.bench.distill_variants import END, READ, STEP, WAIT_BAR, DistillBench
 from synthkd.bench.engine import EngineSpec, measure_engine
 from synthkd.bench.kernels import measure, workloads
+from synthkd.bench.methods import measure_methods
 from synthkd.bench.record import append_row
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
+from synthkd.dfkd.training import Stopped
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
 from synthkd.engine.workers import default_workers
 from synthkd.kernels.suites import SUITES
@@ -58,6 +61,15 @@ DISTILL = (
     (READ, 32, "", 5), (READ, 224, "", 5), (STEP, 32, "", 5), (STEP, 224, "", 5), (END, 32, "resnet18", 3),
     (END, 224, "resnet50", 2), (END, 32, "resnet20", 3), (END, 32, "digits", 3),
 )  # fmt: skip
+# Methods by preset and the seeds of each; the last preset goes on over several calls.
+METHODS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
+    ("digits", ("mosaickd", "fastdfkd", "deepinversion", "dda", "diffdfkd", "diffusion", "pool"), (0, 1, 2)),
+    ("segments", ("mosaickd", "pool"), (0, 1, 2)),
+    ("cifar10", ("mosaickd", "fastdfkd", "pool"), (0,)),
+    ("cifar10-mosaickd", ("mosaickd", "pool"), (0,)),
+)
+TRY_AGAIN = 75  # exit code of a part whose time was over before its end
+MINUTES = 8.0  # of one part that may go on in the next call
 HALF = ("onnx", "onnx-tensorrt", "tensorrt")
 LONGEST = 570  # seconds of one part, after which it is ended
 
@@ -185,6 +197,37 @@ def distill_parts() -> Parts:
     }
 
 
+def methods_part(preset: str, method: str, seed: int) -> None:
+    """One method and seed, its row appended; raises Stopped where the time ends first: the next call goes on."""
+    until = time.monotonic() + 60 * MINUTES
+    for row in measure_methods(
+        load_preset(preset).on("cuda"), [method], [seed], STATE.parent / "methods" / preset, record=True,
+        should_stop=lambda: time.monotonic() > until,
+    ):  # fmt: skip
+        score = row.get("student_miou", row.get("student_accuracy"))
+        _tell(f"methods, {preset}: {method}, seed {seed}: {score} % in {row['seconds']} s, {row['peak_mb']} MB")
+
+
+def methods_parts() -> Parts:
+    """All of METHODS whose files are here."""
+    return {
+        f"methods: {preset} {method} seed {seed}": partial(methods_part, preset, method, seed)
+        for preset, methods, seeds in METHODS
+        if _is_here(preset)
+        for seed in seeds
+        for method in methods
+    }
+
+
+def _is_here(preset: str) -> bool:
+    """Whether a preset's data is; without it there is nothing to run."""
+    try:
+        load_preset(preset)
+    except SynthkdError:
+        return False
+    return True
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
@@ -194,7 +237,7 @@ def parts() -> Parts:
     found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
     found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
     found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
-    found |= distill_parts() | engine_parts() | backends_parts()
+    found |= distill_parts() | engine_parts() | backends_parts() | methods_parts()
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
@@ -234,6 +277,9 @@ def run_parts(todo: Parts, state: Path, minutes: float) -> Left:
         try:
             todo[name]()
         except Exception as error:
+            if isinstance(error, subprocess.CalledProcessError) and error.returncode == TRY_AGAIN:
+                _tell(f"{name}: goes on in the next call")
+                continue
             failed.append(name)
             _tell(f"{name}: FAILED: {type(error).__name__}: {error}")
             continue
@@ -251,7 +297,10 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("this torch sees no CUDA device")
     if arguments.part:
-        parts()[arguments.part]()
+        try:
+            parts()[arguments.part]()
+        except Stopped:
+            sys.exit(TRY_AGAIN)
         return
     left = run_parts({name: partial(apart, name) for name in parts()}, STATE, arguments.minutes)
     _tell(f"left for the next call: {', '.join(left.todo)}" if left.todo else "all parts done")

@@ -51,6 +51,7 @@ class Comparison:
             load_method(name)
         rows = []
         out = self.run.out
+        out.mkdir(parents=True, exist_ok=True)
         for name in self.methods:
             for seed in self.seeds:
                 rows.append(self._row(name, seed))
@@ -61,7 +62,6 @@ class Comparison:
 
     def _row(self, name: str, seed: int) -> Row:
         job = replace(self.run, method=name, seed=seed, out=self.run.out / name / f"seed-{seed}")
-        job.out.mkdir(parents=True, exist_ok=True)
         self.progress.begin(f"{name} {seed}", 1, "runs")
         _in_own_process(job, self.progress, self.should_stop)
         self.progress.advance(f"{name} {seed}", 1)

@@ -30,6 +30,7 @@ _LARGEST_ZOOM = 4
 class SynthJob:
     """model: folder, hub id or `embedded:NAME`; loras: fused into it, `PATH[@WEIGHT]`; teacher: a card.
 
+    An empty model is of presets whose methods need no prior: `check` refuses to draw with it.
     alpha, beta, gamma, divergence, entropy, head, bn_momentum, patch: the guidance's terms (see `TeacherGuidance`).
     patches: folder of a patch discriminator that `synthkd fit-patches` wrote, for the last of them.
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
@@ -64,6 +65,8 @@ class SynthJob:
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
+        if not self.model:
+            raise SynthkdError("model is empty: this preset has no diffusion prior to draw with; name another method")
         card = read_card(card_path(self.teacher))
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:

@@ -50,12 +50,40 @@ def disagreement(student_logits: Tensor, teacher_logits: Tensor, kind: str = "kl
     if kind not in DIVERGENCES:
         raise SynthkdError(f"guidance: divergence is {kind!r}; {suggest(str(kind), DIVERGENCES)}")
     s, t = F.log_softmax(wide(student_logits), dim=1), F.log_softmax(wide(teacher_logits), dim=1)
-    if kind == "kl":
-        apart = _kl(t, s)
-    else:
-        middle = torch.logaddexp(s, t) - math.log(2)
-        apart = (_kl(t, middle) + _kl(s, middle)) / 2
+    apart = _kl(t, s) if kind == "kl" else _js(t, s)
     return (s.argmax(dim=1) == t.argmax(dim=1)).to(apart.dtype) * apart
+
+
+def divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(t || s) per sample [B], in nats, of logits [B,K]: sum_k t_k log(t_k / s_k), at temperature 1.
+
+    MosaicKD's generator raises it wherever the student is (arXiv 2110.15094, eq. 3); DiffDFKD's `disagreement` only
+    where both name one class.
+    """
+    return _kl(F.log_softmax(wide(teacher_logits), dim=1), F.log_softmax(wide(student_logits), dim=1))
+
+
+def class_balance(logits: Tensor) -> Tensor:
+    """How far a group's mean prediction is from all classes alike, in bits: sum_k p_k log2 p_k, p = mean_b p(k | x_b).
+
+    logits: [B,K]. A scalar from -log2 K (all alike) to 0 (one class): minus the entropy of the mean prediction
+    (the information loss of arXiv 1904.01186, eq. 8; in bits as MosaicKD's published weight of 10 takes it).
+    """
+    log_p = F.log_softmax(wide(logits), dim=1).logsumexp(dim=0) - math.log(len(logits))
+    return (log_p.exp() * log_p).sum() / math.log(2)
+
+
+def class_rows(logits: Tensor) -> Tensor:
+    """Logits [B,K] as they are; of label maps, [B,K,h,w], every position as a row of its own: [B h w,K]."""
+    return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def competition(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """1 - JS(t, s) per sample [B], in nats, of logits [B,K] (R_compete of arXiv 1912.08795, eq. 6). float32 at least.
+
+    Small where the networks differ on an image, unlike `disagreement` also where they name two classes.
+    """
+    return 1 - _js(F.log_softmax(wide(teacher_logits), dim=1), F.log_softmax(wide(student_logits), dim=1))
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -69,6 +97,33 @@ def local_realism(logits: Tensor) -> Tensor:
     mean over images is `generators.patch_loss(logits, real=True)`.
     """
     return F.softplus(-wide(logits)).flatten(1).mean(dim=1)
+
+
+def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
+    middle = torch.logaddexp(log_q, log_p) - math.log(2)
+    return (_kl(log_p, middle) + _kl(log_q, middle)) / 2
+
+
+def total_variation(images: Tensor) -> Tensor:
+    """Total variation per image [B]: the sum of ||x - x shifted by one pixel||_2 over four directions.
+
+    Right, down and both diagonals, over all channels, on what both images cover (R_TV of arXiv 1912.08795, eq. 3, in
+    the norm of the authors' code, there over a whole batch). images: [B,C,H,W]; an image one pixel wide or high has no
+    neighbours that way. float32 at least; the gradient of a flat image is 0.
+    """
+    x = wide(images)
+    pairs = [
+        (x[..., :, 1:], x[..., :, :-1]),
+        (x[..., 1:, :], x[..., :-1, :]),
+        (x[..., 1:, 1:], x[..., :-1, :-1]),
+        (x[..., 1:, :-1], x[..., :-1, 1:]),
+    ]
+    return torch.stack([image_norm(a - b) for a, b in pairs]).sum(dim=0)
+
+
+def image_norm(images: Tensor) -> Tensor:
+    """||x||_2 per image [B] (R_l2 of arXiv 1912.08795, eq. 3); images: [B,C,H,W]. float32 at least."""
+    return torch.linalg.vector_norm(wide(images).flatten(1), dim=1)
 
 
 def head_alignment(features: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

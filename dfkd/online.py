@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +17,7 @@ from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import predict
 from synthkd.dfkd.feed import Batch, Unmoved
 from synthkd.dfkd.parallel import Ranks
-from synthkd.dfkd.sight import Sight
+from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.student import Hooks, Student, TrainOptions, fresh_student
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.training import Training
@@ -173,12 +172,7 @@ class OnlineImages(Unmoved, IterableDataset[Batch]):
 
     def _batch(self, step: int) -> Batch:
         self._at = self.pool.draw(self.spec.batch_size, step)
-        images = self.pool.images[self._at].contiguous(memory_format=torch.channels_last)
-        rows = np.arange(self.spec.batch_size)
-        views = self._sight.of(rows, np.full(len(rows), step))
-        flip = torch.from_numpy(views.flip).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-        labels = self.pool.labels[self._at]
-        return Batch(step, torch.where(flip, images.flip(3), images), labels, labels, rows, (), views)
+        return in_memory(self._sight, step, self.pool.images[self._at], self.pool.labels[self._at])
 
 
 def distill_online(

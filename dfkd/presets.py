@@ -68,6 +68,7 @@ def digits() -> Preset:
         beta=1.0,
         round_student=between,
     )
+    small = {"samples_per_class": 4, "widths": [64, 64, 32], "shift": 2, "flip": False}  # a mirrored digit is none
     return Preset(
         name="digits",
         job=job,
@@ -78,6 +79,10 @@ def digits() -> Preset:
         judge="embedded:digits/judge",
         test_set="digits:test",
         pool="embedded:digits/pool",
+        methods={
+            "deepinversion": {"steps": 100, "lr": 0.1, "tv": 0.05, "bn": 0.2},
+            "fastdfkd": {**small, "inner": 10, "bn": 1.0, "warmup": 10},
+        },
     )
 
 

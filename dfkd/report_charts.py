@@ -114,12 +114,14 @@ def dot_chart(title: str, unit: str, dots: Sequence[Dot], x: Axis, y: Axis, alt:
     """Points with a line for their reach, each labelled beside it."""
     right, floor = _WIDTH - 8 - max((7.7 * len(d.label) for d in dots), default=0), _HEIGHT - _BOTTOM
     parts = [_axes(x, y, right)]
-    for dot in dots:
+    ordered = sorted(dots, key=lambda d: -d.y)
+    heights = _apart([floor - y.share(d.y) * (floor - _TOP) for d in ordered])
+    for dot, beside in zip(ordered, heights, strict=True):
         u = _LEFT + x.share(dot.x) * (right - _LEFT)
         low, at, high = (floor - y.share(v) * (floor - _TOP) for v in (dot.low, dot.y, dot.high))
         parts.append(f'<line class="line {dot.tone}" x1="{u:.1f}" x2="{u:.1f}" y1="{low:.1f}" y2="{high:.1f}"/>')
         parts.append(f'<circle class="dot {dot.tone}" cx="{u:.1f}" cy="{at:.1f}" r="5"/>')
-        parts.append(f'<text class="tone {dot.tone}" x="{u + 8:.1f}" y="{at + 4:.1f}">{esc(dot.label)}</text>')
+        parts.append(f'<text class="tone {dot.tone}" x="{u + 8:.1f}" y="{beside + 4:.1f}">{esc(dot.label)}</text>')
     svg = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{esc(alt)}">{"".join(parts)}</svg>'
     caption = wrap("figcaption", join([title, " ", wrap("span", unit)]))
     return wrap("figure", join([caption, Html(svg)]), 'class="chart"')

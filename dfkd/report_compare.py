@@ -70,7 +70,8 @@ def _table(rows: Sequence[Row]) -> h.Section:
         for name in scores if name in more["seconds"]
     ]  # fmt: skip
     x = c.Axis.over("seconds for one student, all in", [d.x for d in dots], log=True)
-    chart = c.dot_chart("Score and time", "%, with the reach over seeds", dots, x, axis, sentence)
+    y = c.Axis.over("", [v for d in dots for v in (d.low, d.high)])
+    chart = c.dot_chart("Score and time", "%, with the reach over seeds", dots, x, y, sentence)
     body = [h.table("Methods, best first", head, lines), h.grid([chart], wide=True)]
     return h.Section("methods", "Methods", sentence, body)
 

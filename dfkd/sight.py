@@ -40,6 +40,17 @@ class Sight:
         return Views.cat(parts).take(np.argsort(np.concatenate(places), kind="stable"))
 
 
+def in_memory(sight: Sight, step: int, images: Tensor, labels: Tensor) -> Batch:
+    """A step's Batch of images that are on a device already, uint8 [B,3,h,w], each step in views of its own.
+
+    sight: of B rows, without crop and blending; keys are empty: which images these are the device alone knows.
+    """
+    images, rows = images.contiguous(memory_format=torch.channels_last), np.arange(len(images))
+    views = sight.of(rows, np.full(len(rows), step))
+    flip = torch.from_numpy(views.flip).to(images.device, non_blocking=True).view(-1, 1, 1, 1)
+    return Batch(step, torch.where(flip, images.flip(3), images), labels, labels, rows, (), views)
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request of the loader: `size` images of a step, then the partners of the blended ones among them."""

@@ -87,6 +87,7 @@ def dda(job: MethodJob) -> MethodFeed:
     spec = job.settings(DdaSpec, _KINDS)
     if job.teacher.classifier is None:
         raise SynthkdError(f"method {job.name}: the teacher has no linear layer, so it has no features to compare")
+    job.preset.job.check()
     begins_at(spec.strength, _recipe(job.preset.job.recipe, spec, ()))
     return job.set_feed(varied_set(job, spec).written())
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -176,3 +177,22 @@ def test_parts_are_processes(as_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> N
         call(monkeypatch, "--minutes", "1")
     assert ran == ["a", "b"]
     assert json.loads((as_gpu / "done.json").read_text()) == {"a": False, "b": True}
+
+
+def test_a_part_that_needs_several_calls_is_left_and_has_not_failed(tmp_path: Path) -> None:
+    """Exit code 75 says so; any other one is a failure."""
+
+    def ends_with(code: int) -> None:
+        raise subprocess.CalledProcessError(code, ["part"])
+
+    parts = {"long": partial(ends_with, gpu.TRY_AGAIN), "broken": partial(ends_with, 1), "good": lambda: None}
+    left = gpu.run_parts(parts, tmp_path / "done.json", 9.0)
+    assert left == gpu.Left(["long", "broken"], ["broken"])
+
+
+def test_methods_of_presets_without_their_files_are_no_parts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CIFAR-10's are there where SYNTHKD_DATA has it."""
+    monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path))
+    names = gpu.methods_parts()
+    assert "methods: digits mosaickd seed 0" in names
+    assert not any("cifar10" in name for name in names)
