@@ -22,6 +22,8 @@ from synthkd.bench.digits import run_seed
 from synthkd.bench.engine import EngineSpec, measure_engine, summary
 from synthkd.bench.engine_cases import EMBEDDED, case_names
 from synthkd.bench.kernels import dtype_name, measure, workloads
+from synthkd.bench.patches import fitted as fitted_patches
+from synthkd.bench.patches import run_seed as patches_seed
 from synthkd.bench.record import append_row, stamped
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars
@@ -93,6 +95,34 @@ def adversarial(
     for row in rows:
         for name, scores in row["variants"].items():
             table.add_row(str(row["seed"]), name, *(str(scores.get(n, "–")) for n in names))
+    console.print(table)
+
+
+@app.command(epilog="Example: synthkd bench patches --seeds 0,1,2 --out out/patches --record")
+def patches(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the discriminator and the sets.")],
+    seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
+    weights: Annotated[list[float] | None, typer.Option("--weight", help="Of the term; may be repeated.")] = None,
+    num_images: Annotated[int, typer.Option("--num-images", help="Images per set.")] = 600,
+    steps: Annotated[int, typer.Option(help="Training steps of each student.")] = 500,
+    record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/patches.jsonl.")] = False,
+    device: Device = None,
+) -> None:
+    """Digits with and without the patch term in the guidance: what a student makes of each set."""
+    preset = load_preset("digits").on(pick_device(device))
+    preset = replace(preset, num_images=num_images, distill=replace(preset.distill, steps=steps))
+    console, table = Console(), Table("seed", "weight", "student", "teacher reads", "judge reads")
+    with Bars(console) as bars:
+        held_out = fitted_patches(preset, out_dir / "patches", bars)
+    for seed in parse_numbers("--seeds", seeds):
+        with Bars(console) as bars:
+            folder = out_dir / f"seed-{seed}"
+            row = patches_seed(preset, out_dir / "patches", held_out, weights or [0.1, 1.0], seed, folder, bars)
+        if record:
+            append_row("patches", row)
+        for name, scores in row["variants"].items():
+            shown = (scores.get(n, "–") for n in ("student_accuracy", "teacher_agreement", "judge"))
+            table.add_row(str(seed), name, *map(str, shown))
     console.print(table)
 
 

@@ -31,6 +31,7 @@ from synthkd.dfkd.cli_methods import (
     shortened,
 )
 from synthkd.dfkd.cli_online import online
+from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -53,6 +54,7 @@ app.command("labels", epilog="Example: synthkd labels sets/digits --preset digit
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
 app.command("compare", epilog="Example: synthkd compare digits --methods mosaickd,fastdfkd,pool --out runs/c")(compare)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
+app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()
 
@@ -71,6 +73,8 @@ def run(
     gamma: options.Gamma = None,
     rounds: options.Rounds = None,
     divergence: options.Divergence = None,
+    patches: options.Patches = None,
+    patch_weight: options.PatchWeight = None,
     allow_code: options.AllowCode = False,
     workers: options.Workers = None,
     decoder: options.GuidanceDecoder = None,
@@ -97,7 +101,8 @@ def run(
 
     chosen = load_preset(preset)
     asked = options.Asked(
-        gamma=gamma, rounds=rounds, divergence=divergence, allow_code=allow_code, decoder=decoder, fuse=fuse,
+        gamma=gamma, rounds=rounds, divergence=divergence,
+        patches=patches, patch=patch_weight, allow_code=allow_code, decoder=decoder, fuse=fuse,
         compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
         attention=attention, quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
     )  # fmt: skip
@@ -158,6 +163,8 @@ def synth(
     gamma: options.Gamma = None,
     rounds: options.Rounds = None,
     divergence: options.Divergence = None,
+    patches: options.Patches = None,
+    patch_weight: options.PatchWeight = None,
     allow_code: options.AllowCode = False,
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     workers: options.Workers = None,
@@ -182,6 +189,7 @@ def synth(
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
+        patches=patches, patch=patch_weight,
         allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
         backends=backend or (), artifacts=artifacts, trust=trust, attention=attention,
         quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,

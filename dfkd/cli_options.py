@@ -25,6 +25,8 @@ Workers = Annotated[int | None, typer.Option(help="Processes that draw (default:
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
+Patches = Annotated[str | None, typer.Option(help="Folder that fit-patches wrote; needs --patch-weight.")]
+PatchWeight = Annotated[float | None, typer.Option(help="Weight of the patch term (with --patches).")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let a teacher card name a module:callable to import.")]
 Fuse = Annotated[
     str, typer.Option(help="Fused modules: auto (decoder, where Triton kernels run), off, decoder, all (the UNet too).")
@@ -64,6 +66,8 @@ Trust = Annotated[
     bool, typer.Option("--trust-artifacts", help="Load artifacts of machine code that another user or machine made.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda where there is one).")]
+
+_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "patches", "patch")
 
 
 def pick_device(device: str | None) -> str:
@@ -142,6 +146,8 @@ class Asked:
     beta: float | None = None
     gamma: float | None = None
     divergence: str | None = None
+    patches: str | None = None
+    patch: float | None = None
     allow_code: bool = False
     decoder: str | None = None
     fuse: str = "auto"
@@ -189,7 +195,7 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "micro_batch": part_of(asked.micro_batch),
         "execution": asked.execution,
     }
-    changes |= {n: v for n in ("alpha", "beta", "gamma", "divergence") if (v := getattr(asked, n)) is not None}
+    changes |= {n: v for n in _WEIGHTS if (v := getattr(asked, n)) is not None}
     if asked.loras:
         changes["loras"] = tuple(asked.loras)
     job = replace(base, **changes) if base else SynthJob(**changes)

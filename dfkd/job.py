@@ -9,6 +9,7 @@ from synthkd.dfkd.cards import CLASSIFICATION
 from synthkd.dfkd.distill_spec import DistillSpec, spec_from
 from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
 from synthkd.dfkd.methods.diffdfkd import KIND, TeacherGuidance
+from synthkd.dfkd.patches import check_patches, load_patches
 from synthkd.dfkd.teachers import Teacher, card_path, load_teacher, read_card
 from synthkd.engine import Execution, Recipe, Synthesizer, SynthkdError
 from synthkd.engine.compiled import COMPILE_CHOICES, CompileChoice
@@ -18,9 +19,11 @@ from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 from synthkd.engine.memory import checked_part
 from synthkd.engine.roles import parse_backends
 
-_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum")
+_WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum", "patch")
 _WEIGHT_KINDS: Mapping[str, Kind] = {name: TEXT if name == "divergence" else AMOUNT for name in _WEIGHTS}
-_SOURCE_KINDS: Mapping[str, Kind] = {"model": TEXT, "teacher": TEXT, "loras": TEXTS, "round_student": TABLE}
+_SOURCE_KINDS: Mapping[str, Kind] = {
+    "model": TEXT, "teacher": TEXT, "loras": TEXTS, "round_student": TABLE, "patches": TEXT,
+}  # fmt: skip
 _LARGEST_ZOOM = 4
 
 
@@ -29,7 +32,8 @@ class SynthJob:
     """model: folder, hub id or `embedded:NAME`; loras: fused into it, `PATH[@WEIGHT]`; teacher: a card.
 
     An empty model is of presets whose methods need no prior: `check` refuses to draw with it.
-    alpha, beta, gamma, divergence, entropy, head, bn_momentum: the guidance's terms (see `TeacherGuidance`).
+    alpha, beta, gamma, divergence, entropy, head, bn_momentum, patch: the guidance's terms (see `TeacherGuidance`).
+    patches: folder of a patch discriminator that `synthkd fit-patches` wrote, for the last of them.
     round_student: how the student is trained that the later rounds disagree with; round, student: which round this job
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
     fuse, compile, micro_batch, execution: how networks run (see `Synthesizer`), which no manifest keeps either.
@@ -46,6 +50,8 @@ class SynthJob:
     entropy: float | None = None
     head: float | None = None
     bn_momentum: float = 0.0
+    patch: float = 0.0
+    patches: str = ""
     loras: tuple[str, ...] = ()
     round_student: DistillSpec = field(default_factory=DistillSpec)
     round: int = 0
@@ -89,6 +95,10 @@ class SynthJob:
                 f"teacher {self.teacher!r} reads images of {size}, the prior draws {drawn}: enlarged {zoom:.1f} times "
                 f"they tell it nothing; raise height and width to at least a {_LARGEST_ZOOM}th of its input"
             )
+        if self.patch > 0 and not self.patches:
+            raise SynthkdError(f"patch is {self.patch}, but no patches are named; make some with `synthkd fit-patches`")
+        if self.patch > 0:
+            check_patches(self.patches)
         if self.gamma > 0 and recipe.rounds < 2:
             raise SynthkdError(
                 f"gamma is {self.gamma}, but rounds is {recipe.rounds}: there is a student to disagree with only from "
@@ -113,7 +123,8 @@ class SynthJob:
         weights = {name: getattr(self, name) for name in _WEIGHTS}
         student = load_teacher(self.student, self.device) if self.student else None
         about = {"round_student": asdict(self.round_student)}
-        return TeacherGuidance(teacher, **weights, student=student, round=self.round, about=about)
+        patches = load_patches(self.patches, self.device) if self.patch > 0 else None
+        return TeacherGuidance(teacher, **weights, student=student, round=self.round, about=about, patches=patches)
 
     def at_round(self, round_: int, student: Path | None) -> "SynthJob":
         """The job of one round, with its student's card."""
@@ -124,6 +135,8 @@ class SynthJob:
         out: dict[str, Any] = {"model": _absolute(self.model), "teacher": _absolute(self.teacher)}
         if self.loras:
             out["loras"] = [_absolute_lora(lora) for lora in self.loras]
+        if self.patch > 0:
+            out["patches"] = _absolute(self.patches)
         if self.gamma > 0:
             out["round_student"] = asdict(self.round_student)
         return out
@@ -147,7 +160,7 @@ class SynthJob:
         check_fields("manifest.json: guidance", weights, _WEIGHT_KINDS, joint=".")
         # A weight that the manifest does not name was 0, whatever is the default today.
         values = {"model": source["model"], "teacher": source["teacher"], "entropy": 0.0, "head": 0.0}
-        values |= weights
+        values |= weights | {"patches": source.get("patches", "")}
         values["loras"] = tuple(source.get("loras", ()))
         if "round_student" in source:
             values["round_student"] = spec_from(source["round_student"], "manifest.json: source.round_student")

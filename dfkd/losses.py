@@ -90,6 +90,15 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
+def local_realism(logits: Tensor) -> Tensor:
+    """Per image [B], in nats: mean over patches of softplus(-l), l the logits [B,1,h,w] of a patch discriminator.
+
+    The generator's side of MosaicKD's patch game (arXiv 2110.15094, eq. 4): low where every patch passes for real. Its
+    mean over images is `generators.patch_loss(logits, real=True)`.
+    """
+    return F.softplus(-wide(logits)).flatten(1).mean(dim=1)
+
+
 def _js(log_p: Tensor, log_q: Tensor) -> Tensor:
     middle = torch.logaddexp(log_q, log_p) - math.log(2)
     return (_kl(log_p, middle) + _kl(log_q, middle)) / 2

@@ -38,7 +38,7 @@ class Preset:
 def unguided(job: SynthJob) -> SynthJob:
     """The control of a job: guidance scale 0, and so no student to disagree with, and nothing else."""
     off = replace(job.recipe.guidance, scale=0.0)
-    return replace(job, recipe=replace(job.recipe, guidance=off, rounds=1, groups_per_round=0), gamma=0.0)
+    return replace(job, recipe=replace(job.recipe, guidance=off, rounds=1, groups_per_round=0), gamma=0.0, patch=0.0)
 
 
 def digits() -> Preset:

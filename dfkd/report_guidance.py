@@ -31,6 +31,7 @@ TERMS = {
     "adv": Term("adversarial term (disagreement with the student)", "lower: they disagree more"),
     "entropy": Term("entropy term", "lower is better"),
     "head": Term("classifier-head term", "lower is better"),
+    "patch": Term("patch term", "lower: more patches pass for real"),
     "moments": Term("feature-moment distance", "lower: features nearer to the teacher's"),
 }
 

@@ -7,6 +7,7 @@ from synthkd.engine.config import CutMixSpec, GuidanceSpec, Recipe, Request
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import Fused, fuse, unfuse
 from synthkd.engine.guidance import Guidance
+from synthkd.engine.image_to_image import Start
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.shards import write_shards
 from synthkd.engine.stream import Stream
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "Recipe",
     "Request",
+    "Start",
     "Stream",
     "Synthesizer",
     "SynthkdError",

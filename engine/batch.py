@@ -41,7 +41,8 @@ class Batch:
     targets: float32 [B,K], the label as class shares (one-hot unless Latent CutMix crossed classes);
     notes: what the guidance's `annotate` gave, [B,...]; curves: per logged term one value per guided call
     (group terms) or one per call and sample; seconds: per stage; previews: extra images of the same samples, in the
-    order of the run (ids, keys and counts are of the finished images alone).
+    order of the run (ids, keys and counts are of the finished images alone); sources: keys of the images that the
+    samples were made from, where they were.
     """
 
     group: int
@@ -56,6 +57,7 @@ class Batch:
     curves: dict[str, list[Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     previews: tuple[Preview, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def keys(self) -> list[str]:
@@ -77,6 +79,7 @@ class Batch:
             notes={name: note[:kept] for name, note in self.notes.items()},
             curves=per_sample,
             previews=tuple(preview.of(lambda x: x[:kept]) for preview in self.previews),
+            sources=self.sources[:kept],
         )
 
     def cpu(self) -> "Batch":

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.settings import settings_of
 
 
@@ -30,7 +31,7 @@ class Decoder(Protocol):
 
 
 class VaeDecoder:
-    """The pipeline's own AutoencoderKL, or an AutoencoderTiny: both undo their scaling and give [-1,1]."""
+    """The pipeline's own AutoencoderKL, or an AutoencoderTiny: both undo their scaling and give [-1,1]; both ways."""
 
     def __init__(
         self,
@@ -62,6 +63,23 @@ class VaeDecoder:
         with evaluating(self._vae):
             image: Tensor = decode(latents, return_dict=False)[0]
         return image / 2 + 0.5
+
+    def encode(self, images: Tensor) -> Tensor:
+        """images [B,3,H,W] in [0,1] -> latents [B,C,h,w] as the denoiser sees them, the mode where a VAE has several.
+
+        Raises SynthkdError for an autoencoder that came without its encoder.
+        """
+        if getattr(self._vae, "encoder", None) is None:
+            raise SynthkdError("model: its vae has no encoder, so a group cannot start from images")
+        like = next((p for p in self._vae.parameters()), images)
+        encode: Callable[..., Any] = self._vae.encode  # type: ignore[assignment]
+        with evaluating(self._vae):
+            found = encode(2 * images.to(like.device, like.dtype) - 1, return_dict=False)[0]
+        latents: Tensor = found.mode() if hasattr(found, "mode") else found
+        if self._moments is not None:
+            mean, std = (m.to(latents) for m in self._moments)
+            return (latents - mean) * self._scale / std
+        return (latents - self._shift) * self._scale
 
     @property
     def module(self) -> nn.Module:

@@ -48,7 +48,7 @@ class Steering:
     [B,C,H,W] or None; looks: the augmented views that the loss sees beside the plain image; cfg: which calls have
     classifier-free guidance, all where empty; keep: calls whose clean latent is wanted; memory: what the loss starts
     with; chunks: how much of the group is in memory at once; gradient: (x0, targets, looks, memory) -> GuidanceStep, in
-    place of autograd.
+    place of autograd; first: the call at which the run begins, above 0 with a latent of that call's noise level.
     """
 
     loss: Guidance | None
@@ -64,6 +64,7 @@ class Steering:
     memory: Any = None
     chunks: Chunks = WHOLE
     gradient: Callable[..., GuidanceStep] | None = None
+    first: int = 0
 
 
 class Setup(NamedTuple):
@@ -117,7 +118,7 @@ def sample(
     clock: Clock,
     advance: Callable[..., tuple[State, Terms, Tensor | None]] | None = None,
 ) -> Drawn:
-    """Draw a group: z [B,C,H,W] is standard normal noise.
+    """Draw a group: z [B,C,H,W] is standard normal noise, or the noised latent of call `steer.first`.
 
     guidance: classifier-free guidance_scale and guidance_rescale; advance: `one_call`, perhaps compiled. The solver's
     eps comes from the unshifted x0 unless `spec.rederive_eps` (kernels.guided_step). Under `gradient="unet"` the
@@ -129,10 +130,10 @@ def sample(
     setup = Setup(
         steer.loss, steer.decode, steer.spec, *guidance, tables.prediction_type, keep, steer.chunks, steer.gradient
     )
-    z = z if tables.start == 1.0 else z * tables.start
+    z = z if steer.first or tables.start == 1.0 else z * tables.start
     zero = torch.zeros_like(z).requires_grad_(steer.gradient is None) if steer.loss is not None else None
     state = State(z, None, steer.memory)
-    for i in range(n):
+    for i in range(steer.first, n):
         guided, cfg = steer.loss is not None and steer.spec.active(i, n), not steer.cfg or steer.cfg[i]
         call = Call(
             tables.timesteps[i], tables.at(i), steer.sizes[i], steer.targets[i], steer.maps[i], steer.noise[i],

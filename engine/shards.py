@@ -113,6 +113,8 @@ def _view_members(
         if preview is None:
             meta["losses"] = {name: value[i] if isinstance(value, list) else value for name, value in last.items()}
         meta |= {name: note[i] for name, note in notes.items()}
+        if batch.sources:
+            meta["source"] = batch.sources[i]
         if preview is not None:
             meta |= {"preview": preview.share, "of": sample}
         if recipe["rounds"] > 1:

@@ -24,14 +24,18 @@ def noise(shape: Sequence[int], ids: Iterable[int], seed: int, purpose: str, att
 
 
 def steering(
-    recipe: Recipe, unit: WorkUnit, seed: int, attempt: int, tables: Tables, shape: Sequence[int], dtype: torch.dtype
-) -> Steering:
-    """Sizes, targets, source maps, fresh noise and views of every call, on the tables' device; no loss yet."""
+    recipe: Recipe, unit: WorkUnit, seed: int, attempt: int, tables: Tables, shape: Sequence[int], dtype: torch.dtype,
+    first: int = 0,
+) -> Steering:  # fmt: skip
+    """Sizes, targets, source maps, fresh noise and views of every call, on the tables' device; no loss yet.
+
+    first: the call at which the run begins; what comes before it exchanges nothing.
+    """
     device = tables.timesteps.device
-    targets, maps = _exchanges(recipe, unit, seed, attempt, shape)
+    targets, maps = _exchanges(recipe, unit, seed, attempt, shape, first)
     fresh = [
-        noise(shape, unit.ids, seed, f"noise {i}", attempt).to(device=device, dtype=dtype) if noisy else None
-        for i, noisy in enumerate(tables.noisy)
+        noise(shape, unit.ids, seed, f"noise {i}", attempt).to(device=device, dtype=dtype) if used else None
+        for i, used in enumerate(noisy and i >= first for i, noisy in enumerate(tables.noisy))
     ]
     return Steering(
         loss=None,
@@ -44,11 +48,12 @@ def steering(
         looks=_looks(recipe, unit, seed, attempt, device),
         cfg=tuple(recipe.cfg_active(i) for i in range(recipe.steps)),
         keep=tuple(recipe.preview_call(p) for p in recipe.previews),
+        first=first,
     )
 
 
 def _exchanges(
-    recipe: Recipe, unit: WorkUnit, seed: int, attempt: int, shape: Sequence[int]
+    recipe: Recipe, unit: WorkUnit, seed: int, attempt: int, shape: Sequence[int], first: int
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """Targets [B,K] before each call and after the last, and the source map after each call."""
     classes, (_, height, width) = torch.tensor(unit.classes), shape
@@ -56,7 +61,7 @@ def _exchanges(
     targets, maps = [one_hot(classes, len(recipe.classes)).float()], []
     for i in range(recipe.steps):
         target, event = targets[-1], None
-        if recipe.cutmix.active(i, recipe.steps):
+        if i >= first and recipe.cutmix.active(i, recipe.steps):
             event = augment.event_map(
                 unit.classes, recipe.cutmix, height, width, seed=seed, group=unit.group, event=i, attempt=attempt
             )
@@ -79,6 +84,13 @@ def _looks(
         ]
         for i in range(steps)
     ]
+
+
+def check_prompts(prior: LatentModel, recipe: Recipe) -> None:
+    """Refuse a class that the prior cannot draw now, not when its group comes."""
+    words = [recipe.word(c) for c in sorted(set(recipe.drawn_classes))]
+    prompts = (template.replace("{class}", word) for template in recipe.prompts for word in words)
+    prior.check_prompts(prompts, recipe.negative_prompt)
 
 
 def tables_of(model: LatentModel, recipe: Recipe) -> Tables:

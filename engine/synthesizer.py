@@ -23,16 +23,17 @@ from synthkd.engine.environment import versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
+from synthkd.engine.image_to_image import Start, encoded, first_call, noised
 from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
 from synthkd.engine.looked import looked_through
-from synthkd.engine.memory import MemoryPlan, checked_part
+from synthkd.engine.memory import MemoryPlan, checked_part, out_of_memory
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.roles import Parts
 from synthkd.engine.sampler import Chunks, Steering, sample
 from synthkd.engine.schedule import schedule_identity
-from synthkd.engine.steering import noise, steering, tables_of
+from synthkd.engine.steering import check_prompts, noise, steering, tables_of
 from synthkd.engine.stream import Stream
 from synthkd.kernels import to_uint8
 
@@ -90,7 +91,7 @@ class Synthesizer:
             raise SynthkdError("micro_batch: this guidance sees whole groups only: it has no look and judge")
         self._fuser = Fuser(fuse, (model.decoder.module, self._look.module), model.modules())
         self._shape = model.latent_shape(recipe.height, recipe.width)
-        _check_prompts(model, recipe)
+        check_prompts(model, recipe)
         self._tables = tables_of(model, recipe)
         self._digest: str | None = None
 
@@ -202,8 +203,10 @@ class Synthesizer:
         parts += json.dumps([self.model.settings(), settings], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    def run(self, unit: WorkUnit, seed: int) -> Batch:
+    def run(self, unit: WorkUnit, seed: int, start: Start | None = None) -> Batch:
         """Draw one group; a non-finite one is redrawn with attempt + 1.
+
+        start: the images that it begins with instead of noise, one for each id of the unit.
 
         Raises NonFiniteError after `recipe.attempts` attempts, SynthkdError where memory does not suffice or the
         guidance is not the one of the unit's round.
@@ -216,9 +219,9 @@ class Synthesizer:
             )
         for attempt in range(self.recipe.attempts):
             try:
-                batch = self._draw(unit, seed, attempt)
+                batch = self._draw(unit, seed, attempt, start)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 raise SynthkdError(
                     f"a group of {len(unit.ids)} images of {self.recipe.height}x{self.recipe.width} does not fit the "
@@ -243,9 +246,9 @@ class Synthesizer:
         pairs = zip(picks, unit.classes, strict=True)
         return tuple(templates[pick].replace("{class}", self.recipe.word(c)) for pick, c in pairs)
 
-    def _draw(self, unit: WorkUnit, seed: int, attempt: int) -> Batch | None:
+    def _draw(self, unit: WorkUnit, seed: int, attempt: int, start: Start | None = None) -> Batch | None:
         """One attempt at a group; None where a latent, a term or an image is not finite."""
-        clock = StageClock(self.model.device)
+        clock, first = StageClock(self.model.device), first_call(start, self.recipe, len(unit.ids))
         with ExitStack() as stack:
             if self._routes.key and not self._routes.ready:
                 with clock("compile"):
@@ -255,11 +258,16 @@ class Synthesizer:
                 stack.enter_context(self._routes.on(self._parts()))
             with clock("encode"):
                 denoise: Any = Prompted(self.model, *self._conditions(self.prompts(unit, seed)))
-            steer, parted = self._steering(unit, seed, attempt), any(self._chunks) or self.memory.checkpoint
+            steer = self._steering(unit, seed, attempt, first)
+            parted = any(self._chunks) or self.memory.checkpoint
             if parted:
                 denoise = self._compiled.in_parts(denoise)
             cfg = self.recipe.guidance_scale, self.recipe.guidance_rescale
             z, advance = self.initial_latents(unit.ids, seed, attempt), None if parted else self._compiled.advance
+            if start is not None and first:
+                with clock("encode"):
+                    clean = encoded(self.model, start.images, self.memory.decode)
+                z = noised(clean, z, self._tables, first)
             drawn = sample(z, denoise, self._tables, cfg, steer, clock, advance)
             images = [self._decoded(z, clock) for z in (drawn.latents, *drawn.previews)]
             pixels = [to_uint8(x) for x in images]
@@ -332,9 +340,9 @@ class Synthesizer:
             )
         return cond, uncond
 
-    def _steering(self, unit: WorkUnit, seed: int, attempt: int) -> Steering:
+    def _steering(self, unit: WorkUnit, seed: int, attempt: int, first: int = 0) -> Steering:
         """All that the group's calls need, made before the loop starts."""
-        steer = steering(self.recipe, unit, seed, attempt, self._tables, self._shape, self.model.dtype)
+        steer = steering(self.recipe, unit, seed, attempt, self._tables, self._shape, self.model.dtype, first)
         memory = self.guidance.begin() if isinstance(self.guidance, GroupGuidance) else None
         return replace(
             steer, loss=self.guidance, decode=self._guide_through, memory=memory, chunks=self._chunks,
@@ -386,14 +394,3 @@ class Synthesizer:
             self._settle(stack)
             return plan_group(self.model, self.recipe, self._tables, self._look, self.guidance, told, self.processes)
 
-
-def _out_of_memory(error: Exception) -> bool:
-    """A GPU says so by its type, torch on a CPU only in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _check_prompts(prior: LatentModel, recipe: Recipe) -> None:
-    """Refuse a class that the prior cannot draw now, not when its group comes."""
-    words = [recipe.word(c) for c in sorted(set(recipe.drawn_classes))]
-    prompts = (template.replace("{class}", word) for template in recipe.prompts for word in words)
-    prior.check_prompts(prompts, recipe.negative_prompt)

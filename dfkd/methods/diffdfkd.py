@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from synthkd.dfkd.losses import DIVERGENCES, bn_distance, class_scores, disagreement, entropy, head_alignment
+from synthkd.dfkd.losses import (
+    DIVERGENCES,
+    bn_distance,
+    class_scores,
+    disagreement,
+    entropy,
+    head_alignment,
+    local_realism,
+)
+from synthkd.dfkd.patches import PatchCritic
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
 from synthkd.dfkd.teachers import Look, Teacher, merged_looks
 from synthkd.engine.errors import SynthkdError, suggest
@@ -27,10 +36,14 @@ DEFAULT_ENTROPY, DEFAULT_HEAD = 0.1, 0.5
 
 
 class Evidence(NamedTuple):
-    """What some of a group's images show: the teacher's look, and the student's logits [b,K] or None."""
+    """What some of a group's images show: the teacher's look, the student's logits [b,K] and a critic's [b,1,h,w].
+
+    None where there is no student or no critic.
+    """
 
     look: Look
     told: Tensor | None
+    local: Tensor | None = None
 
 
 def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -39,12 +52,13 @@ def _together(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 class TeacherGuidance:
-    """L = alpha (bn + moments) + beta ce + gamma adv + entropy H + head N, each term a property or mean of the group.
+    """L = alpha (bn + moments) + beta ce + gamma adv + entropy H + head N + patch R, properties or means of the group.
 
     bn, moments: distance of the group's statistics from the teacher's, of BatchNorm inputs and of stored moments;
     ce: cross-entropy to the intended classes; adv: minus the disagreement of student and teacher where both name one
     class (arXiv 2504.00870, L_adv); H: entropy of the teacher's output; N: alignment of class means with the
-    classifier's rows. No ratio of terms depends on the size of the group.
+    classifier's rows; R: how far patches are from passing a frozen discriminator (`losses.local_realism`). No ratio of
+    terms depends on the size of the group.
 
     `round` and `student` are for the caller: which round of student training this guidance belongs to, and the
     student of it; without one there is no adversarial term.
@@ -61,6 +75,8 @@ class TeacherGuidance:
         entropy: float | None = None,
         head: float | None = None,
         bn_momentum: float = 0.0,
+        patch: float = 0.0,
+        patches: PatchCritic | None = None,
         student: Teacher | None = None,
         round: int = 0,
         about: Mapping[str, Any] | None = None,
@@ -70,13 +86,14 @@ class TeacherGuidance:
         entropy, head: None is 0 for a teacher with statistics, and DEFAULT_ENTROPY and DEFAULT_HEAD for one without.
         bn_momentum: share of the statistics of a group's earlier calls in those compared, 0 up to below 1; they begin
         as the teacher's running ones and never leave the group (as FastDFKD's momentum statistics do within a batch).
+        patch: weight >= 0 of the discriminator `patches`.
         about: plain values that a fingerprint must know where gamma > 0: how the student of each round is trained.
         Raises SynthkdError for a negative weight, for weights of which none steers, for an unknown divergence, for a
         student of other classes, and for `head` on a teacher without a linear layer over the classes.
         """
         known, aligned = teacher.has_statistics, _rows(teacher) is not None
         self.alpha, self.beta, self.gamma, self.divergence = alpha, beta, float(gamma), divergence
-        self.bn_momentum = float(bn_momentum)
+        self.bn_momentum, self.patch, self.patches = float(bn_momentum), float(patch), patches
         self.entropy = float(entropy) if entropy is not None else 0.0 if known else DEFAULT_ENTROPY
         self.head = float(head) if head is not None else 0.0 if known or not aligned else DEFAULT_HEAD
         self.teacher, self.student, self.round, self.about = teacher, student, round, dict(about or {})
@@ -92,15 +109,17 @@ class TeacherGuidance:
         self._digest = hashlib.sha256((weights_digest([teacher]) + settings).encode()).hexdigest()
 
     def _check(self, has_statistics: bool, has_rows: bool) -> None:
-        for name in ("alpha", "beta", "gamma", "entropy", "head"):
+        for name in ("alpha", "beta", "gamma", "entropy", "head", "patch"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise SynthkdError(f"guidance: {name} is {value}; expected a number >= 0")
+        if self.patch > 0 and self.patches is None:
+            raise SynthkdError(f"guidance: patch is {self.patch}, but there are no patches; see `synthkd fit-patches`")
         if not 0 <= self.bn_momentum < 1:
             raise SynthkdError(f"guidance: bn_momentum is {self.bn_momentum}; expected 0 up to below 1")
         if self.divergence not in DIVERGENCES:
             raise SynthkdError(f"guidance: divergence is {self.divergence!r}; {suggest(self.divergence, DIVERGENCES)}")
-        if not any((self.alpha and has_statistics, self.beta, self.gamma, self.entropy, self.head)):
+        if not any((self.alpha and has_statistics, self.beta, self.gamma, self.entropy, self.head, self.patch)):
             why = " (alpha does not count: the teacher has no statistics)" if self.alpha else ""
             raise SynthkdError(f"guidance: all weights are 0{why}; for an unguided set put guidance.scale to 0")
         if self.head > 0 and not has_rows:
@@ -115,7 +134,7 @@ class TeacherGuidance:
     def __call__(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Terms]:
         """images [B,3,H,W] in [0,1], targets [B,K] -> loss and the active terms, unweighted.
 
-        Group terms []: bn, moments, head; per sample [B]: ce, adv, entropy.
+        Group terms []: bn, moments, head; per sample [B]: ce, adv, entropy, patch.
         """
         return self.judge([self.look(images)], targets, self.begin())[:2]
 
@@ -125,7 +144,8 @@ class TeacherGuidance:
         if self.gamma > 0 and self.student is not None:
             told = functional_call(self.student, given["student"], images) if given else self.student(images)
         look = self.teacher.look(images)
-        return Evidence(_aimed(look, given["targets"]) if given else look, told)
+        local = self.patches(images) if self.patch > 0 and self.patches is not None else None
+        return Evidence(_aimed(look, given["targets"]) if given else look, told, local)
 
     def given(self) -> dict[str, Any]:
         """The statistics to match, and the student's tensors: what a graph of the gradient takes as inputs.
@@ -148,8 +168,11 @@ class TeacherGuidance:
             self._given = before
 
     def constant(self) -> Sequence[nn.Module]:
-        """The teacher."""
-        return (self.teacher,)
+        """The teacher, and the critic where it has a say."""
+        return (self.teacher, *self._critics())
+
+    def _critics(self) -> Sequence[nn.Module]:
+        return (self.patches,) if self.patch > 0 and self.patches is not None else ()
 
     def begin(self) -> Memory | None:
         """The running statistics themselves: what the group's are averaged with before it has any."""
@@ -171,6 +194,7 @@ class TeacherGuidance:
                 f"guidance: the teacher has {len(self.teacher.classes)} outputs, the recipe {targets.shape[1]} classes"
             )
         look, told = merged_looks([x.look for x in seen]), _together([x.told for x in seen])
+        local = _together([x.local for x in seen])
         terms, after = self._statistics(look, memory)
         if self.beta > 0:
             terms["ce"] = (self.beta, class_scores(look.logits, targets.to(look.logits.dtype)))
@@ -180,6 +204,8 @@ class TeacherGuidance:
             terms["entropy"] = (self.entropy, entropy(look.logits))
         if self.head > 0:
             terms["head"] = (self.head, self._head(look, targets))
+        if local is not None:
+            terms["patch"] = (self.patch, local_realism(local))
         if not terms:  # an adversary alone, before its first round: no direction, but a gradient to take
             return look.logits.sum() * 0.0, {}, after
         weighted = [weight * term.mean() for weight, term in terms.values()]
@@ -207,6 +233,8 @@ class TeacherGuidance:
         if self.gamma > 0:
             out |= {"gamma": self.gamma, "divergence": self.divergence}
         out |= {name: value for name in ("entropy", "head") if (value := getattr(self, name)) > 0}
+        if self.patch > 0 and self.patches is not None:
+            out |= {"patch": self.patch, "patches_sha256": self.patches.digest()}
         if self.alpha > 0 and self.bn_momentum > 0:
             out["bn_momentum"] = self.bn_momentum
         if self.alpha > 0 and self.teacher.moments is not None:
@@ -219,8 +247,8 @@ class TeacherGuidance:
         return {"logits": logits}
 
     def modules(self) -> Iterable[nn.Module]:
-        """The teacher, and the student where there is one."""
-        return (self.teacher,) if self.student is None else (self.teacher, self.student)
+        """The teacher, and the student and the critic where there is one."""
+        return (self.teacher, *(() if self.student is None else (self.student,)), *self._critics())
 
 
 def _aimed(look: Look, targets: Mapping[str, tuple[Tensor, Tensor]]) -> Look:
