@@ -21,7 +21,6 @@ from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.reading import read_shard
 from synthkd.engine.shards import write_shards
 
-
 _CLASSES = 100  # of one group, so that a group of a thousand classes is drawn in parts
 
 
