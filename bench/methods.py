@@ -68,8 +68,8 @@ def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
 
 def table(found: Found) -> str:
     """The table in Markdown: per preset the methods, best first."""
-    head = "| preset | method | teacher | student (spread over seeds) | agreement | images made | seconds | peak MB |"
-    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    head = "| preset | method | teacher | student (spread over seeds) | agreement | images made | seconds | of the CPU | peak MB |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for preset in dict.fromkeys(preset for preset, _ in found):
         named = {method: rows for (p, method), rows in found.items() if p == preset}
         for method in sorted(named, key=lambda m: -_mean(named[m], _score(named[m]))):
@@ -90,12 +90,12 @@ def _line(preset: str, method: str, rows: list[dict[str, Any]]) -> str:
     values = [float(row.get(f"student_{what}", 0.0)) for row in rows]
     unit = " mIoU" if what == "miou" else ""
     spread = f"{min(values):.1f} to {max(values):.1f}, {len(rows)} seeds" if len(rows) > 1 else "one seed"
-    rest = [statistics.fmean(float(row[name]) for row in rows) for name in ("num_images", "seconds", "peak_mb")]
+    names = ("num_images", "seconds", "cpu_seconds", "peak_mb")
+    rest = [f"{statistics.fmean(float(row[name]) for row in rows):,.0f}" for name in names]
     student = f"**{statistics.fmean(values):.1f}**{unit} ({spread})"
     cells = [
         preset, method, f"{_mean(rows, what, 'teacher'):.1f}{unit}", student,
-        f"{statistics.fmean(float(row['agreement']) for row in rows):.1f}", f"{rest[0]:,.0f}", f"{rest[1]:,.0f}",
-        f"{rest[2]:,.0f}",
+        f"{statistics.fmean(float(row['agreement']) for row in rows):.1f}", *rest,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -131,7 +131,7 @@ def shortened(preset: Preset, steps: int | None) -> Preset:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """Means over seeds, best first."""
     column = score_column(rows)
-    more = {name: summarised(rows, name) for name in ("agreement", "num_images", "seconds", "peak_mb")}
+    more = {name: summarised(rows, name) for name in ("agreement", "num_images", "seconds", "cpu_seconds", "peak_mb")}
     table = Table("method", f"{column.replace('_', ' ')}, %", "spread", *(n.replace("_", " ") for n in more))
     for name, (mean, low, high) in sorted(summarised(rows, column).items(), key=lambda item: -item[1][0]):
         cells = [f"{found[name][0]:.6g}" if name in found else "–" for found in more.values()]

@@ -22,7 +22,7 @@ COMPARISON = "compare.json"
 Row = dict[str, Any]
 _SHOWN = (
     "preset", "method", "seed", "teacher_accuracy", "student_accuracy", "teacher_miou", "student_miou", "agreement",
-    "num_images", "steps", "batch_size", "seconds", "stage_seconds", "peak_mb",
+    "num_images", "steps", "batch_size", "seconds", "stage_seconds", "cpu_seconds", "peak_mb",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """One method of one preset in a folder: what it makes, its student, a score. Killed, the same call goes on."""
 
+import hashlib
 import json
 import resource
 import sys
@@ -52,16 +53,16 @@ class MethodRun:
         make = load_method(self.method)
         if self.out.exists() and not self.out.is_dir():
             raise SynthkdError(f"{self.out}: is a file; choose a folder")
-        spent = _Spent(self.out / SPENT)
         with one_thread(self.preset.job.device):
             asked = self.preset.job
             job = self._job(load_teacher(asked.teacher, asked.device, allow_code=asked.allow_code))
             identity = self._identity(job)
             if (known := _finished(self.out, identity)) is not None:
                 return known
+            spent = _Spent(self.out / SPENT, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
             student, feed_facts = self._taught(make, job, identity, spent)
             save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
-            result = self._result(job, student, feed_facts, spent.total()) | {"identity": identity}
+            result = self._result(job, student, feed_facts, spent) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
         write_report(self.out)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
@@ -117,7 +118,7 @@ class MethodRun:
         return Student(job.student, training.log, agreement, dict(feed.damaged)), _facts(feed, job)
 
     def _result(
-        self, job: MethodJob, student: Student, facts: dict[str, Any], seconds: dict[str, float]
+        self, job: MethodJob, student: Student, facts: dict[str, Any], spent: "_Spent"
     ) -> dict[str, Any]:
         scores: dict[str, Any] = {}
         if self.preset.test_set is not None:
@@ -133,8 +134,9 @@ class MethodRun:
             **facts,
             "steps": job.spec.steps,
             "batch_size": job.spec.batch_size,
-            "seconds": round(sum(seconds.values()), 2),
-            "stage_seconds": {name: round(value, 2) for name, value in seconds.items()},
+            "seconds": round(sum(spent.seconds.values()), 2),
+            "stage_seconds": {name: round(value, 2) for name, value in spent.seconds.items()},
+            "cpu_seconds": round(sum(spent.cpu.values()), 2),
             "peak_mb": peak_mb(job.how.device),
             "damaged": len(student.damaged),
             "classes": list(job.teacher.classes),
@@ -164,33 +166,44 @@ def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 class _Spent:
-    """Seconds of each stage over all calls that it took; a killed call's are lost."""
+    """Seconds of each stage, by the clock and of the processor, over all calls of a run; a killed one's are lost.
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._name, self._began = path, "", 0.0
+    Those of another run in the same folder are forgotten.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path, self._run, self._name, self._began = path, run, "", (0.0, 0.0)
+        self.seconds, self.cpu = self._known("seconds"), self._known("cpu")
+
+    def _known(self, what: str) -> dict[str, float]:
+        try:
+            found = json.loads(self._path.read_text())
+            return {str(n): float(v) for n, v in found[what].items()} if found["run"] == self._run else {}
+        except (OSError, ValueError, AttributeError, TypeError, KeyError):
+            return {}
 
     def __call__(self, name: str) -> "_Spent":
         self._name = name
         return self
 
     def __enter__(self) -> None:
-        self._began = time.perf_counter()
+        self._began = time.perf_counter(), cpu_seconds()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, Stopped):
             return
-        known = self.total()
-        known[self._name] = known.get(self._name, 0.0) + time.perf_counter() - self._began
+        now = time.perf_counter(), cpu_seconds()
+        for known, end, began in zip((self.seconds, self.cpu), now, self._began, strict=True):
+            known[self._name] = known.get(self._name, 0.0) + end - began
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self._path, json.dumps(known) + "\n")
+        told = {"run": self._run, "seconds": self.seconds, "cpu": self.cpu}
+        write_atomically(self._path, json.dumps(told) + "\n")
 
-    def total(self) -> dict[str, float]:
-        """By stage."""
-        try:
-            found = json.loads(self._path.read_text())
-            return {str(name): float(value) for name, value in found.items()}
-        except (OSError, ValueError, AttributeError, TypeError):
-            return {}
+
+def cpu_seconds() -> float:
+    """Of the processor, by this process and those of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def peak_mb(device: str) -> float:

@@ -48,7 +48,7 @@ def tone_of(method: str) -> str:
 def _table(rows: Sequence[Row]) -> h.Section:
     column = score_column(rows)
     scores = summarised(rows, column)
-    more = {name: summarised(rows, name) for name in ("agreement", "num_images", "seconds", "peak_mb")}
+    more = {name: summarised(rows, name) for name in ("agreement", "num_images", "seconds", "cpu_seconds", "peak_mb")}
     teachers = summarised(rows, column.replace("student", "teacher"))
     teacher = max((mean for mean, _, _ in teachers.values()), default=None) if column != "agreement" else None
     low = min(v for _, v, _ in scores.values())
@@ -60,9 +60,9 @@ def _table(rows: Sequence[Row]) -> h.Section:
         marks = [(axis.share(v), tone_of(name)) for v in seeds]
         marks += [(axis.share(teacher), "teacher")] if teacher is not None else []
         spread = f"{h.number(least, 4)} to {h.number(most, 4)}" if len(seeds) > 1 else "one seed"
-        cells = [_mean(more, what, name) for what in ("agreement", "num_images", "seconds", "peak_mb")]
+        cells = [_mean(more, what, name) for what in ("agreement", "num_images", "seconds", "cpu_seconds", "peak_mb")]
         lines.append([name, c.track([(axis.share(mean), "faint")], marks), f"{mean:.2f}", spread, *cells])
-    head = ["method", f"{_SCORES[column]}, %", "mean", "spread", "agreement, %", "images made", "seconds", "peak MB"]
+    head = ["method", f"{_SCORES[column]}, %", "mean", "spread", "agreement, %", "images made", "seconds", "of the CPU", "peak MB"]
     best = max(scores, key=lambda name: scores[name][0])
     sentence = f"Best is {best} with {h.percent(scores[best][0])}, {_SCORES[column]}."
     dots = [
