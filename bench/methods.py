@@ -68,7 +68,8 @@ def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
 
 def table(found: Found) -> str:
     """The table in Markdown: per preset the methods, best first."""
-    head = "| preset | method | teacher | student (spread over seeds) | agreement | images made | seconds | of the CPU | peak MB |"
+    head = "| preset | method | teacher | student (spread over seeds) | agreement | images made | seconds | of the CPU "
+    head += "| peak MB |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     for preset in dict.fromkeys(preset for preset, _ in found):
         named = {method: rows for (p, method), rows in found.items() if p == preset}

@@ -62,7 +62,8 @@ def _table(rows: Sequence[Row]) -> h.Section:
         spread = f"{h.number(least, 4)} to {h.number(most, 4)}" if len(seeds) > 1 else "one seed"
         cells = [_mean(more, what, name) for what in ("agreement", "num_images", "seconds", "cpu_seconds", "peak_mb")]
         lines.append([name, c.track([(axis.share(mean), "faint")], marks), f"{mean:.2f}", spread, *cells])
-    head = ["method", f"{_SCORES[column]}, %", "mean", "spread", "agreement, %", "images made", "seconds", "of the CPU", "peak MB"]
+    head = ["method", f"{_SCORES[column]}, %", "mean", "spread", "agreement, %", "images made", "seconds", "of the CPU"]
+    head.append("peak MB")
     best = max(scores, key=lambda name: scores[name][0])
     sentence = f"Best is {best} with {h.percent(scores[best][0])}, {_SCORES[column]}."
     dots = [
