@@ -246,12 +246,15 @@ def replay(
 
 
 @app.command(epilog="Example: synthkd report runs/digits")
-def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a set or a student.")]) -> None:
-    """Write report.html, one self-contained page, for a run, a set or a student."""
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a run, a comparison, a set or a student.")]) -> None:
+    """Write report.html, one self-contained page, for a run, a comparison, a set or a student."""
+    from synthkd.dfkd.compare import COMPARISON
     from synthkd.dfkd.report import write_report
+    from synthkd.dfkd.report_compare import write_comparison
     from synthkd.dfkd.report_student import is_student, write_student_report
 
     write = write_student_report if is_student(run_dir) else write_report
+    write = write_comparison if (run_dir / COMPARISON).is_file() else write
     out.print(str(write(run_dir)), soft_wrap=True, highlight=False)
 
 
