@@ -17,7 +17,7 @@ from synthkd.dfkd.generators import Generator
 from synthkd.dfkd.losses import bn_distance, class_scores, disagreement
 from synthkd.dfkd.methods.base import MethodFeed, MethodJob
 from synthkd.dfkd.methods.growing import GrowingSet
-from synthkd.dfkd.methods.inversion import Jitter, device_of, moved, need_statistics, normal, redrawn
+from synthkd.dfkd.methods.inversion import Jitter, OneGraph, device_of, moved, need_statistics, normal, redrawn
 from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
 from synthkd.dfkd.training import Stopped
@@ -145,8 +145,8 @@ class MetaGenerator:
     the student's statistics stay as they are: a frozen copy of it is looked through.
     """
 
-    def __init__(self, job: MethodJob, spec: FastSpec) -> None:
-        """Its inner step is not compiled: inductor 2.13 gives a gradient of zero for a loss with other outputs."""
+    def __init__(self, job: MethodJob, spec: FastSpec, groups: int) -> None:
+        """groups: that will be made."""
         self.job, self.spec, self.teacher, device = job, spec, job.teacher, device_of(job.teacher)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(rng.raw(job.seed, 0, "generator", 1)[0] >> 1))
@@ -161,20 +161,29 @@ class MetaGenerator:
         }
         self.made = 0
         self.sums, self.counted = torch.zeros(len(_TERMS), device=device), 0
+        # Two graphs: as one, with the images among its outputs, inductor (torch 2.13) gave a gradient of zero.
+        self._draw, self._judge = (OneGraph(job, call, spec.inner * groups) for call in (self.net, self.judge))
 
     def loss(
         self, z: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, memory: Memory, adversarial: bool
     ) -> tuple[Tensor, Tensor, Memory, Tensor]:
         """The loss [], the images [B,3,H,W], statistics to remember, and the terms [3], of noise z [B,D]."""
-        spec, images = self.spec, self.net(z)
-        x = moved(images, rows, columns)
+        images = self._draw(z)
+        total, after, terms = self._judge(images, rows, columns, targets, memory, adversarial)
+        return total, images.detach(), after, terms
+
+    def judge(
+        self, images: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, memory: Memory, adversarial: bool
+    ) -> tuple[Tensor, Memory, Tensor]:
+        """See `loss`; only the loss has a gradient."""
+        spec, x = self.spec, moved(images, rows, columns)
         look = self.teacher.look(x)
-        taps, after = averaged(look.taps, memory, spec.bn_momentum) if memory else (look.taps, None)
+        taps, after = averaged(look.taps, memory, spec.bn_momentum) if memory else (look.taps, {})
         ce = class_scores(look.logits, targets).mean()
         bn = bn_distance([*taps, *look.stored]).to(ce) if spec.bn else torch.zeros_like(ce)
         adv = -disagreement(self.seen(x), look.logits).mean() if adversarial else torch.zeros_like(ce)
-        terms = torch.stack([bn, ce, adv])
-        return spec.bn * bn + spec.oh * ce + spec.adv * adv, images, after or memory, terms.detach()
+        kept = {name: (mean.detach(), var.detach()) for name, (mean, var) in (after or {}).items()}
+        return spec.bn * bn + spec.oh * ce + spec.adv * adv, kept, torch.stack([bn, ce, adv]).detach()
 
     def group(self, unit: WorkUnit) -> Group:
         """The next group, of which the generator learns; raises NonFiniteError, then having learned nothing."""
@@ -202,7 +211,7 @@ class MetaGenerator:
             )
             gradients = torch.autograd.grad(loss, [*self.meta.fast, z])
             self.meta.note(gradients[:-1])
-            kept = images.detach() if kept is None else torch.where(loss.detach() < best, images.detach(), kept)
+            kept = images if kept is None else torch.where(loss.detach() < best, images, kept)
             best = torch.minimum(best, loss.detach())
             for p, g in zip([*self.meta.fast, z], gradients, strict=True):
                 p.grad = g
@@ -211,7 +220,7 @@ class MetaGenerator:
         if kept is None or not _finite([best, kept, *gradient]):
             return None
         self.meta.step(gradient)
-        self.memory = {name: (mean.detach(), var.detach()) for name, (mean, var) in after.items()}
+        self.memory = after
         self.sums, self.counted = self.sums + terms, self.counted + 1
         return kept
 
@@ -271,7 +280,7 @@ class FastFeed:
                 "samples_per_class: one group is held out"
             )
         self.first = min(spec.warmup, groups)
-        self.making = MetaGenerator(job, spec)
+        self.making = MetaGenerator(job, spec, groups)
         self._sight = Sight(view, job.spec.seed, job.spec.views, job.spec.batch_size)
         self._warm_up()
         count = min(max(1, round(groups * job.spec.held_out)), self.first - 1)

@@ -21,13 +21,15 @@ from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.reading import read_shard
 from synthkd.engine.shards import write_shards
 
+_CLASSES = 100  # of one group, so that a group of a thousand classes is drawn in parts
+
 
 def frame(job: MethodJob, samples_per_class: int, groups_per_shard: int = 1) -> Recipe:
     """The recipe of a set that no diffusion model draws: classes, image size and how ids fall into groups."""
     height, width = job.teacher.input_size
     return Recipe(
         classes=job.teacher.classes, prompts=("{class}",), height=height, width=width,
-        guidance=GuidanceSpec(scale=0.0), guidance_scale=1.0, classes_per_group=len(job.teacher.classes),
+        guidance=GuidanceSpec(scale=0.0), guidance_scale=1.0, classes_per_group=min(len(job.teacher.classes), _CLASSES),
         samples_per_class=samples_per_class, groups_per_shard=groups_per_shard,
     )  # fmt: skip
 

@@ -179,7 +179,7 @@ class MosaicFeed:
     def _group(self, unit: WorkUnit) -> Group:
         """A group of a set; raises SynthkdError for images that are not finite."""
         drawn = [self.players.noise("set", i, 1) for i in unit.ids]
-        images = self.players.images(torch.cat(drawn))
+        images = self.players.images(torch.cat(drawn), kept=True)
         return group_batch(unit, images, self._named(images), len(self.job.teacher.classes))
 
     def learned(self, batch: Batch, student_logits: Tensor, teacher_logits: Tensor) -> None:

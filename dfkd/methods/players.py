@@ -132,14 +132,19 @@ class Players:
         torch._foreach_copy_(list(here.values()), [there[name] for name in here])
 
     @torch.no_grad()
-    def images(self, z: Tensor) -> Tensor:
+    def images(self, z: Tensor, kept: bool = False) -> Tensor:
         """Noise [B,noise] -> uint8 [B,3,h,w], channels_last; B at least 2.
+
+        kept: on disk; then what is not finite is a SynthkdError, which waits for the device.
 
         In train mode, as discriminator and teacher have judged such images: the generator's running statistics trail
         its weights.
         """
         with self._running():
-            return to_uint8(self._make(z).float())
+            drawn = self._make(z).float()
+        if kept and not bool(drawn.isfinite().all()):
+            raise SynthkdError("method mosaickd: the generator's images are not finite; lower lr")
+        return to_uint8(drawn)
 
     def noise(self, purpose: str, index: int, count: int) -> Tensor:
         """Standard normal [count,noise], a function of (seed, purpose, index)."""

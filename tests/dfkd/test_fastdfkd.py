@@ -116,7 +116,7 @@ def test_the_loss_is_its_equation(tmp_path: Path) -> None:
     job.teacher.double()
     job.student.double()
     akin(job.student, job.teacher)
-    made = MetaGenerator(job, FastSpec(**{**FEW, "bn": 3.0, "oh": 0.7, "adv": 1.3, "bn_momentum": 0.6}))
+    made = MetaGenerator(job, FastSpec(**{**FEW, "bn": 3.0, "oh": 0.7, "adv": 1.3, "bn_momentum": 0.6}), 1)
     made.net.double()
     z, targets = torch.randn(6, 8, dtype=torch.float64), torch.eye(3, dtype=torch.float64)[[0, 1, 2, 0, 1, 2]]
     memory = {name: (mean.double() + 0.5, var.double() * 2) for name, (mean, var) in made.memory.items()}
@@ -184,7 +184,7 @@ def test_networks_are_looked_through_and_left_alone(tmp_path: Path) -> None:
     akin(job.student, job.teacher)
     job.student.net.train().requires_grad_(True)
     before = [v.clone() for net in (job.teacher, job.student) for v in net.state_dict().values()]
-    made = MetaGenerator(job, FastSpec(**{**FEW, "warmup": 0}))
+    made = MetaGenerator(job, FastSpec(**{**FEW, "warmup": 0}), 1)
     theta = [p.clone() for p in made.meta.slow]
     made.group(FastFeed(a_job(tmp_path), FastSpec(**FEW)).set.plan.unit(0))
     after = [v for net in (job.teacher, job.student) for v in net.state_dict().values()]
@@ -199,7 +199,7 @@ def test_networks_are_looked_through_and_left_alone(tmp_path: Path) -> None:
 def test_a_group_that_is_not_finite_teaches_the_generator_nothing(tmp_path: Path) -> None:
     """And ends the run after three attempts, before anything is written."""
     job = a_job(tmp_path)
-    made = MetaGenerator(job, FastSpec(**FEW))
+    made = MetaGenerator(job, FastSpec(**FEW), 8)
     unit = FastFeed(a_job(tmp_path / "sound"), FastSpec(**FEW)).set.plan.unit(0)
     theta = [p.clone() for p in made.meta.slow]
     job.teacher.net.conv1.weight.fill_(math.nan)  # type: ignore

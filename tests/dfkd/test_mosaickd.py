@@ -320,3 +320,14 @@ def test_compiled_players_play_the_same_game(teacher_card: Path, monkeypatch: py
         found.append((players.images(players.noise("x", 0, 4)), players.terms()))
     assert found[1][1] == pytest.approx(found[0][1], rel=1e-3)
     assert (found[0][0].int() - found[1][0].int()).abs().max() <= 1
+
+
+def test_images_that_are_not_finite_are_never_kept(feed: Callable[..., MosaicFeed]) -> None:
+    """A generator of NaNs draws no group, whatever the guard of the log says."""
+    made = feed()
+    with torch.no_grad():
+        next(made.players.generator.parameters()).fill_(torch.nan)
+    plan = made._last_set().plan
+    with pytest.raises(SynthkdError, match="not finite"):
+        made._group(plan.unit(0))
+    made.close()
