@@ -26,8 +26,7 @@ _SEEDS = {"train": 48_001, "test": 48_002, "pool": 48_003}
 _DRAWN, _GRID = 40, 6  # random numbers of a scene, and cells a side of its noise
 # Letters whose shape is, or in some hand may be, a digit's.
 _LOOK_ALIKE = set("OoQDIilLjJtTZzSsBbGgqpyY")
-LETTERS = tuple(letter for letter in string.ascii_letters + "@%#*+=" if letter not in _LOOK_ALIKE)
-_BEND = 0.3  # of letters: reach of a smooth displacement, in halves of a glyph's side
+LETTERS = tuple(letter for letter in string.ascii_letters if letter not in _LOOK_ALIKE)
 Field = Callable[[NDArray[np.float32]], Tensor]
 
 
@@ -70,14 +69,13 @@ def digit_glyphs(part: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
 @lru_cache(maxsize=1)
 def letter_scenes() -> Tensor:
-    """The pool: 2,000 scenes of letters and signs, bent, on grounds of other patterns, uint8 [N,3,48,48]."""
+    """The pool: 2,000 scenes of letters on grounds of other patterns, uint8 [N,3,48,48]."""
     glyphs = letter_glyphs()
-    count, seed = _COUNTS["pool"], _SEEDS["pool"]
-    return scenes(glyphs, torch.ones(len(glyphs), dtype=torch.long), count, seed, tiles, _BEND)[0]
+    return scenes(glyphs, torch.ones(len(glyphs), dtype=torch.long), _COUNTS["pool"], _SEEDS["pool"], tiles)[0]
 
 
 def letter_glyphs() -> Tensor:
-    """Coverage float32 [M,1,32,32] of letters and signs of Pillow's font, blurred as digits are: by way of 8x8 pixels.
+    """Coverage float32 [M,1,32,32] of letters of Pillow's font, blurred as digits are: by way of 8x8 pixels.
 
     Letters that look like a digit are left out. Raises SynthkdError where Pillow was built without FreeType.
     """
@@ -101,17 +99,13 @@ def letter_glyphs() -> Tensor:
     return F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
 
 
-def scenes(
-    glyphs: Tensor, labels: Tensor, count: int, seed: int, ground: Field, bend: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def scenes(glyphs: Tensor, labels: Tensor, count: int, seed: int, ground: Field) -> tuple[Tensor, Tensor]:
     """Images uint8 [N,3,48,48] and label maps int64 [N,48,48] (0: ground).
 
-    glyphs: coverage [M,1,h,w]; labels: int64 [M]; ground: random numbers [N,8] -> a field [N,1,48,48] in [0,1]; bend:
-    reach of the smooth displacement that glyphs are bent by, in halves of their side.
+    glyphs: coverage [M,1,h,w]; labels: int64 [M]; ground: random numbers [N,8] -> a field [N,1,48,48] in [0,1].
     """
     u = rng.uniform(seed, 0, "scenes", count * _DRAWN).astype(np.float32).reshape(count, _DRAWN)
-    bent = bend * _bends(seed, count) if bend else None
-    cover, names = _placed(glyphs, labels, u[:, :16], bent)
+    cover, names = _placed(glyphs, labels, u[:, :16])
     dark, bright = torch.from_numpy(u[:, 16:28]), torch.from_numpy(u[:, 28:31])
     field = 0.6 * ground(u[:, 32:40]) + 0.4 * _noise(seed, count)
     low, high = (0.55 * dark[:, i : i + 3, None, None] for i in (0, 3))
@@ -122,9 +116,7 @@ def scenes(
     return images.mul(255).round().to(torch.uint8), names
 
 
-def _placed(
-    glyphs: Tensor, labels: Tensor, u: NDArray[np.float32], bent: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _placed(glyphs: Tensor, labels: Tensor, u: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
     """Coverage [N,1,48,48] and label maps [N,48,48]; half of the scenes have two glyphs, either side of the middle."""
     two, upright = u[:, 0] < 0.5, u[:, 1] < 0.5
     cover, names = torch.zeros(len(u), 1, SIDE, SIDE), torch.zeros(len(u), SIDE, SIDE, dtype=torch.long)
@@ -136,7 +128,7 @@ def _placed(
         half = (0.5 - side) * (2 * v[:, 3] - 1) + (0.5 if which else -0.5)
         at[:, 0], at[:, 1] = np.where(two & ~upright, half, at[:, 0]), np.where(two & upright, half, at[:, 1])
         index = torch.from_numpy(np.minimum((v[:, 4] * len(glyphs)).astype(np.int64), len(glyphs) - 1))
-        drawn = _drawn(glyphs[index], side, at, 0.5 * v[:, 5] - 0.25, 0.4 * v[:, 6] - 0.2, bent)
+        drawn = _drawn(glyphs[index], side, at, 0.5 * v[:, 5] - 0.25, 0.4 * v[:, 6] - 0.2)
         drawn *= torch.from_numpy(two | (which == 0))[:, None, None, None]
         names = torch.where(drawn[:, 0] > 0.5, labels[index][:, None, None], names)
         cover = torch.maximum(cover, drawn)
@@ -145,26 +137,15 @@ def _placed(
 
 def _drawn(
     glyphs: Tensor, side: NDArray[np.float32], at: NDArray[np.float32], turn: NDArray[np.float32],
-    slant: NDArray[np.float32], bent: Tensor | None,
+    slant: NDArray[np.float32],
 ) -> Tensor:  # fmt: skip
-    """Glyphs [N,1,h,w] at `side` (share of the picture), centred `at` (right, down), turned and slanted (radians).
-
-    bent: displacement [N,48,48,2] of where a position reads, in halves of a glyph's side.
-    """
+    """Glyphs [N,1,h,w] at `side` (share of the picture), centred `at` (right, down), turned and slanted (radians)."""
     c, s = np.cos(turn) / side, np.sin(turn) / side
     linear = np.stack([np.stack([c + slant * s, -s + slant * c], 1), np.stack([s, c], 1)], 1)
     theta = np.concatenate([linear, -linear @ at[:, :, None]], 2).astype(np.float32)
     grid = F.affine_grid(torch.from_numpy(theta), [len(glyphs), 1, SIDE, SIDE], align_corners=False)
-    grid = grid if bent is None else grid + bent
     found = F.grid_sample(glyphs, grid, padding_mode="zeros", align_corners=False)
     return (1.8 * found - 0.3).clamp(0, 1)  # ink, where the scan is half grey
-
-
-def _bends(seed: int, count: int) -> Tensor:
-    """Smooth displacements [N,48,48,2], within -1..1."""
-    ends = rng.uniform(seed, 2, "scenes", count * 50).astype(np.float32).reshape(count, 2, 5, 5)
-    smooth = F.interpolate(torch.from_numpy(2 * ends - 1), size=(SIDE, SIDE), mode="bicubic")
-    return smooth.permute(0, 2, 3, 1)
 
 
 def _noise(seed: int, count: int) -> Tensor:

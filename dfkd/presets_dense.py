@@ -25,7 +25,7 @@ def segments() -> Preset:
         name="segments",
         job=SynthJob(model="embedded:digits", teacher=TEACHER, recipe=recipe),
         num_images=2000,
-        distill=DistillSpec(arch="deeplab", arch_args=STUDENT, steps=2500, batch_size=48, ema=0.98, temperature=2.0),
+        distill=DistillSpec(arch="deeplab", arch_args=STUDENT, steps=2000, batch_size=48, ema=0.98, temperature=2.0),
         test_set="segments:test",
         pool=POOL,
         methods={"mosaickd": MOSAIC},
