@@ -92,7 +92,8 @@ def _line(preset: str, method: str, rows: list[dict[str, Any]]) -> str:
     unit = " mIoU" if what == "miou" else ""
     spread = f"{min(values):.1f} to {max(values):.1f}, {len(rows)} seeds" if len(rows) > 1 else "one seed"
     names = ("num_images", "seconds", "cpu_seconds", "peak_mb")
-    rest = [f"{statistics.fmean(float(row[name]) for row in rows):,.0f}" for name in names]
+    known = [[float(row[name]) for row in rows if name in row] for name in names]
+    rest = [f"{statistics.fmean(values):,.0f}" if values else "–" for values in known]
     student = f"**{statistics.fmean(values):.1f}**{unit} ({spread})"
     cells = [
         preset, method, f"{_mean(rows, what, 'teacher'):.1f}{unit}", student,
