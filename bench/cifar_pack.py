@@ -12,6 +12,7 @@ import math
 import shutil
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from synthkd.dfkd.presets_cifar import POOL, TEACHERS, TEST
 from synthkd.engine.errors import SynthkdError
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 Pixels = NDArray[np.uint8]
 _SUMS, _MOST = "SHA256SUMS", 2**31  # bytes of one file's images
 # Of CIFAR-100: bit-identical to a CIFAR-10 image; seen before in the pack; of a class much like one of CIFAR-10's.
@@ -80,7 +82,7 @@ def read_packed(path: Path) -> tuple[Pixels, dict[str, NDArray[Any]]]:
         with np.load(path, allow_pickle=False) as data:
             images = unpacked(data["blob"].tobytes(), data["shape"].tolist())
             beside = {name: data[name] for name in data.files if name not in ("blob", "shape")}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, lzma.LZMAError) as error:
+    except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise SynthkdError(f"pack {path}: cannot be read ({reason}); expected a packed .npz of images") from error
     wrong = [name for name, values in beside.items() if name != "classes" and len(values) != len(images)]
@@ -93,12 +95,14 @@ def check_sums(pack: Path, names: Sequence[str]) -> None:
     """Raise SynthkdError for a file that is not there, or not the one that the pack's list of SHA-256 names."""
     sums = pack / _SUMS
     lines = sums.read_text().splitlines() if sums.is_file() else []
-    listed = {name.strip(): digest for digest, _, name in (line.partition(" ") for line in lines)}
+    listed = {name.strip().removeprefix("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
     for name in names:
         path = pack / name
         if not path.is_file():
             raise SynthkdError(f"pack {pack}: {name} is missing; expected the folder of the evaluation pack")
-        if name in listed and hashlib.sha256(path.read_bytes()).hexdigest() != listed[name]:
+        if name not in listed:
+            raise SynthkdError(f"pack {pack}: {_SUMS} does not name {name}; expected the whole evaluation pack")
+        if hashlib.sha256(path.read_bytes()).hexdigest() != listed[name]:
             raise SynthkdError(f"pack {path}: its SHA-256 is not the one in {_SUMS}; copy the file again")
 
 

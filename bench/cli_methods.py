@@ -8,10 +8,9 @@ import typer
 from rich.console import Console
 
 from synthkd.bench.methods import measure_methods
-from synthkd.dfkd.cli_methods import Deadline, Minutes, comparison_table
+from synthkd.dfkd.cli_methods import Deadline, Minutes, comparison_table, named_methods
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars, StopFlag
-from synthkd.dfkd.methods.base import load_method, method_names
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.training import Stopped
 
@@ -19,7 +18,7 @@ from synthkd.dfkd.training import Stopped
 def methods(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the runs, METHOD/seed-N.")],
     preset: Annotated[str, typer.Option(help="Preset of teacher, student, budget and pool.")] = "digits",
-    methods: Annotated[str, typer.Option(help="Names, such as mosaickd,pool (default: all installed).")] = "",
+    methods: Annotated[str, typer.Option(help="Names, such as mosaickd,pool (default: the preset's).")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps of every student.")] = None,
     num_images: Annotated[int | None, typer.Option(min=8, help="Images a method may make.")] = None,
@@ -32,10 +31,8 @@ def methods(
 
     `python -m synthkd.bench.methods` then makes the table of docs/methods.md.
     """
-    names = [n.strip() for n in methods.split(",") if n.strip()] or method_names()
-    for name in names:
-        load_method(name)
     chosen, numbers = load_preset(preset).on(pick_device(device)), parse_numbers("--seeds", seeds)
+    names = named_methods(methods, chosen)
     console = Console(stderr=True)
     with Bars(console) as bars, StopFlag() as stop:
         until = Deadline(stop, minutes)

@@ -3,6 +3,7 @@
 `python -m synthkd.bench.methods` rewrites the table; a test compares.
 """
 
+import hashlib
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -12,10 +13,11 @@ from typing import Any
 
 from synthkd.bench.record import RESULTS, append_row, stamped
 from synthkd.dfkd.compare import Comparison, Row
-from synthkd.dfkd.method_run import MethodRun
+from synthkd.dfkd.method_run import RESULT, MethodRun
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.train_options import TrainOptions
+from synthkd.engine.errors import SynthkdError
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 BEGIN, END = "<!-- table: python -m synthkd.bench.methods -->\n", "<!-- end of table -->\n"
@@ -37,8 +39,11 @@ def measure_methods(
 ) -> list[Row]:
     """One row per method and seed, stamped, and appended to bench/results/methods.jsonl where `record` says so.
 
-    A row that is there for this very run (its folder says `recorded`) is not appended twice.
+    A run whose folder says that it was recorded is not appended twice. Raises SynthkdError for a record of another
+    budget than the preset's: the table is of one.
     """
+    if record and (steps or num_images):
+        raise SynthkdError("--record is for the preset's own steps and images; leave --steps and --num-images out")
     preset = replace(preset, distill=replace(preset.distill, steps=steps)) if steps else preset
     how = TrainOptions(device=preset.job.device)
     run = MethodRun(preset=preset, method="", out=out, num_images=num_images, workers=1, how=how)
@@ -46,7 +51,10 @@ def measure_methods(
 
     def keep(row: Row) -> None:
         rows.append(stamped(row))
-        done = out / row["method"] / f"seed-{row['seed']}" / "recorded"
+        folder = out / row["method"] / f"seed-{row['seed']}"
+        identity = json.loads((folder / RESULT).read_text())["identity"]
+        run_of = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        done = folder / f"recorded-{run_of}"
         if record and not done.exists():
             append_row(NAME, rows[-1])
             done.touch()
@@ -62,6 +70,8 @@ def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
     found: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         row = json.loads(line)
+        if not str(row.get("device", "cpu")).startswith("cpu"):
+            continue
         found.setdefault((row["preset"], row["method"]), {})[row["seed"]] = row
     return {key: list(rows.values()) for key, rows in found.items()}
 

@@ -24,6 +24,7 @@ from synthkd.dfkd.cli_methods import (
     Method,
     MethodOptions,
     Minutes,
+    Patch,
     Pool,
     compare,
     parsed_options,
@@ -69,6 +70,7 @@ def run(
     method: Method = None,
     pool: Pool = None,
     set_option: MethodOptions = None,
+    patch: Patch = None,
     minutes: Minutes = None,
     gamma: options.Gamma = None,
     rounds: options.Rounds = None,
@@ -106,18 +108,20 @@ def run(
         compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
         attention=attention, quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
     )  # fmt: skip
-    chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
-    chosen = shortened(chosen, steps)
+    if method is None or asked != options.Asked(allow_code=allow_code):  # a method without a prior asks nothing of one
+        chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
+    chosen = shortened(chosen.on(options.pick_device(device)), steps)
+    chosen = replace(chosen, job=replace(chosen.job, allow_code=allow_code or chosen.job.allow_code))
     if num_images is not None:
         Request(num_samples=num_images, seed=seed)
     if method is not None:
         run_method(MethodRun(
             preset=chosen, method=method, out=out_dir, seed=seed, num_images=num_images, pool=pool,
-            options=parsed_options(set_option), workers=options.check_workers(workers),
+            options=parsed_options(set_option, patch), workers=options.check_workers(workers),
         ), minutes)  # fmt: skip
         return
-    if pool is not None or set_option:
-        raise SynthkdError("--pool and --set are for --method; name one")
+    if pool is not None or set_option or patch is not None:
+        raise SynthkdError("--pool, --patch and --set are for --method; name one")
     with Bars(out) as bars, StopFlag() as stop:
         until = Deadline(stop, minutes)
         job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, until.is_set)
@@ -276,7 +280,7 @@ def info() -> None:
     table.add_row("artifacts", str(default_store()))
     table.add_row("presets", ", ".join(preset_names()))
     table.add_row("methods", ", ".join(method_names()))
-    table.add_row("embedded models", "embedded:digits")
+    table.add_row("embedded models", "embedded:digits, embedded:segments (a dense teacher)")
     out.print(table)
 
 

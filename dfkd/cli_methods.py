@@ -27,6 +27,9 @@ Pool = Annotated[
     str | None,
     typer.Option(help="Out-of-domain images: a folder of images or of tar shards, an .npz of x, embedded:digits/pool."),
 ]
+Patch = Annotated[
+    int | None, typer.Option(help="Pixels that a logit of MosaicKD's discriminator sees: 10, 22 or 46; --set patch=N.")
+]
 MethodOptions = Annotated[
     list[str] | None, typer.Option("--set", help="An option of the method, NAME=VALUE; may be given several times.")
 ]
@@ -50,9 +53,12 @@ class Deadline:
         return self._stop.is_set() or time.monotonic() > self._until
 
 
-def parsed_options(entries: Sequence[str] | None) -> dict[str, Any]:
-    """`name=value` entries as a table; a value is TOML's, or a text. Raises SynthkdError for any other entry."""
-    found: dict[str, Any] = {}
+def parsed_options(entries: Sequence[str] | None, patch: int | None) -> dict[str, Any]:
+    """`name=value` entries, and --patch, as a table; a value is TOML's, or a text.
+
+    Raises SynthkdError for any other entry.
+    """
+    found: dict[str, Any] = {} if patch is None else {"patch": patch}
     for entry in entries or ():
         name, equals, value = entry.partition("=")
         if not equals or not name.strip():
@@ -87,7 +93,7 @@ def run_method(job: MethodRun, minutes: float | None) -> None:
 def compare(
     preset: Annotated[str, typer.Argument(help="Preset to run; `synthkd info` lists them.")],
     out_dir: options.Out,
-    methods: Annotated[str, typer.Option(help="Names, such as mosaickd,fastdfkd,pool (default: all installed).")] = "",
+    methods: Annotated[str, typer.Option(help="Names, such as mosaickd,fastdfkd,pool (default: the preset's).")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
     num_images: Annotated[int | None, typer.Option("--num-images", help="Images a method may make.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of every student.")] = None,
@@ -100,11 +106,10 @@ def compare(
 
     One run after the other, each in a process of its own. What is finished is kept: add methods or seeds later.
     """
-    names = [n.strip() for n in methods.split(",") if n.strip()] or method_names()
-    for name in names:
-        load_method(name)
+    chosen = load_preset(preset)
+    names = named_methods(methods, chosen)
     job = MethodRun(
-        preset=shortened(load_preset(preset), steps).on(options.pick_device(device)), method=names[0], out=out_dir,
+        preset=shortened(chosen, steps).on(options.pick_device(device)), method=names[0], out=out_dir,
         num_images=num_images, pool=pool, workers=workers,
     )  # fmt: skip
     if num_images is not None:
@@ -121,6 +126,14 @@ def compare(
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "step")) from None
     out.print(comparison_table(rows))
     out.print(f"report: {out_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def named_methods(text: str, preset: Preset) -> list[str]:
+    """Names of `a,b`, or those that a preset is compared by; raises SynthkdError for one that is not known."""
+    names = [n.strip() for n in text.split(",") if n.strip()] or list(preset.compared) or method_names()
+    for name in names:
+        load_method(name)
+    return names
 
 
 def shortened(preset: Preset, steps: int | None) -> Preset:

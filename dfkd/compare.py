@@ -6,10 +6,14 @@ A process of its own makes peak memory that of one method, and leaves a crash in
 import json
 import multiprocessing as mp
 import queue
+import signal
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from synthkd.dfkd.method_run import RESULT, MethodRun, Stopped
 from synthkd.dfkd.methods.base import load_method
@@ -22,7 +26,7 @@ COMPARISON = "compare.json"
 Row = dict[str, Any]
 _SHOWN = (
     "preset", "method", "seed", "teacher_accuracy", "student_accuracy", "teacher_miou", "student_miou", "agreement",
-    "num_images", "steps", "batch_size", "seconds", "stage_seconds", "cpu_seconds", "peak_mb",
+    "num_images", "steps", "batch_size", "seconds", "stage_seconds", "cpu_seconds", "peak_mb", "device",
 )  # fmt: skip
 
 
@@ -43,22 +47,39 @@ class Comparison:
     def execute(self) -> list[Row]:
         """All rows, one a run, in the order of methods and seeds; they and a report are written to the folder.
 
-        Raises SynthkdError for a method that is not known, before anything is done, and Stopped.
+        Rows of other methods and seeds that are there stay, where their budget is the same. Raises SynthkdError for a
+        method that is not known or named twice, before anything is done, and Stopped.
         """
         from synthkd.dfkd.report_compare import write_comparison
 
         for name in self.methods:
             load_method(name)
-        rows = []
+        if len(set(self.methods)) < len(self.methods):
+            raise SynthkdError(f"methods {', '.join(self.methods)}: expected distinct names")
+        rows: list[Row] = []
         out = self.run.out
         out.mkdir(parents=True, exist_ok=True)
+        others = self._others()
         for name in self.methods:
             for seed in self.seeds:
                 rows.append(self._row(name, seed))
                 self.on_row(rows[-1])
-                write_atomically(out / COMPARISON, json.dumps({"rows": rows}, indent=2) + "\n")
+                write_atomically(out / COMPARISON, json.dumps({"rows": [*others, *rows]}, indent=2) + "\n")
         write_comparison(out)
         return rows
+
+    def _others(self) -> list[Row]:
+        """Rows of an earlier comparison in this folder that are not made now, of the same preset and budget."""
+        if not (self.run.out / COMPARISON).is_file():
+            return []
+        spec = self.run.preset.distill
+        mine = {"preset": self.run.preset.name, "steps": spec.steps, "batch_size": spec.batch_size}
+        return [
+            row
+            for row in read_rows(self.run.out)
+            if all(row.get(name) == value for name, value in mine.items())
+            and (row["method"] not in self.methods or row["seed"] not in self.seeds)
+        ]
 
     def _row(self, name: str, seed: int) -> Row:
         job = replace(self.run, method=name, seed=seed, out=self.run.out / name / f"seed-{seed}")
@@ -87,15 +108,19 @@ class _Told:
 
 
 def _child(job: MethodRun, to: Any, stop: Any) -> None:
-    """A run in a process of its own: what happens is told, an error of ours by its words and exit code."""
+    """A run in a process of its own: what happens is told, an error by its words and exit code."""
     follow_parent()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent is told too, and asks for a stop at a safe point
     try:
         replace(job, progress=_Told(to), should_stop=stop.is_set).execute()
         to.put(("done", ()))
     except Stopped:
         to.put(("stopped", ()))
-    except SynthkdError as error:
-        to.put(("failed", (str(error), error.exit_code)))
+    except (SynthkdError, OSError, SafetensorError) as error:
+        to.put(("failed", (str(error), getattr(error, "exit_code", 2))))
+    except Exception as error:
+        traceback.print_exc()
+        to.put(("failed", (f"{type(error).__name__}: {error}", 1)))
 
 
 def _in_own_process(job: MethodRun, progress: Progress, should_stop: Callable[[], bool]) -> None:
@@ -105,6 +130,27 @@ def _in_own_process(job: MethodRun, progress: Progress, should_stop: Callable[[]
     plain = replace(job, progress=Silent(), should_stop=_never)
     process = context.Process(target=_child, args=(plain, told, stop))
     process.start()
+    try:
+        end = _listened(job, progress, should_stop, process, told, stop)
+        process.join()
+    finally:
+        if process.is_alive():  # something went wrong here: no run without its comparison
+            process.kill()
+            process.join()
+    if end[0] == "stopped" or (not end[0] and should_stop()):
+        raise Stopped
+    if end[0] == "failed":
+        raise _failure(f"{job.method}, seed {job.seed}: {end[1][0]}", end[1][1])
+    if end[0] != "done":
+        raise WorkerLostError(
+            f"{job.method}, seed {job.seed}: its process ended unasked (out of memory?); the same command goes on"
+        )
+
+
+def _listened(
+    job: MethodRun, progress: Progress, should_stop: Callable[[], bool], process: Any, told: Any, stop: Any
+) -> tuple[str, Any]:
+    """Hear the run out, and ask it to stop where that is due; how it ended, ("", ()) for without a word."""
     stages: dict[str, str] = {}
     end: tuple[str, Any] = ("", ())
     while not end[0]:
@@ -118,15 +164,7 @@ def _in_own_process(job: MethodRun, progress: Progress, should_stop: Callable[[]
                 break
             continue
         end = _heard(job, progress, stages, kind, said)
-    process.join()
-    if end[0] == "stopped":
-        raise Stopped
-    if end[0] == "failed":
-        raise _failure(f"{job.method}, seed {job.seed}: {end[1][0]}", end[1][1])
-    if end[0] != "done":
-        raise WorkerLostError(
-            f"{job.method}, seed {job.seed}: its process ended unasked (out of memory?); the same command goes on"
-        )
+    return end
 
 
 def _heard(job: MethodRun, progress: Progress, stages: dict[str, str], kind: str, said: Any) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.index import read_manifest
 from synthkd.engine.reading import decode_image, read_set
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -128,10 +130,10 @@ def labelled_arrays(path: Path) -> tuple[Tensor, NDArray[np.int64]]:
     try:
         with np.load(path, allow_pickle=False) as data:
             x, y = data["x"], data["y"].astype(np.int64)
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
     grey_or_rgb = x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)
-    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim not in (1, 3) or len(x) != len(y) or len(y) == 0:
+    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim not in (1, 3) or len(x) != len(y) or not x.size:
         raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
     x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), y
@@ -142,9 +144,9 @@ def images_from_npz(path: Path, what: str) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as data:
             x = data["x"]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise SynthkdError(f"{what} {path}: expected an array x without pickles ({error})") from error
-    if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) or len(x) == 0:
+    if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) or not x.size:
         raise SynthkdError(f"{what} {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3] or [N,H,W]")
     x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()

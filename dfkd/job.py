@@ -130,6 +130,11 @@ class SynthJob:
         """The job of one round, with its student's card."""
         return replace(self, round=round_, student=str(student) if student else None)
 
+    def declared(self) -> dict[str, Any]:
+        """What decides the images of a set beside its seed and its teacher's weights, as plain values."""
+        weights = {name: getattr(self, name) for name in _WEIGHTS}
+        return {**self.source(), **weights, "recipe": self.recipe.to_dict()}
+
     def source(self) -> dict[str, Any]:
         """What a manifest keeps for `synthkd replay`, beside the recipe and the guidance's weights."""
         out: dict[str, Any] = {"model": _absolute(self.model), "teacher": _absolute(self.teacher)}

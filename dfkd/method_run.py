@@ -17,6 +17,7 @@ from synthkd.dfkd.evaluate import named, test_scores
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.parallel import Ranks
+from synthkd.dfkd.pools import open_images
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
@@ -26,7 +27,7 @@ from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import CHECKPOINT, LogRow, Stopped, Training
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import MANIFEST, read_manifest, write_atomically
+from synthkd.engine.index import write_atomically
 from synthkd.engine.workers import one_thread
 
 RESULT, SPENT = "result.json", "spent.json"
@@ -84,7 +85,8 @@ class MethodRun:
         """What the student is a function of, as far as it was declared."""
         parts = {
             **asdict(job.spec), "preset": self.preset.name, "method": self.method, "options": dict(job.options),
-            "num_images": job.num_images, "pool": job.pool, "teacher": teacher_digest(job.teacher),
+            "num_images": job.num_images, "pool": open_images(job.pool).digest if job.pool else None,
+            "teacher": teacher_digest(job.teacher), "prior": self.preset.job.declared(),
         }  # fmt: skip
         done: dict[str, Any] = json.loads(json.dumps(parts))
         return done
@@ -115,7 +117,7 @@ class MethodRun:
         finally:
             feed.close()
             self.progress.end(began)
-        return Student(job.student, training.log, agreement, dict(feed.damaged)), _facts(feed, job)
+        return Student(job.student, training.log, agreement, dict(feed.damaged)), _facts(feed)
 
     def _result(
         self, job: MethodJob, student: Student, facts: dict[str, Any], spent: "_Spent"
@@ -149,10 +151,9 @@ class MethodRun:
         }
 
 
-def _facts(feed: MethodFeed, job: MethodJob) -> dict[str, Any]:
+def _facts(feed: MethodFeed) -> dict[str, Any]:
     """How many images there were to learn from."""
-    drawn = int(read_manifest(job.shards)["num_samples"]) if (job.shards / MANIFEST).exists() else 0
-    return {"num_images": drawn, "reader": feed.reading.get("reader", "none")}
+    return {"num_images": feed.made, "reader": feed.reading.get("reader", "none")}
 
 
 def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 A pool has no normalisation of its own: its pixels are [0,1] like all others, and each network normalises what it sees.
 """
 
+import contextlib
 import hashlib
 import logging
 import tarfile
@@ -36,7 +37,7 @@ from synthkd.engine.reading import MAX_MEMBER
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "pool.safetensors"
 TILE = 32  # pixels, of an embedded pool's sheet
-_BATCH = 256
+_BATCH, _SAMPLED = 256, 64
 _log = logging.getLogger("synthkd")
 
 
@@ -61,8 +62,11 @@ class FileSource:
         kinds = {_format(f.key) for f in files}
         self.image_format = kinds.pop() if len(kinds) == 1 else "jpg"
         self.stores: dict[Any, Any] = {}
-        told = "".join(f"{f.key} {f.size}\n" for f in files)
-        self.digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()
+        told = hashlib.sha256("".join(f"{f.key} {f.size}\n" for f in files).encode("utf-8", "surrogateescape"))
+        for row in range(0, len(files), max(1, len(files) // _SAMPLED)):  # enough to know other images of equal names
+            with contextlib.suppress(SynthkdError):
+                told.update(self.encoded(row))
+        self.digest = told.hexdigest()
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -259,7 +263,7 @@ def open_pool(
     source = open_images(reference)
     path = keep / LABELS if keep else None
     note = {"pool": source.digest, "teacher": teacher_digest(teacher)}
-    known = _known(path, note, len(source))
+    known = _known(path, note, len(source), len(teacher.classes))
     if known is None:
         known = _named(source, teacher, options, progress or Silent())
         if path is not None:
@@ -269,7 +273,7 @@ def open_pool(
     return Pool(_labelled(source, labels, teacher.classes), found.numpy())
 
 
-def _known(path: Path | None, note: dict[str, str], count: int) -> tuple[Tensor, Tensor] | None:
+def _known(path: Path | None, note: dict[str, str], count: int, classes: int) -> tuple[Tensor, Tensor] | None:
     """What an earlier run has kept, of this pool and teacher; None where there is nothing of that kind."""
     if path is None or not path.exists():
         return None
@@ -279,7 +283,8 @@ def _known(path: Path | None, note: dict[str, str], count: int) -> tuple[Tensor,
     except (SynthkdError, KeyError):
         return None
     fits = found == note and labels.shape == values.shape == (count,) and labels.dtype == torch.int64
-    return (labels, values) if fits and values.dtype == torch.float32 else None
+    fits = fits and values.dtype == torch.float32 and bool(((labels >= 0) & (labels < classes)).all())
+    return (labels, values) if fits else None
 
 
 def _labelled(source: Source, labels: Tensor, classes: tuple[str, ...]) -> Source:

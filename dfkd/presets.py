@@ -18,7 +18,8 @@ class Preset:
     """A run by name: the synthesis job, how many images, the student, and where the result is scored.
 
     judge: card of an independent network that only scores; test_set: as for `synthkd evaluate --data`.
-    pool: out-of-domain images for the methods that want some (see `dfkd/pools.py`); methods: options by method name.
+    pool: out-of-domain images for the methods that want some (see `dfkd/pools.py`); methods: options by method name;
+    compared: the methods that `synthkd compare` takes by itself, all that are installed where empty.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Preset:
     test_set: str | None = None
     pool: str | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    compared: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Preset":
         """The same on another device."""

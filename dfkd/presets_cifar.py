@@ -24,7 +24,8 @@ def cifar10() -> Preset:
         zoom=0.0,
     )  # fmt: skip
     small = {"widths": [64, 32, 16], "patch_width": 32, "lr": 2e-3}
-    return _preset("cifar10", "resnet20", student, 5_000, {"mosaickd": small})
+    options = {"mosaickd": small, "fastdfkd": {"samples_per_class": 8, "warmup": 5}}
+    return _preset("cifar10", "resnet20", student, 5_000, options)
 
 
 def cifar10_mosaickd() -> Preset:
@@ -61,4 +62,5 @@ def _preset(
         test_set=str(folder / TEST),
         pool=str(folder / POOL),
         methods=options,
+        compared=("mosaickd", "fastdfkd", "pool"),
     )

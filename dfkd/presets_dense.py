@@ -29,4 +29,5 @@ def segments() -> Preset:
         test_set="segments:test",
         pool=POOL,
         methods={"mosaickd": MOSAIC},
+        compared=("mosaickd", "pool"),
     )

@@ -98,6 +98,7 @@ class SetFeed(Loader):
     """A finished set as a Feed: its last images are held out, uint8 [M,3,h,w], for the agreement with the teacher."""
 
     held: Tensor
+    made: int = 0  # synthetic images of the source, where somebody counts them
 
     @classmethod
     def opened(

@@ -115,6 +115,8 @@ class Training:
                     agreement = self._agreement() if last or done % judged == 0 else None
                     self._note(done, agreement, clock)
                 self.on_step(done)
+                if last:  # a feed may have something left to do, such as a set to write, and be stopped there
+                    self._save(done)
                 if self._to_stop(self._counted == 0) and not last:
                     self._save(done)
                     raise Stopped
@@ -201,8 +203,8 @@ class Training:
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
             raise SynthkdError(f"{path}: not a checkpoint of this student ({reason}); delete it") from error
-        if not 0 <= step < self.spec.steps:
-            raise SynthkdError(f"{path}: is of step {step}; expected one before {self.spec.steps}; delete it")
+        if not 0 <= step <= self.spec.steps:
+            raise SynthkdError(f"{path}: is of step {step}; expected {self.spec.steps} at most; delete it")
         for row in self.log:
             self.on_row(row)
         self.on_step(step)

@@ -18,6 +18,7 @@ from synthkd.dfkd.fields import Kind, check_fields
 from synthkd.dfkd.pools import Pool, open_pool
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
+from synthkd.dfkd.sets import SetSource
 from synthkd.dfkd.student import SetFeed
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
@@ -36,6 +37,11 @@ class MethodFeed(Feed, Protocol):
     """
 
     held: Tensor
+
+    @property
+    def made(self) -> int:
+        """Synthetic images that the student can see; what a method draws and throws away is not among them."""
+        ...
 
     @property
     def reading(self) -> Mapping[str, str]:
@@ -96,6 +102,14 @@ class MethodJob:
         floats = {f.name for f in fields(made) if f.type is float}
         return made(**{n: float(v) if n in floats else v for n, v in self.options.items()})
 
+    def need_classifier(self) -> None:
+        """Raise SynthkdError for a dense teacher: for methods that make images of one class."""
+        if self.teacher.dense:
+            raise SynthkdError(
+                f"method {self.name}: makes images of one class each, and the teacher is of the task 'segmentation'; "
+                "use mosaickd or pool"
+            )
+
     def opened_pool(self) -> Pool:
         """The out-of-domain images with the teacher's word on them; raises SynthkdError where the job has no pool."""
         if self.pool is None:
@@ -107,9 +121,11 @@ class MethodJob:
 
     def set_feed(self, source: Source, spec: DistillSpec | None = None) -> MethodFeed:
         """Batches of a finished set, guided or not, in the order and views of the spec."""
-        return SetFeed.opened(
+        feed = SetFeed.opened(
             source, self.teacher, spec or self.spec, self.how, folder=self.folder, labels_root=self.shards
         )
+        feed.made = int((~source.previews).sum()) if isinstance(source, SetSource) else 0  # a pool's were not made
+        return feed
 
     def with_options(self, **changes: Any) -> "MethodJob":
         """The same with other options."""

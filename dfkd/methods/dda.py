@@ -28,6 +28,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.image_to_image import begins_at
 
 SOURCES = ("pool", "deepinversion")
+_CLASSES = 100  # of a group at most
 _ROUNDS = 4  # in which a group looks for enough variations before it gives up
 _SHARE = Kind(lambda v: is_number(v) and 0 < v <= 1, "0 < share <= 1")
 _KINDS: Mapping[str, Kind] = {
@@ -84,11 +85,13 @@ def dda(job: MethodJob) -> MethodFeed:
     Raises SynthkdError for a teacher without features, a prior without an encoder, and where too few variations are
     like their sources.
     """
+    job.need_classifier()
     spec = job.settings(DdaSpec, _KINDS)
     if job.teacher.classifier is None:
         raise SynthkdError(f"method {job.name}: the teacher has no linear layer, so it has no features to compare")
     job.preset.job.check()
-    begins_at(spec.strength, _recipe(job.preset.job.recipe, spec, ()))
+    base = job.preset.job if spec.guided else unguided(job.preset.job)
+    begins_at(spec.strength, _recipe(base.recipe, spec, ()))
     return job.set_feed(varied_set(job, spec).written())
 
 
@@ -113,9 +116,14 @@ def _recipe(recipe: Recipe, spec: DdaSpec, found: tuple[int, ...]) -> Recipe:
     weights = tuple(min(n, 1) for n in found) if found and not all(found) else ()
     return replace(
         recipe, rounds=1, groups_per_round=0, previews=(), cutmix=CutMixSpec(every=0), class_weights=weights,
-        classes_per_group=sum(weights) if weights else len(recipe.classes),
+        classes_per_group=_together_in_a_group(sum(weights) if weights else len(recipe.classes)),
         samples_per_class=spec.sources_per_class * spec.variations, groups_per_shard=1,
     )  # fmt: skip
+
+
+def _together_in_a_group(classes: int) -> int:
+    """Classes of one group: the most that divide them all, so that none is in a group twice, up to 100."""
+    return max(n for n in range(1, min(classes, _CLASSES) + 1) if classes % n == 0)
 
 
 def _say_what_is_missing(teacher: Teacher, found: tuple[int, ...]) -> None:

@@ -52,6 +52,7 @@ def deepinversion(job: MethodJob) -> MethodFeed:
     Raises SynthkdError for a statistics term on a teacher without statistics, for `compete` without a student, and
     NonFiniteError (see `redrawn`).
     """
+    job.need_classifier()
     spec = job.settings(InversionSpec, _KINDS)
     return job.set_feed(inverted_set(job, spec).written())
 

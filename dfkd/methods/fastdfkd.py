@@ -79,6 +79,7 @@ def fastdfkd(job: MethodJob) -> MethodFeed:
     Raises SynthkdError for a statistics term on a teacher without statistics, for views that need a second image, and
     for a set of fewer than two groups; NonFiniteError (see `inversion.redrawn`).
     """
+    job.need_classifier()
     return FastFeed(job, job.settings(FastSpec, _KINDS))
 
 
@@ -155,9 +156,10 @@ class MetaGenerator:
         theta = [p.detach().to(device).requires_grad_() for p in slow.parameters()]
         self.meta = Meta(theta, list(self.net.parameters()), spec.meta, spec.lr_g * spec.inner)
         self.seen = copy.deepcopy(job.student).eval().requires_grad_(False)
+        layers = batchnorm_layers(job.teacher.net) if spec.bn and spec.bn_momentum else {}
         self.memory: Memory = {
             name: (layer.running_mean.clone(), layer.running_var.clone())  # type: ignore[operator]
-            for name, layer in batchnorm_layers(job.teacher.net).items()
+            for name, layer in layers.items()
         }
         self.made = 0
         self.sums, self.counted = torch.zeros(len(_TERMS), device=device), 0
@@ -302,6 +304,11 @@ class FastFeed:
                 told.advance(stage, plan.unit(group).kept)
         finally:
             told.end(stage)
+
+    @property
+    def made(self) -> int:
+        """Images of the set."""
+        return self.set.size
 
     @property
     def reading(self) -> Mapping[str, str]:

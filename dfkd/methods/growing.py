@@ -16,10 +16,11 @@ from synthkd.dfkd.training import Stopped
 from synthkd.engine.batch import Batch
 from synthkd.engine.config import GuidanceSpec, Recipe, Request, fingerprint
 from synthkd.engine.environment import environment, versions
-from synthkd.engine.index import read_index
+from synthkd.engine.errors import SynthkdError
+from synthkd.engine.index import claim_folder, read_index
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.reading import read_shard
-from synthkd.engine.shards import write_shards
+from synthkd.engine.shards import folder_lock, write_shards
 
 _CLASSES = 100  # of one group, so that a group of a thousand classes is drawn in parts
 
@@ -65,6 +66,13 @@ class DrawnSet:
         """See `SampleStream.environment`."""
         return environment(self.job.teacher.get_buffer("mean").device, self.plan.recipe.group_size)
 
+    def claim(self) -> None:
+        """Make the folder this set's; raises SynthkdError where it holds another one."""
+        folder = self.job.shards
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder):
+            claim_folder(folder, self.identity, self.plan.request.num_samples, {})
+
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order."""
         for unit in units:
@@ -83,7 +91,7 @@ class DrawnSet:
             told.end(stage)
         if summary.stopped:
             raise Stopped
-        return open_set(self.job.shards)
+        return open_set(self.job.shards, self.plan.request.num_samples)
 
 
 def group_batch(
@@ -108,12 +116,17 @@ class GrowingSet:
     """A set that grows group by group while the student learns: on disk, and all of it on the student's device.
 
     What is on disk is never made twice: a run that goes on from a checkpoint finds the groups that were made after it.
+    Such a set cannot grow beyond its run: what it holds hangs on how many images were asked for.
     """
 
     def __init__(self, job: MethodJob, settings: Mapping[str, Any], samples_per_class: int) -> None:
-        """settings: as for `DrawnSet`; a group has samples_per_class images of each class, one group a shard."""
+        """settings: as for `DrawnSet`; a group has samples_per_class images of each class, one group a shard.
+
+        Raises SynthkdError where the folder holds another set.
+        """
         plan = Plan(frame(job, samples_per_class), Request(num_samples=job.num_images, seed=job.seed))
-        self._stream = DrawnSet(job, plan, settings, self._given)
+        self._stream = DrawnSet(job, plan, {**settings, "num_images": job.num_images}, self._given)
+        self._stream.claim()
         self._next: Batch | None = None
         self.plan, self.device = plan, job.teacher.get_buffer("mean").device
         size, count = (plan.recipe.height, plan.recipe.width), plan.request.num_samples
@@ -133,7 +146,7 @@ class GrowingSet:
         return next(i for i in range(self.plan.num_groups + 1) if i not in done)
 
     def add(self, batch: Batch) -> None:
-        """Take the next group in; the set on disk must be of the same method, settings and seed (SynthkdError)."""
+        """Take the next group in; what is on disk already is read from there."""
         assert batch.group == self.groups
         if self.on_disk() <= batch.group:
             self._next = batch
@@ -141,10 +154,18 @@ class GrowingSet:
         self.read(batch.group + 1)
 
     def read(self, groups: int) -> None:
-        """Have exactly the first `groups` groups in memory, from disk."""
+        """Have exactly the first `groups` groups in memory, from disk; raises SynthkdError where one is not there."""
+        folder = self._stream.job.shards
+        if (there := self.on_disk()) < groups:
+            raise SynthkdError(
+                f"{folder}: group {there} is missing, and the checkpoint beside it was written after it; delete the "
+                "run's folder and begin again"
+            )
         wanted = sum(self.plan.unit(g).kept for g in range(groups))
         for group in range(self.groups, groups):
-            samples = list(read_shard(self._stream.job.shards, group))
+            samples = list(read_shard(folder, group))
+            if len(samples) != (count := self.plan.unit(group).kept):
+                raise SynthkdError(f"{folder}: group {group} has {len(samples)} images; expected {count}")
             here = slice(self.size, self.size + len(samples))
             pixels = torch.from_numpy(np.stack([s.pixels for s in samples])).permute(0, 3, 1, 2)
             self.images[here] = pixels.to(self.device)

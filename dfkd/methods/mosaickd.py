@@ -100,11 +100,18 @@ class MosaicFeed:
         if spec.keep:
             per_group = max(2, job.num_images // _GROUPS)
             self._kept = GrowingSet(job, self._settings, max(1, round(per_group / len(job.teacher.classes))))
+        else:
+            self._last_set().claim()  # another set there is said now, not after the training
 
     @property
     def reading(self) -> Mapping[str, str]:
         """Of the pool."""
         return self._pool.reading
+
+    @property
+    def made(self) -> int:
+        """Images of the generator that the student has seen, or can see."""
+        return self._kept.size if self._kept is not None else self.half * self.job.spec.steps
 
     @property
     def damaged(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch.utils.flop_counter import FlopCounterMode
 
-from synthkd.dfkd.generators import Generator, PatchDiscriminator, patch_loss
+from synthkd.dfkd.generators import PATCHES, Generator, PatchDiscriminator, patch_loss
 from synthkd.dfkd.losses import class_balance, class_rows, divergence, entropy
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
@@ -60,6 +60,9 @@ class Players:
         how: TrainOptions,
     ) -> None:  # fmt: skip
         """batch: images of a step; rounds: steps of each player in all; student: live, only ever looked through."""
+        if min(teacher.input_size) < (least := 2 ** PATCHES[spec.patch]):
+            size = "x".join(map(str, teacher.input_size))
+            raise SynthkdError(f"method mosaickd: patch is {spec.patch}: images of {size} need {least} pixels each way")
         self.spec, self.batch, self.rounds, self.seed, self.dtype = spec, batch, rounds, seed, how.dtype
         self.teacher, self._live = teacher, student
         self.device = teacher.get_buffer("mean").device
