@@ -23,8 +23,8 @@ def cifar10() -> Preset:
         arch="resnet20", steps=400, batch_size=128, ema=0.98, held_out=0.02, flip=True, shift=0.125, rotate=0.0,
         zoom=0.0,
     )  # fmt: skip
-    small = {"widths": [64, 32, 16], "patch_width": 32, "lr": 2e-3}
-    options = {"mosaickd": small, "fastdfkd": {"samples_per_class": 8, "warmup": 5}}
+    small: dict[str, object] = {"widths": [64, 32, 16], "patch_width": 32, "lr": 2e-3}
+    options: dict[str, dict[str, object]] = {"mosaickd": small, "fastdfkd": {"samples_per_class": 8, "warmup": 5}}
     return _preset("cifar10", "resnet20", student, 5_000, options)
 
 

@@ -16,7 +16,7 @@ from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, YES_NO, Kind, is_number, is_
 from synthkd.dfkd.generators import Generator
 from synthkd.dfkd.losses import bn_distance, class_scores, disagreement
 from synthkd.dfkd.methods.base import MethodFeed, MethodJob
-from synthkd.dfkd.methods.growing import GrowingSet
+from synthkd.dfkd.methods.growing import GrowingSet, growing_plan
 from synthkd.dfkd.methods.inversion import Jitter, OneGraph, device_of, moved, need_statistics, normal, redrawn
 from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
@@ -273,14 +273,15 @@ class FastFeed:
         need_statistics(job, spec.bn)
         settings = {**asdict(spec), "num_images": job.num_images, "distill": asdict(job.spec)}
         self.job, self.spec, self.waited = job, spec, 0.0
-        self.set = GrowingSet(job, settings, spec.samples_per_class)
-        groups = self.set.plan.num_groups
+        plan = growing_plan(job, spec.samples_per_class)
+        groups = plan.num_groups
         if groups < 2:
-            least = self.set.plan.recipe.group_size + 1
+            least = plan.recipe.group_size + 1
             raise SynthkdError(
                 f"method {job.name}: {job.num_images} images are one group; make at least {least}, or lower "
                 "samples_per_class: one group is held out"
             )
+        self.set = GrowingSet(job, settings, spec.samples_per_class)
         self.first = min(spec.warmup, groups)
         self.making = MetaGenerator(job, spec, groups)
         self._sight = Sight(view, job.spec.seed, job.spec.views, job.spec.batch_size)

@@ -112,6 +112,11 @@ def group_batch(
     return batch.first(unit.kept)
 
 
+def growing_plan(job: MethodJob, samples_per_class: int) -> Plan:
+    """Groups of a `GrowingSet`, one a shard."""
+    return Plan(frame(job, samples_per_class), Request(num_samples=job.num_images, seed=job.seed))
+
+
 class GrowingSet:
     """A set that grows group by group while the student learns: on disk, and all of it on the student's device.
 
@@ -124,7 +129,7 @@ class GrowingSet:
 
         Raises SynthkdError where the folder holds another set.
         """
-        plan = Plan(frame(job, samples_per_class), Request(num_samples=job.num_images, seed=job.seed))
+        plan = growing_plan(job, samples_per_class)
         self._stream = DrawnSet(job, plan, {**settings, "num_images": job.num_images}, self._given)
         self._stream.claim()
         self._next: Batch | None = None

@@ -157,15 +157,21 @@ def test_embedded_pool() -> None:
     assert border > middle
 
 
-@pytest.mark.parametrize("what", ["nothing", "empty", "tar", "npz", "embedded"])
+@pytest.mark.parametrize("what", ["nothing", "empty", "tar", "npz", "flat", "damaged", "embedded"])
 def test_wrong_references_are_one_line(what: str, tmp_path: Path) -> None:
     """Each names what was looked for."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     np.savez(tmp_path / "bad.npz", x=np.zeros((2, 3), np.float32))
+    np.savez(tmp_path / "flat.npz", x=np.zeros((5, 0, 0, 3), np.uint8))
+    np.savez_compressed(tmp_path / "damaged.npz", x=pixels(400))
+    with (tmp_path / "damaged.npz").open("r+b") as f:
+        f.seek(3000)
+        f.write(b"\xff" * 64)
     found = {
         "nothing": str(tmp_path / "none"), "empty": str(tmp_path / "empty"), "tar": str(tmp_path / "bad.tar"),
-        "npz": str(tmp_path / "bad.npz"), "embedded": "embedded:digits/pol",
+        "npz": str(tmp_path / "bad.npz"), "flat": str(tmp_path / "flat.npz"),
+        "damaged": str(tmp_path / "damaged.npz"), "embedded": "embedded:digits/pol",
     }  # fmt: skip
     with pytest.raises(SynthkdError, match="pool") as caught:
         open_images(found[what])
