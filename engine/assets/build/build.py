@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ASSETS = HERE.parent
 SCRATCH = HERE.parents[2] / "build" / "assets"
-STAGES = ("glyphs", "tokenizer", "vae", "readers", "unet", "decoder", "dense", "records")
+STAGES = ("glyphs", "letters", "tokenizer", "vae", "readers", "unet", "decoder", "dense", "records")
 MINUTES = {"vae": 15.0, "unet": 45.0}
 STEPS = {"vae": 3_000, "unet": 10_000}
 
@@ -27,7 +27,7 @@ def command(stage: str, scale: float) -> list[str]:
     if stage == "decoder":
         target = str(ASSETS / "digits" / "decoder")
         return [sys.executable, "-m", "synthkd.dfkd.cli", "fit-decoder", "--preset", "digits", "--out", target]
-    script = f"{stage}.py" if stage in ("glyphs", "tokenizer") else f"train_{stage}.py"
+    script = f"{stage}.py" if stage in ("glyphs", "letters", "tokenizer") else f"train_{stage}.py"
     line = [sys.executable, str(HERE / script)]
     if stage in MINUTES:
         line += [
@@ -76,7 +76,7 @@ def write_sums() -> None:
         for p in sorted(ASSETS.rglob("*"))
         if p.is_file()
         and p.relative_to(ASSETS).parts[0] != "build"
-        and p.suffix in (".safetensors", ".json", ".toml", ".txt", ".png")
+        and p.suffix in (".safetensors", ".json", ".toml", ".txt", ".png", ".webp")
     ]
     lines = [f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(ASSETS).as_posix()}" for p in files]
     (ASSETS / "SHA256SUMS").write_text("\n".join(lines) + "\n")
