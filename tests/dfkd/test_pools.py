@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from synthkd.dfkd.data_dali import dali_available
 from synthkd.dfkd.feed import ReadOptions
 from synthkd.dfkd.pools import LABELS, highest_entropy, open_images, open_pool
 from synthkd.dfkd.student import read_plain
@@ -71,9 +72,12 @@ def as_tars(folder: Path, images: np.ndarray) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("reader_name", ["torch", "dali"])
 @pytest.mark.parametrize("kind", ["folder", "tars", "npz", "grey"])
-def test_same_pixels_from_every_kind(kind: str, tmp_path: Path) -> None:
-    """A folder, tars and an .npz of the same images hold the same images."""
+def test_same_pixels_from_every_kind(kind: str, reader_name: str, tmp_path: Path) -> None:
+    """A folder, tars and an .npz of the same images hold the same images, whoever reads them."""
+    if reader_name == "dali" and not dali_available():
+        pytest.skip("needs DALI")
     images = pixels()
     if kind == "folder":
         where = as_folder(tmp_path / "p", images)
@@ -84,7 +88,7 @@ def test_same_pixels_from_every_kind(kind: str, tmp_path: Path) -> None:
         where = tmp_path / "p.npz"
         np.savez(where, x=images[..., 0] if kind == "grey" else images)
     source = open_images(str(where))
-    reader = source.reader((8, 6), ReadOptions(reader="torch", threads=1))
+    reader = source.reader((8, 6), ReadOptions(reader=reader_name, threads=1))
     found = {x.numpy().tobytes() for x in read_plain(reader, np.arange(len(source)))}
     reader.close()
     assert found == {torch.from_numpy(x).permute(2, 0, 1).contiguous().numpy().tobytes() for x in images}
