@@ -1,16 +1,23 @@
 """Presets: a name -> everything a run needs. A plugin adds one through the entry-point group `synthkd.presets`."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import entry_points
 from typing import Any
 
+from synthkd.dfkd import plugins
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.job import SynthJob
-from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe, SynthkdError
+from synthkd.engine import CutMixSpec, GuidanceSpec, Recipe
 from synthkd.engine.assets import embedded_path
-from synthkd.engine.errors import suggest
+
+GROUP = "synthkd.presets"
+_OWN = {
+    "digits": "synthkd.dfkd.presets:digits",
+    "segments": "synthkd.dfkd.presets_dense:segments",
+    "cifar10": "synthkd.dfkd.presets_cifar:cifar10",
+    "cifar10-mosaickd": "synthkd.dfkd.presets_cifar:cifar10_mosaickd",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +100,10 @@ def digits() -> Preset:
 
 def preset_names() -> list[str]:
     """Installed presets."""
-    return sorted(e.name for e in entry_points(group="synthkd.presets"))
+    return plugins.names_of(GROUP, _OWN)
 
 
 def load_preset(name: str) -> Preset:
     """A preset by name; raises SynthkdError with the nearest right one."""
-    found = {e.name: e for e in entry_points(group="synthkd.presets")}
-    if name not in found:
-        raise SynthkdError(f"preset {name!r} is unknown; {suggest(name, found)}")
-    make: Callable[[], Preset] = found[name].load()
-    return make()
+    made: Preset = plugins.load(GROUP, _OWN, name, "preset")()
+    return made

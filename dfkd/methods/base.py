@@ -6,12 +6,12 @@ A method is a function of a MethodJob that returns a MethodFeed. It is found by 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
+from synthkd.dfkd import plugins
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.feed import Feed, Source
 from synthkd.dfkd.fields import Kind, check_fields
@@ -22,9 +22,13 @@ from synthkd.dfkd.sets import SetSource
 from synthkd.dfkd.student import SetFeed
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
-from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.errors import SynthkdError
 
 GROUP = "synthkd.methods"
+_OWN = {
+    **{name: f"synthkd.dfkd.methods.plain:{name}" for name in ("diffdfkd", "diffusion", "pool")},
+    **{name: f"synthkd.dfkd.methods.{name}:{name}" for name in ("dda", "deepinversion", "fastdfkd", "mosaickd")},
+}
 Options = TypeVar("Options")
 
 
@@ -137,13 +141,10 @@ Method = Callable[[MethodJob], MethodFeed]
 
 def method_names() -> list[str]:
     """Installed methods."""
-    return sorted({e.name for e in entry_points(group=GROUP)})
+    return plugins.names_of(GROUP, _OWN)
 
 
 def load_method(name: str) -> Method:
     """A method by name; raises SynthkdError with the nearest right one."""
-    found = {e.name: e for e in entry_points(group=GROUP)}
-    if name not in found:
-        raise SynthkdError(f"method {name!r} is unknown; {suggest(name, found)}")
-    made: Method = found[name].load()
+    made: Method = plugins.load(GROUP, _OWN, name, "method")
     return made

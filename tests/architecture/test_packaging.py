@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from synthkd.dfkd.methods.base import method_names
+from synthkd.dfkd.presets import preset_names
+
 ROOT = Path(__file__).resolve().parents[2]
 TOP = ("bench", "dfkd", "engine", "export", "kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -80,6 +83,7 @@ def test_wheel_installs_and_imports_alone(tmp_path: Path) -> None:
 
 
 def test_entry_points_are_installed() -> None:
-    """Subcommands and presets are found through entry points."""
+    """Subcommands are found through entry points; presets and methods of our own without any."""
     assert {e.name for e in importlib.metadata.entry_points(group="synthkd.commands")} == {"bench"}
-    assert "digits" in {e.name for e in importlib.metadata.entry_points(group="synthkd.presets")}
+    assert {"digits", "segments", "cifar10"} <= set(preset_names())
+    assert "mosaickd" in method_names()
