@@ -131,6 +131,7 @@ class MethodRun:
             "preset": self.preset.name,
             "method": self.method,
             "seed": self.seed,
+            "pool": job.notes.get("pool"),
             **scores,
             "agreement": student.agreement,
             **facts,

@@ -43,11 +43,21 @@ def write_report(run_dir: Path) -> Path:
 
 def sections(run: Run) -> list[h.Section]:
     """What there is to say about the run, in the order of the page."""
-    before: list[Maker] = [summary, images, copies, distance, guidance]
+    before: list[Maker] = [summary, images, copies, distance, _steered]
     learned: list[Maker] = [distillation, lambda run: players(run.folder / STUDENT_LOG)] if run.result else []
     scored: list[Maker] = [classes, confusion] if run.result else []
     makers = [*before, *learned, balance, confidence, *scored, throughput, provenance]
     return [section for make in makers if (section := make(run)) is not None]
+
+
+def _steered(run: Run) -> h.Section | None:
+    """The guidance's terms; nothing to say of a method that has no denoising steps."""
+    return guidance(run) if _has_prior(run) else None
+
+
+def _has_prior(run: Run) -> bool:
+    """Whether a diffusion model drew the images."""
+    return run.text("method") in ("", "diffdfkd", "diffusion", "dda")
 
 
 def _title(run: Run) -> str:
@@ -65,7 +75,8 @@ def _lead(run: Run) -> str:
 
 
 def _colours(run: Run) -> h.Html:
-    names = {"guided": "guided by the teacher", "unguided": "unguided control", "teacher": "teacher"}
+    mine = f"method {run.text('method')}" if run.text("method") else "guided by the teacher"
+    names = {"guided": mine, "unguided": "unguided control", "teacher": "teacher"}
     present = {s.tone for s in run.sets} | ({"teacher"} if run.result else set())
     present |= {"unguided"} if run.number("unguided_student_accuracy") is not None else set()
     return h.legend((tone, text) for tone, text in names.items() if tone in present)
@@ -76,16 +87,18 @@ def summary(run: Run) -> h.Section:
     score, words = ("miou", "mean IoU") if run.number("student_miou") is not None else ("accuracy", "accuracy")
     teacher, student = run.number(f"teacher_{score}"), run.number(f"student_{score}")
     plain = run.number("unguided_student_accuracy")
+    method = run.text("method")
     told = [
         ("Teacher", teacher, f"{words} on real test images", "teacher"),
-        ("Student", student, "trained on guided images only", "guided"),
+        ("Student", student, f"by method {method}" if method else "trained on guided images only", "guided"),
         ("Unguided control", plain, "same student, unguided images", "unguided"),
     ]
     hero = [h.Figure(name, f"{v:.1f}", "%", aside, tone) for name, v, aside, tone in told if v is not None]
     if student is not None and plain is not None:
         hero.append(h.Figure("Gain of guidance", h.points(student - plain), "points", "student minus control"))
     body = [h.figures(items, hero=items is hero) for items in (hero, _small_figures(run)) if items]
-    used = "the teacher's weights, its class names and the image prior"
+    used = "the teacher's weights, its class names" + (" and the image prior" if _has_prior(run) else "")
+    used += " and a pool of other images" if run.text("pool") else ""
     text = f"Not used: any image the teacher was trained on. The input was {used}."
     if hero:
         text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure {words}, never to train."

@@ -26,12 +26,13 @@ def images(run: Run) -> h.Section:
     for drawn in run.sets:
         png, crisp = _sheet_png(drawn.pixels, rows)
         alt = f"Contact sheet of {drawn.tone} images: one row per class ({', '.join(names)}), ids as listed below."
-        sheets.append(h.sheet(names, png, alt, drawn.tone, max(map(len, rows), default=1), crisp))
+        title = run.text("method")
+        sheets.append(h.sheet(names, png, alt, drawn.tone, max(map(len, rows), default=1), crisp, title))
     size = f"{run.main.recipe.width} × {run.main.recipe.height} pixels"
     text = f"The first {max(map(len, rows), default=0)} ids of each class, {size}, nothing picked by hand."
     if run.control:
         text += " The same place holds the same id, and so the same initial noise, with and without guidance."
-    elif run.result is not None:
+    elif run.result is not None and not run.text("method"):
         text += f" {NO_CONTROL}"
     if len(run.main.counts) > len(shown):
         text += f" Shown: {len(shown)} of {len(run.main.counts):,} classes."

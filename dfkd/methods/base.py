@@ -69,6 +69,7 @@ class MethodJob:
     spec: of the student; num_images: synthetic images it may make; folder: of the run, a set goes to its `shards`;
     teacher: frozen; student: the network that learns while batches are taken, to be looked through and never changed;
     how: execution; options: the method's own settings as plain values; pool: as `open_pool` takes it, None for none.
+    notes: what a result says beside the scores, such as which pool was opened.
     """
 
     preset: Preset
@@ -84,6 +85,7 @@ class MethodJob:
     workers: int | None = None
     progress: Progress = field(default_factory=Silent)
     should_stop: Callable[[], bool] = lambda: False
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int:
@@ -121,6 +123,7 @@ class MethodJob:
                 f"method {self.name}: needs out-of-domain images; give --pool a folder of images or of tar shards, an "
                 ".npz of x, or embedded:digits/pool"
             )
+        self.notes["pool"] = self.pool
         return open_pool(self.pool, self.teacher, self.how, keep=self.folder, progress=self.progress)
 
     def set_feed(self, source: Source, spec: DistillSpec | None = None) -> MethodFeed:
