@@ -237,10 +237,11 @@ def parts() -> Parts:
     found: Parts = {f"tests: {name}": partial(tests_part, name) for name in TESTS}
     found |= {f"kernels: {s.name}": partial(kernels_part, s.name) for s in SUITES}
     found |= {f"decoder: {direction}": partial(decoder_part, direction) for direction in DIRECTIONS}
-    found |= distill_parts() | engine_parts() | backends_parts() | methods_parts()
+    found |= distill_parts() | engine_parts() | backends_parts()
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
-    return found | {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
+    found |= {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
+    return found | methods_parts()  # the longest training last
 
 
 def apart(name: str) -> None:
