@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from synthkd.bench.record import RESULTS
+from synthkd.bench.record import RESULTS, with_table
 from synthkd.kernels.case import Case, Suite
 from synthkd.kernels.suites import SUITES
 
@@ -58,8 +58,7 @@ def _said(row: Mapping[str, Any] | None) -> str:
 
 def page(text: str, rows: Rows) -> str:
     """The page with its table made anew."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table(rows) + END + rest.split(END)[1]
+    return with_table(text, BEGIN, END, table(rows))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from synthkd.bench.record import RESULTS, append_row, stamped
+from synthkd.bench.record import RESULTS, append_row, stamped, with_table
 from synthkd.dfkd.compare import Comparison, Row
 from synthkd.dfkd.method_run import RESULT, MethodRun
 from synthkd.dfkd.presets import Preset
@@ -114,8 +114,7 @@ def _line(preset: str, method: str, rows: list[dict[str, Any]]) -> str:
 
 def page(text: str, found: Found) -> str:
     """The page with its table made anew."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + table(found) + END + rest.split(END)[1]
+    return with_table(text, BEGIN, END, table(found))
 
 
 if __name__ == "__main__":

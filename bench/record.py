@@ -44,6 +44,12 @@ def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "date": today, "commit": commit(), "machine": machine()}
 
 
+def with_table(text: str, begin: str, end: str, table: str) -> str:
+    """A page whose table, between two marks, is made anew."""
+    before, rest = text.split(begin)
+    return before + begin + table + end + rest.split(end)[1]
+
+
 def append_row(name: str, row: Mapping[str, Any]) -> Path:
     """Append a row to bench/results/NAME.jsonl."""
     path = RESULTS / f"{name}.jsonl"

@@ -132,11 +132,9 @@ def labelled_arrays(path: Path) -> tuple[Tensor, NDArray[np.int64]]:
             x, y = data["x"], data["y"].astype(np.int64)
     except _UNREADABLE as error:
         raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
-    grey_or_rgb = x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)
-    if x.dtype != np.uint8 or not grey_or_rgb or y.ndim not in (1, 3) or len(x) != len(y) or not x.size:
+    if not _are_pixels(x) or y.ndim not in (1, 3) or len(x) != len(y):
         raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
-    x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
-    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), y
+    return _channels_first(x), y
 
 
 def images_from_npz(path: Path, what: str) -> Tensor:
@@ -146,8 +144,18 @@ def images_from_npz(path: Path, what: str) -> Tensor:
             x = data["x"]
     except _UNREADABLE as error:
         raise SynthkdError(f"{what} {path}: expected an array x without pickles ({error})") from error
-    if x.dtype != np.uint8 or not (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) or not x.size:
+    if not _are_pixels(x):
         raise SynthkdError(f"{what} {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3] or [N,H,W]")
+    return _channels_first(x)
+
+
+def _are_pixels(x: NDArray[np.uint8]) -> bool:
+    """Whether an array is grey or RGB images, one at least."""
+    return x.dtype == np.uint8 and (x.ndim == 3 or (x.ndim == 4 and x.shape[3] == 3)) and x.size > 0
+
+
+def _channels_first(x: NDArray[np.uint8]) -> Tensor:
+    """uint8 [N,H,W,3] or [N,H,W] -> uint8 [N,3,H,W]."""
     x = np.repeat(x[..., None], 3, axis=3) if x.ndim == 3 else x
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 

@@ -24,7 +24,7 @@ from synthkd.dfkd.report import write_report
 from synthkd.dfkd.student import Student, fresh_student, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher, teacher_digest
 from synthkd.dfkd.train_options import TrainOptions
-from synthkd.dfkd.training import CHECKPOINT, LogRow, Stopped, Training
+from synthkd.dfkd.training import CHECKPOINT, Stopped, Training
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import write_atomically
@@ -217,4 +217,4 @@ def peak_mb(device: str) -> float:
     return round(most * unit / 1e6, 1)
 
 
-__all__ = ["RESULT", "LogRow", "MethodRun", "Stopped", "peak_mb"]
+__all__ = ["RESULT", "MethodRun", "Stopped", "peak_mb"]

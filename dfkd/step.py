@@ -45,8 +45,8 @@ class Step:
         self._replayed = mode in ("reduce-overhead", "max-autotune") and self.device.type == "cuda"
         if self._replayed and spec.accumulate > 1:
             raise SynthkdError(f"--compile {mode}: CUDA graphs do not add gradients up; set accumulate to 1")
-        self._teach: Any = _graph(objective.teach, mode)
-        self._loss: Any = _graph(objective, mode)
+        self._teach: Any = graph(objective.teach, mode)
+        self._loss: Any = graph(objective, mode)
         if ranks.world > 1:
             devices = [self.device] if self.device.type == "cuda" else None
             self._loss = DistributedDataParallel(self._loss, device_ids=devices)
@@ -160,22 +160,20 @@ class Step:
         for name, value in self.mean.items():
             value.copy_(cut["mean"][name])
         for i, p in enumerate(self.parameters):
-            self.optimizer.state[p] = {k: _like(v, p) for k, v in kept.get(str(i), {}).items()}
+            self.optimizer.state[p] = {k: like(v, p) for k, v in kept.get(str(i), {}).items()}
 
 
-def _graph(call: Callable[..., Any], mode: str | None) -> Any:
+def graph(call: Callable[..., Any], mode: str | None) -> Any:
     """One graph, whole or an error; called with one size of batch, it is compiled once."""
     return call if mode is None else torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """An optimizer's tensor where its parameter is; counters stay scalars."""
-    moved = value.to(parameter.device)
-    return moved.contiguous(memory_format=torch.channels_last) if _is_last(parameter) and moved.dim() == 4 else moved
+def like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of an optimizer's tensor in its parameter's memory, since the fused step takes both as they lie.
 
-
-def _is_last(p: Tensor) -> bool:
-    return p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    Counters stay scalars.
+    """
+    return value.to(parameter.device).clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value).detach()
 
 
 def _tables(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""Methods: what steers the synthesis towards images worth learning from."""
+"""Methods of data-free distillation (`base.py` says what one is), and the guidance that steers a prior."""
 
 from synthkd.dfkd.methods.diffdfkd import TeacherGuidance
 

@@ -5,7 +5,7 @@ A method is a function of a MethodJob that returns a MethodFeed. It is found by 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -133,10 +133,6 @@ class MethodJob:
         )
         feed.made = int((~source.previews).sum()) if isinstance(source, SetSource) else 0  # a pool's were not made
         return feed
-
-    def with_options(self, **changes: Any) -> "MethodJob":
-        """The same with other options."""
-        return replace(self, options={**self.options, **changes})
 
 
 Method = Callable[[MethodJob], MethodFeed]

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ class DrawnSet:
     settings: Mapping[str, Any]
     draw_group: Callable[[WorkUnit], Batch]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """See `SampleStream.identity`."""
         declared = {"kind": self.job.name, **self.settings, "teacher_sha256": teacher_digest(self.job.teacher)}

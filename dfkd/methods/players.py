@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from synthkd.dfkd.generators import PATCHES, Generator, PatchDiscriminator, patch_loss
 from synthkd.dfkd.losses import class_balance, class_rows, divergence, entropy
+from synthkd.dfkd.step import graph, like
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.train_options import TrainOptions
 from synthkd.engine import rng
@@ -76,9 +77,9 @@ class Players:
         self._adam = {name: _adam(net, spec) for name, net in self._nets().items()}
         self._sums, self._count = torch.zeros(len(TERMS), device=self.device), 0
         mode = _uncaptured(how.compile_mode(self._operations(), rounds))
-        self._make: Any = _graph(self.generator, mode)
-        self._told: Any = _graph(self.discriminator_loss, mode)
-        self._wanted: Any = _graph(self.generator_loss, mode)
+        self._make: Any = graph(self.generator, mode)
+        self._told: Any = graph(self.discriminator_loss, mode)
+        self._wanted: Any = graph(self.generator_loss, mode)
 
     def _nets(self) -> dict[str, nn.Module]:
         return {"generator": self.generator, "discriminator": self.discriminator}
@@ -182,7 +183,7 @@ class Players:
             net.load_state_dict(_under(state, f"{name}.net."))
             for i, p in enumerate(net.parameters()):
                 kept = _under(state, f"{name}.adam.{i}.")
-                self._adam[name].state[p] = {key: _like(value, p) for key, value in kept.items()}
+                self._adam[name].state[p] = {key: like(value, p) for key, value in kept.items()}
 
     def _operations(self) -> float:
         """Floating point operations of all steps, roughly: a backward pass counts as two forward."""
@@ -216,16 +217,6 @@ def _placed(net: nn.Module, device: torch.device) -> nn.Module:
 
 def _adam(net: nn.Module, spec: GameSpec) -> torch.optim.Optimizer:
     return torch.optim.Adam(net.parameters(), spec.lr, betas=(spec.betas[0], spec.betas[1]), fused=True)
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """An optimizer's tensor in its parameter's memory: the fused step takes both as they lie."""
-    return value.to(parameter.device).clone() if value.dim() == 0 else torch.empty_like(parameter).copy_(value).detach()
-
-
-def _graph(call: Any, mode: str | None) -> Any:
-    """One graph, whole or an error."""
-    return call if mode is None else torch.compile(call, mode=mode, fullgraph=True, dynamic=False)
 
 
 def _uncaptured(mode: str | None) -> str | None:

@@ -129,7 +129,7 @@ def test_the_set_is_a_function_of_settings_and_seed(job: MethodJob, tmp_path: Pa
         assert all(np.array_equal(a.pixels, b.pixels) for a, b in pairs)
     assert [s.meta["label"] for s in read_shard(job.shards, 1)] != []
     with pytest.raises(SynthkdError, match="other"):
-        deepinversion(job.with_options(bn=1.0))
+        deepinversion(replace(job, options={**job.options, "bn": 1.0}))
 
 
 def test_a_group_that_is_not_finite_is_redrawn_or_ends_the_run(job: MethodJob, monkeypatch: Any) -> None:
@@ -159,7 +159,7 @@ def test_a_group_that_is_not_finite_is_redrawn_or_ends_the_run(job: MethodJob, m
 def test_wrong_options_are_one_line(job: MethodJob, options: dict[str, Any], message: str) -> None:
     """Before anything is drawn."""
     with pytest.raises(SynthkdError, match=message):
-        deepinversion(job.with_options(**options))
+        deepinversion(replace(job, options={**job.options, **options}))
     assert not job.shards.exists()
 
 
@@ -169,4 +169,4 @@ def test_a_teacher_without_statistics_is_named(job: MethodJob) -> None:
     bare = replace(job, teacher=Teacher(net, mean=[0.4] * 3, std=[0.3] * 3, input_size=SIZE, classes=("a", "b", "c")))
     with pytest.raises(SynthkdError, match="no BatchNorm and no stored moments to compare with; set bn to 0"):
         deepinversion(bare)
-    deepinversion(bare.with_options(bn=0)).close()
+    deepinversion(replace(bare, options={**bare.options, "bn": 0})).close()

@@ -313,7 +313,7 @@ def test_compiled_players_play_the_same_game(teacher_card: Path, monkeypatch: py
     teacher, found = load_teacher(str(teacher_card)), []
     for backend in (None, "aot_eager"):
         graph = partial(torch.compile, backend=backend, fullgraph=True, dynamic=False) if backend else None
-        monkeypatch.setattr(module, "_graph", lambda call, _, graph=graph: graph(call) if graph else call)
+        monkeypatch.setattr(module, "graph", lambda call, _, graph=graph: graph(call) if graph else call)
         players = game(teacher, fresh_student(teacher, STUDENT))
         for i in range(2):
             players.learn(stripes(6), i)
