@@ -32,7 +32,7 @@ from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
 from synthkd.dfkd.training import Stopped
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 from synthkd.engine.workers import default_workers
 from synthkd.kernels.suites import SUITES
 

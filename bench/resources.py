@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from synthkd.bench.record import RESULTS
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 from synthkd.kernels.case import Case, Maker, Suite, evaluate
 from synthkd.kernels.dispatch import interpreted, planned
 from synthkd.kernels.launch import Launch, recorded

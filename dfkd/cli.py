@@ -171,6 +171,8 @@ def synth(
     patch_weight: options.PatchWeight = None,
     allow_code: options.AllowCode = False,
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
+    shard_index: options.ShardIndex = None,
+    num_shards: options.NumShards = None,
     workers: options.Workers = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
@@ -200,10 +202,13 @@ def synth(
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)
+    part = options.part_of_run(shard_index, num_shards)
     order = options.parse_shards(shards, Plan(job.recipe, request).num_shards)
+    if part is not None and order is not None:
+        raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
     with Bars(out) as bars, StopFlag() as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order)
+        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)

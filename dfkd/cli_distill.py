@@ -35,7 +35,7 @@ from synthkd.dfkd.student import distill as train
 from synthkd.dfkd.teachers import Teacher, load_teacher
 from synthkd.dfkd.training import CHECKPOINT, LogRow, sight_of
 from synthkd.engine.errors import SynthkdError, suggest
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 
 out = Console()
 

@@ -19,7 +19,7 @@ from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, save_student
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import LogRow
 from synthkd.engine import Request
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 from synthkd.engine.workers import one_thread
 
 out = Console()

@@ -17,11 +17,18 @@ from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine import Execution, Recipe, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.index import read_manifest
+from synthkd.engine.rows import Part
 from synthkd.export import ExportError, Options
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to; made where it does not exist.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that draw (default: one per CPU core, one on a GPU).")]
+ShardIndex = Annotated[
+    int | None, typer.Option(help="Which of --num-shards runs that share the folder this is, from 0 (Slurm, torchrun).")
+]
+NumShards = Annotated[
+    int | None, typer.Option(help="How many runs share the folder; each draws every so many-th shard of the set.")
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
@@ -86,6 +93,15 @@ def check_workers(workers: int | None) -> int | None:
     if workers is not None and workers < 1:
         raise SynthkdError(f"--workers is {workers}; expected a whole number >= 1")
     return workers
+
+
+def part_of_run(index: int | None, count: int | None) -> Part | None:
+    """`--shard-index` and `--num-shards` as a part; None without both, raises SynthkdError for one alone."""
+    if index is None and count is None:
+        return None
+    if index is None or count is None:
+        raise SynthkdError("--shard-index and --num-shards go together; give both")
+    return Part(index, count)
 
 
 def check_limit(limit: int | None, have: int) -> None:

@@ -27,7 +27,8 @@ from synthkd.engine.index import (
     note_decoder,
     read_manifest,
 )
-from synthkd.engine.shards import folder_lock
+from synthkd.engine.locks import settle_lock
+from synthkd.engine.rows import Part
 from synthkd.engine.workers import one_thread
 
 FIT = FitSpec()  # of a set's own decoder, with the set's seed
@@ -40,6 +41,7 @@ def settle_decoder(
     request: Request,
     progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
+    part: Part | None = None,
 ) -> SynthJob | None:
     """The job with its decoder decided, as the manifest has it or now; None if stopped before that.
 
@@ -52,7 +54,7 @@ def settle_decoder(
         return done
     synth = job.build()
     folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder), one_thread(job.device):
+    with settle_lock(folder, part), one_thread(job.device):
         declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
         claim_folder(folder, declared, request.num_samples, job.source())
         if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:

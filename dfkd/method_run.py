@@ -27,7 +27,7 @@ from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import CHECKPOINT, Stopped, Training
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 from synthkd.engine.workers import one_thread
 
 RESULT, SPENT = "result.json", "spent.json"

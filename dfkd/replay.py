@@ -13,14 +13,15 @@ from synthkd.dfkd.rounds import student_card
 from synthkd.engine.backends import Execution
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
+from synthkd.engine.encoding import encode_image
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
-from synthkd.engine.index import read_environments, read_index, read_manifest
+from synthkd.engine.index import read_environments, read_manifest
 from synthkd.engine.memory import plan_of
 from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
+from synthkd.engine.rows import group_rows, read_index
 from synthkd.engine.runner import open_stream
-from synthkd.engine.shards import encode_image
 from synthkd.export import ExportError, Options
 
 
@@ -71,7 +72,7 @@ def replay_sample(
 def _environment(set_dir: Path, group: int, shard: int) -> Mapping[str, Any]:
     """The environment that a group was drawn in; empty where group or environment are not known."""
     row = read_index(set_dir).get(shard)
-    key = next((g.environment for g in row.groups if g.group == group), "") if row else ""
+    key = next((g.environment for g in group_rows(set_dir, row) if g.group == group), "") if row else ""
     return read_environments(set_dir).get(key, {})
 
 

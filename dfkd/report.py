@@ -1,6 +1,5 @@
 """One self-contained HTML page about a run: what went in, what was drawn, what the student learned from it."""
 
-import json
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from synthkd.dfkd.report_images import copies, images
 from synthkd.dfkd.report_players import players
 from synthkd.dfkd.report_scores import classes, confusion, distance
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import ENVIRONMENTS, flatten
+from synthkd.engine.index import flatten, read_environments
 
 REPORT, STUDENT_LOG = "report.html", "student_log.jsonl"
 _BINS = 20
@@ -287,8 +286,7 @@ def provenance(run: Run) -> h.Section:
     parts = ("source", "model_sha256", "guidance", "solver", "versions")
     more: dict[str, Any] = {k: manifest[k] for k in parts if k in manifest}
     rows = [[k, _value(v)] for k, v in {**identity, **flatten(more), "device": run.text("device") or "–"}.items()]
-    path = run.main.folder / ENVIRONMENTS
-    for key, detail in (json.loads(path.read_text()) if path.is_file() else {}).items():
+    for key, detail in read_environments(run.main.folder).items():
         rows.append([f"environment {key}", _value(", ".join(f"{k}: {v}" for k, v in flatten(detail).items()))])
     declared = {**manifest["recipe"], "classes": ", ".join(run.main.recipe.classes)}
     recipe = [[k, _value(v)] for k, v in flatten(declared).items()]

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from synthkd.dfkd.methods.diffdfkd import KIND
 from synthkd.engine.config import Recipe
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import MANIFEST, GroupRow, read_index, read_manifest
+from synthkd.engine.index import MANIFEST, read_manifest
 from synthkd.engine.plan import sample_key
 from synthkd.engine.reading import Sample, read_set
+from synthkd.engine.rows import GroupRow, all_group_rows
 
 RESULT = "result.json"
 CLASSES_SHOWN, COLUMNS, POINTS = 20, 8, 150
@@ -75,7 +76,7 @@ def load_set(folder: Path, chosen: Collection[str] | None = None, copied: Collec
     """
     manifest = read_manifest(folder)
     recipe = Recipe.from_dict(manifest["recipe"])
-    rows = [group for shard in read_index(folder).values() for group in shard.groups]
+    rows = list(all_group_rows(folder))
     drawn = DrawnSet(folder, recipe, manifest, rows, [0] * len(recipe.classes))
     for sample in read_set(folder):
         try:

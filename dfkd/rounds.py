@@ -5,7 +5,7 @@ is kept in the set's folder, and its digest is in the manifest.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from synthkd.engine.index import (
     claim_folder,
     found_checkpoint,
     note_checkpoint,
-    read_index,
     read_manifest,
     round_folder,
 )
+from synthkd.engine.locks import settle_lock
+from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
-from synthkd.engine.shards import WriteSummary, folder_lock, write_shards
+from synthkd.engine.shards import WriteSummary, write_shards
 from synthkd.engine.workers import default_workers, one_thread
 
 _log = logging.getLogger("synthkd")
@@ -43,37 +44,41 @@ def draw_set(
     workers: int | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    shards: list[int] | None = None,
+    shards: Sequence[int] | None = None,
+    part: Part | None = None,
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
-    What is there already is kept. shards: their order, all by default. Raises SynthkdError where a round is asked for
-    before the rounds that teach its student are there.
+    What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
+    that share the folder this is. Raises SynthkdError where a round is asked for before the rounds that teach its
+    student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
-    settled = settle_decoder(job, folder, request, told, should_stop)
+    settled = settle_decoder(job, folder, request, told, should_stop, part)
     if settled is None:
         return WriteSummary(0, 0, True)
     job = settled
-    order = list(range(plan.num_shards)) if shards is None else shards
+    whole = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
+    order = whole if shards is None else shards
     _say_what_gamma_does(job, plan)
-    if not set(order) & set(plan.round_shards(0)):
-        _claim(job, request, folder)
-    told.begin(stage, sum(u.kept for u in plan.units(order)), "images")
+    if not any(s in plan.round_shards(0) for s in order):
+        _claim(job, request, folder, part)
+    told.begin(stage, sum(plan.shard_samples(s) for s in order), "images")
     summary = WriteSummary(0, 0, False)
     try:
         for round_ in range(plan.num_rounds):
-            mine = [s for s in order if s in plan.round_shards(round_)]
+            mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
             if not mine:
                 continue
-            student = ensure_student(job, folder, round_, request, told, should_stop) if round_ else None
+            student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
             if round_ and student is None:
                 return replace(summary, stopped=True)
             drawn = write_shards(
                 open_stream(job.at_round(round_, student).build, plan, workers or default_workers(job.device)),
                 folder,
                 shards=mine,
+                part=part,
                 source=job.source(),
                 on_batch=lambda n: told.advance(stage, n),
                 on_present=lambda n: told.advance(stage, n),
@@ -87,10 +92,10 @@ def draw_set(
     return summary
 
 
-def _claim(job: SynthJob, request: Request, folder: Path) -> None:
+def _claim(job: SynthJob, request: Request, folder: Path, part: Part | None) -> None:
     """Compare a folder with the job where no first round will do so before a student is trained on what it holds."""
     if (folder / MANIFEST).exists():
-        with folder_lock(folder):
+        with settle_lock(folder, part):
             claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
 
 
@@ -127,6 +132,7 @@ def ensure_student(
     request: Request,
     progress: Progress,
     should_stop: Callable[[], bool] = lambda: False,
+    part: Part | None = None,
 ) -> Path | None:
     """The card of a round's student: the kept one, or trained now on all images of the rounds before; None if stopped.
 
@@ -134,7 +140,7 @@ def ensure_student(
     the manifest names (another processor or library).
     """
     count = _before(job, folder, round_, request)
-    with folder_lock(folder):
+    with settle_lock(folder, part):
         try:
             return student_card(folder, round_)
         except SynthkdError:

@@ -30,7 +30,8 @@ from synthkd.dfkd.training import CHECKPOINT, OtherTrainingError
 from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
-from synthkd.engine.index import MANIFEST, read_index, write_atomically
+from synthkd.engine.index import MANIFEST
+from synthkd.engine.rows import all_group_rows, read_index, write_atomically
 from synthkd.engine.runner import follow_parent
 from synthkd.engine.workers import cores, default_workers
 
@@ -271,6 +272,6 @@ def images_per_second(folder: Path, workers: int) -> float:
 
     Compiling is left out: it is done once, whatever the size of the set.
     """
-    groups = [g for row in read_index(folder).values() for g in row.groups]
+    groups = list(all_group_rows(folder))
     spent = sum(t for g in groups for stage, t in g.seconds.items() if stage != "compile")
     return round(sum(g.kept for g in groups) * workers / spent, 3) if spent else 0.0

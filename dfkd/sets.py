@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from synthkd.dfkd.feed import Reader, ReadOptions, Rows
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import ShardRow, read_index, read_manifest
+from synthkd.engine.index import read_manifest
 from synthkd.engine.reading import MAX_MEMBER, decode_meta
+from synthkd.engine.rows import ShardRow, group_rows, read_index
 from synthkd.engine.shards import short_digest
 
 _BLOCK = 512  # bytes of a tar header, and what members are padded to
@@ -111,7 +112,7 @@ def _label(meta: Mapping[str, Any], classes: int, where: str) -> int:
 
 def _entries(path: Path, row: ShardRow, suffix: str, classes: int) -> Iterator[_Entry]:
     """The images of one shard, each when its json has been seen; the images' bytes are not looked at."""
-    wanted = {name: digest for group in row.groups for name, digest in group.members.items()}
+    wanted = {name: digest for group in group_rows(path.parent, row) for name, digest in group.members.items()}
     held: dict[str, dict[str, _Member]] = {}
     digests: dict[str, int] = {}
     with path.open("rb", buffering=0) as file:

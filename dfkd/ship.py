@@ -17,7 +17,7 @@ from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.teachers import Teacher
 from synthkd.engine.environment import versions
 from synthkd.engine.errors import SynthkdError, suggest
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 from synthkd.export import ExportError
 from synthkd.export import onnx as onnx_file
 from synthkd.export.graph import call_of, check_plain, exported

@@ -27,7 +27,7 @@ from synthkd.dfkd.train_options import TrainOptions
 from synthkd.dfkd.training import LogRow, Stopped, Training, identity_of, reader_of, sight_of
 from synthkd.dfkd.views import Views
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import write_atomically
+from synthkd.engine.rows import write_atomically
 
 _HELD_BYTES, _HELD_LEAST = 2**28, 512  # of held-out images in memory: an accuracy needs no more than some thousands
 

@@ -42,7 +42,8 @@ class Batch:
     notes: what the guidance's `annotate` gave, [B,...]; curves: per logged term one value per guided call
     (group terms) or one per call and sample; seconds: per stage; previews: extra images of the same samples, in the
     order of the run (ids, keys and counts are of the finished images alone); sources: keys of the images that the
-    samples were made from, where they were.
+    samples were made from, where they were; environment: where the group was drawn (see `engine.environment`), empty
+    for the stream's.
     """
 
     group: int
@@ -58,6 +59,7 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
     previews: tuple[Preview, ...] = ()
     sources: tuple[str, ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def keys(self) -> list[str]:

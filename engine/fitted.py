@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from synthkd.engine.decoders import Decoder, latent_layout
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import DECODER_FILES, write_atomically
+from synthkd.engine.index import DECODER_FILES
 from synthkd.engine.models import EMBEDDED, weights_digest
+from synthkd.engine.rows import write_atomically
 
 CARD, WEIGHTS = DECODER_FILES
 FORMAT = 1

@@ -1,162 +1,41 @@
-"""What a set's folder says of itself: manifest, index rows, journals. Plain JSON, written atomically."""
+"""What a set's folder says of itself beside its rows: manifest, environments, checkpoints. Plain JSON, atomically."""
 
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.rows import write_atomically
 
-MANIFEST, INDEX, ENVIRONMENTS, LOCK = "manifest.json", "index.jsonl", "environments.json", ".lock"
+MANIFEST, ENVIRONMENTS = "manifest.json", "environments"
 CHECKPOINTS, CHECKPOINT_FILES = "checkpoints", ("student.toml", "student.safetensors")
 DECODER, DECODER_FILES = "decoder", ("decoder.json", "decoder.safetensors")
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class GroupRow:
-    """One finished group in a shard: kept samples, where its bytes end, and what was measured while it was drawn.
-
-    members: file name in the tar -> first 16 hexadecimal digits of its SHA-256.
-    """
-
-    group: int
-    attempt: int
-    kept: int
-    end: int
-    environment: str
-    members: dict[str, str]
-    seconds: dict[str, float] = field(default_factory=dict)
-    curves: dict[str, list[float]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ShardRow:
-    """One finished shard: its digest over the whole file, and its groups."""
-
-    shard: int
-    file: str
-    samples: int
-    bytes: int
-    sha256: str
-    groups: list[GroupRow]
-
-
-def shard_name(shard: int) -> str:
-    """File name of a shard."""
-    return f"shard-{shard:06d}.tar"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: temporary file, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line and force it to disk."""
-    with path.open("a") as f:
-        f.write(json.dumps(row, sort_keys=True) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Whole JSON lines of a file; a torn last line, left by a killed run, is passed over."""
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                yield row
-
-
-def mend_tail(path: Path) -> None:
-    """Cut a torn last line off a file, so that the next row starts on a line of its own."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        with path.open("rb+") as f:
-            f.truncate(whole)
-
-
-def group_row(data: Mapping[str, Any]) -> GroupRow:
-    """A journal line as a row."""
-    return GroupRow(**data)
+FORMAT = 2
 
 
 def note_environment(folder: Path, detail: Mapping[str, Any]) -> str:
-    """The key of an environment; what it stands for is kept in the folder's environments.json."""
+    """The key of an environment; what it stands for is kept in the folder's environments/KEY.json."""
     key = environment_key(dict(detail))
-    path = folder / ENVIRONMENTS
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if key not in known:
-        write_atomically(path, json.dumps({**known, key: detail}, indent=2, sort_keys=True) + "\n")
+    path = folder / ENVIRONMENTS / f"{key}.json"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, json.dumps(detail, indent=2, sort_keys=True) + "\n", shared=True)
     return key
 
 
 def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the keys in a folder's rows stand for; empty where that cannot be read, since images do not hang on it."""
-    try:
-        known = json.loads((folder / ENVIRONMENTS).read_text())
-    except (OSError, ValueError):
-        return {}
-    return {key: detail for key, detail in known.items() if isinstance(detail, dict)} if isinstance(known, dict) else {}
-
-
-def read_journal(path: Path) -> dict[int, GroupRow]:
-    """Rows of an unfinished shard by group, the newest of each."""
-    return merge_rows(group_row(d) for d in _lines(path))
-
-
-def merge_rows(rows: Iterator[GroupRow]) -> dict[int, GroupRow]:
-    """The newest row of each group, with the members of all its rows (a grown group is written in two parts)."""
-    out: dict[int, GroupRow] = {}
-    for row in rows:
-        before = out.get(row.group)
-        members = {**before.members, **row.members} if before else row.members
-        out[row.group] = GroupRow(**{**asdict(row), "members": members})
-    return out
-
-
-def read_index(folder: Path) -> dict[int, ShardRow]:
-    """Rows of all finished shards whose file is there, the newest of each.
-
-    Raises SynthkdError for a row that is not one of ours.
-    """
-    out = {}
-    for data in _lines(folder / INDEX):
-        try:
-            row = ShardRow(**{**data, "groups": [group_row(g) for g in data["groups"]]})
-            _check_row(row)
-        except (TypeError, KeyError) as error:
-            raise SynthkdError(f"{folder / INDEX}: a row is not a synthkd index row ({error})") from error
-        if row.file != shard_name(row.shard):
-            raise SynthkdError(f"{folder / INDEX}: shard {row.shard} names file {row.file!r}; expected a shard name")
-        out[row.shard] = row
-    return {shard: row for shard, row in out.items() if (folder / row.file).exists()}
-
-
-def _check_row(row: ShardRow) -> None:
-    """Raise TypeError where a count is no whole number, or a table no table."""
-    counts = [row.shard, row.samples, row.bytes]
-    counts += [n for g in row.groups for n in (g.group, g.attempt, g.kept, g.end)]
-    if not all(type(n) is int and n >= 0 for n in counts):
-        raise TypeError("a count is not a whole number")
-    if not all(isinstance(g.members, dict) for g in row.groups):
-        raise TypeError("members is not a table")
+    """What the keys in a folder's rows stand for; without those that cannot be read, since images do not hang on it."""
+    found = {}
+    for path in sorted((folder / ENVIRONMENTS).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            detail = json.loads(path.read_text())
+            if isinstance(detail, dict):
+                found[path.stem] = detail
+    return found
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Plan:
         shard, round_ = group // self.recipe.groups_per_shard, self.recipe.round_of(group)
         return WorkUnit(group, shard, round_, ids, self._classes(group), kept)
 
+    def shard_samples(self, shard: int) -> int:
+        """How many samples of a shard are kept."""
+        per_shard = self.recipe.groups_per_shard * self.recipe.group_size
+        return max(0, min(per_shard, self.request.num_samples - shard * per_shard))
+
     def shard_units(self, shard: int) -> Iterator[WorkUnit]:
         """The units of one shard, in order."""
         per_shard = self.recipe.groups_per_shard

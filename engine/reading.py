@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import ShardRow, read_index, read_manifest
+from synthkd.engine.index import read_manifest
+from synthkd.engine.rows import ShardRow, group_rows, read_index
 from synthkd.engine.shards import short_digest
 
 MAX_MEMBER = 64 * 2**20
@@ -104,7 +105,7 @@ def read_shard(folder: Path, shard: int) -> Iterator[Sample]:
 
 
 def _read_shard(folder: Path, row: ShardRow, suffix: str) -> Iterator[Sample]:
-    path, wanted = folder / row.file, {n: d for g in row.groups for n, d in g.members.items()}
+    path, wanted = folder / row.file, {n: d for g in group_rows(folder, row) for n, d in g.members.items()}
     held: dict[str, bytes] = {}
     for name, data in members(path):
         if wanted.pop(name, None) != short_digest(data):

@@ -1,48 +1,44 @@
 """Batches -> WebDataset tars that survive a kill at any moment.
 
 A shard grows as `shard-N.tar.part`; after each group its bytes are forced to disk and one journal line says how
-far they are good. A finished shard is renamed, then gets its index row, then loses its journal. Work left is the
-plan minus index and journals.
+far they are good. A finished shard gets the file of its groups, is renamed, gets its index row, then loses its journal.
+Work left is the plan minus index and journals.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
-import json
 import os
 import shutil
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from synthkd.engine.batch import Batch, Preview, SampleStream
+from synthkd.engine.batch import SampleStream
+from synthkd.engine.encoding import BLOCK, EncodedGroup, encode_group, tar_member
 from synthkd.engine.errors import SynthkdError, WorkerLostError
-from synthkd.engine.index import (
-    INDEX,
-    LOCK,
+from synthkd.engine.index import claim_folder, note_environment
+from synthkd.engine.locks import claim_lock, folder_lock, shard_lock
+from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.rows import (
     GroupRow,
+    Part,
     ShardRow,
     append_line,
-    claim_folder,
+    gather_index,
+    group_rows,
+    index_name,
+    lines_of,
     mend_tail,
     merge_rows,
-    note_environment,
     read_index,
     read_journal,
+    rows_path,
     shard_name,
     write_atomically,
 )
-from synthkd.engine.plan import Plan, WorkUnit, preview_key
 from synthkd.export.artifacts import sync_folder
-
-_BLOCK = tarfile.BLOCKSIZE
-_PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
 @dataclass(frozen=True)
@@ -68,134 +64,117 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def encode_image(pixels: Any, image_format: str, quality: int) -> bytes:
-    """uint8 [H,W,3] array -> file bytes; the same bytes for the same pixels and Pillow version."""
-    buffer = io.BytesIO()
-    options = {} if image_format == "png" else {"quality": quality}
-    Image.fromarray(pixels).save(buffer, _PIL_FORMAT[image_format], **options)
-    return buffer.getvalue()
+def part_path(folder: Path, shard: int) -> Path:
+    """A shard while it grows."""
+    return folder / f"{shard_name(shard)}.part"
 
 
-def tar_member(name: str, data: bytes) -> bytes:
-    """One tar member with a fixed header (mode 644, time 0, no owner), padded to whole blocks."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % _BLOCK)
+def journal_path(folder: Path, shard: int) -> Path:
+    """What is good of a shard that grows."""
+    return folder / f"{shard_name(shard)}.journal"
 
 
-def sample_members(batch: Batch, identity: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the image and json of each sample of a batch, followed by those of its previews."""
-    views = [_view_members(batch, preview, identity) for preview in (None, *batch.previews)]
-    for sample in zip(*views, strict=True):
-        yield from chain.from_iterable(sample)
-
-
-def _view_members(
-    batch: Batch, preview: Preview | None, identity: Mapping[str, Any]
-) -> Iterator[tuple[tuple[str, bytes], tuple[str, bytes]]]:
-    """Image and json of each finished image, or of each sample's preview; that one says so, and of which sample."""
-    recipe, shown = identity["recipe"], batch if preview is None else preview
-    pixels = shown.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-    notes = {name: note.float().cpu().tolist() for name, note in shown.notes.items()}
-    labels, targets, suffix = shown.labels.tolist(), shown.targets.cpu().tolist(), recipe["image_format"]
-    last = {name: curve[-1] for name, curve in batch.curves.items()}
-    for i, sample in enumerate(batch.keys):
-        key = sample if preview is None else preview_key(sample, preview.share)
-        meta: dict[str, Any] = {
-            "key": key,
-            "label": labels[i],
-            "class": recipe["classes"][labels[i]],
-            "prompt": batch.prompts[i],
-            "seed": identity["seed"],
-            "group": batch.group,
-            "attempt": batch.attempt,
-        }
-        if preview is None:
-            meta["losses"] = {name: value[i] if isinstance(value, list) else value for name, value in last.items()}
-        meta |= {name: note[i] for name, note in notes.items()}
-        if batch.sources:
-            meta["source"] = batch.sources[i]
-        if preview is not None:
-            meta |= {"preview": preview.share, "of": sample}
-        if recipe["rounds"] > 1:
-            meta["round"] = batch.round
-        if recipe["cutmix"]["scope"] == "any" and recipe["cutmix"]["every"]:
-            meta["targets"] = targets[i]
-        image = encode_image(pixels[i], suffix, recipe["image_quality"])
-        yield (f"{key}.{suffix}", image), (f"{key}.json", json.dumps(meta, sort_keys=True).encode())
+def journalled(folder: Path, shard: int) -> dict[int, GroupRow]:
+    """Groups of an unfinished shard whose bytes are there, by group; nothing is changed."""
+    part, rows = part_path(folder, shard), read_journal(journal_path(folder, shard))
+    if part.exists():
+        size = part.stat().st_size
+        return {group: row for group, row in rows.items() if row.end <= size}
+    return rows if (folder / shard_name(shard)).exists() else {}  # renamed, but not indexed
 
 
 class ShardFile:
-    """One shard on its way: the journalled `.part` file and its rows."""
+    """One shard on its way: the journalled `.part` file and its rows; held by one process until it is released."""
 
     def __init__(self, folder: Path, shard: int, finished: ShardRow | None) -> None:
-        """Pick up whatever an earlier run left of the shard."""
-        self.final = folder / shard_name(shard)
-        self.part = folder / f"{self.final.name}.part"
-        self.journal = folder / f"{self.final.name}.journal"
+        """Pick up whatever an earlier run left of the shard; raises SynthkdError where another process writes it."""
+        self._held = contextlib.ExitStack()
+        self._held.enter_context(shard_lock(folder, shard))
+        self.folder, self.final = folder, folder / shard_name(shard)
+        self.part, self.journal = part_path(folder, shard), journal_path(folder, shard)
         self.shard, self.finished = shard, finished
-        self.rows = {r.group: r for r in finished.groups} if finished else {}
-        if self.journal.exists():
-            self._recover()
-        else:  # nothing vouches for a part file without its journal
-            self.part.unlink(missing_ok=True)
+        try:
+            self.rows: dict[int, GroupRow] = {}
+            if self.journal.exists():  # it begins with the groups that were there before
+                self._recover()
+            else:  # nothing vouches for a part file without its journal
+                self.part.unlink(missing_ok=True)
+                self.rows = {r.group: r for r in group_rows(folder, finished)} if finished else {}
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Let others write the shard."""
+        self._held.close()
 
     def kept(self, group: int) -> int:
         """Samples of a group that are safe on disk."""
         return self.rows[group].kept if group in self.rows else 0
 
-    def append(self, batch: Batch, stream: SampleStream, identity: Mapping[str, Any]) -> None:
+    def append(self, group: EncodedGroup, repaired: bool = False) -> None:
         """Write the samples of a group that are not there yet; they are safe when this returns."""
         if not self.part.exists():
             self._begin()
-        per_sample = 2 * (1 + len(batch.previews))
-        members = dict(list(sample_members(batch, identity))[per_sample * self.kept(batch.group) :])
+        have = self.kept(group.group)
+        fresh = group.members[group.per_sample * have :]
+        table = {name: column[have:] for name, column in group.table.items()}
+        table |= {"offset": [], "size": []}
         with self.part.open("ab") as f:
-            for name, data in members.items():
-                f.write(tar_member(name, data))
+            end = f.tell()
+            for i, (name, data) in enumerate(fresh):
+                if i % group.per_sample == 0:
+                    table["offset"].append(end + BLOCK)
+                    table["size"].append(len(data))
+                end += f.write(tar_member(name, data))
             f.flush()
             os.fsync(f.fileno())
-            end = f.tell()
-        key = note_environment(self.final.parent, stream.environment)
         row = GroupRow(
-            group=batch.group,
-            attempt=batch.attempt,
-            kept=len(batch.ids),
+            group=group.group,
+            attempt=group.attempt,
+            kept=group.kept,
             end=end,
-            environment=key,
-            members={name: short_digest(data) for name, data in members.items()},
-            seconds={k: round(v, 6) for k, v in batch.seconds.items()},
-            curves={name: [_mean(v) for v in curve] for name, curve in batch.curves.items()},
+            environment=note_environment(self.folder, group.environment),
+            members={name: short_digest(data) for name, data in fresh},
+            table=table,
+            seconds=group.seconds,
+            curves=group.curves,
+            repaired=repaired,
         )
         append_line(self.journal, asdict(row))
-        self.rows = merge_rows(iter([*self.rows.values(), row]))
+        self.rows = merge_rows([*self.rows.values(), row])
 
-    def finish(self, folder: Path) -> None:
-        """Close the tar, rename it, write its index row, drop the journal; safe to repeat after a kill."""
+    def seal(self) -> ShardRow:
+        """Close the tar, list its groups, rename it; returns the row that `commit` puts into an index.
+
+        Safe to repeat after a kill.
+        """
         if self.part.exists():
             with self.part.open("ab") as f:
-                f.write(b"\0" * (2 * _BLOCK))
+                f.write(b"\0" * (2 * BLOCK))
                 f.flush()
                 os.fsync(f.fileno())
-            self.part.replace(self.final)
-            sync_folder(folder)
         groups = [self.rows[g] for g in sorted(self.rows)]
-        row = ShardRow(
+        text, listed = lines_of(groups), rows_path(self.folder, self.shard)
+        listed.parent.mkdir(exist_ok=True)
+        write_atomically(listed, text)
+        if self.part.exists():
+            self.part.replace(self.final)
+            sync_folder(self.folder)
+        return ShardRow(
             shard=self.shard,
             file=self.final.name,
             samples=sum(g.kept for g in groups),
             bytes=self.final.stat().st_size,
             sha256=file_digest(self.final),
-            groups=groups,
+            groups=len(groups),
+            rows=hashlib.sha256(text.encode()).hexdigest(),
+            revision=self.finished.revision + 1 if self.finished else 0,
         )
-        append_line(folder / INDEX, asdict(row))
-        self.finished = row
-        self.journal.unlink(missing_ok=True)
 
     def _begin(self) -> None:
         """Start the part file, from the finished shard where the set grows."""
-        rows = [asdict(self.rows[g]) for g in sorted(self.rows)]
-        write_atomically(self.journal, "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
+        write_atomically(self.journal, lines_of(self.rows[g] for g in sorted(self.rows)))
         fresh = self.part.with_suffix(".fresh")
         if self.rows:
             shutil.copyfile(self.final, fresh)
@@ -208,79 +187,119 @@ class ShardFile:
     def _recover(self) -> None:
         """Cut the part file back to what the journal vouches for."""
         mend_tail(self.journal)
-        self.rows = read_journal(self.journal)
-        if not self.part.exists():  # renamed but not indexed, or not begun: `finish` or `append` goes on from here
-            self.rows = self.rows if self.final.exists() else {}
+        good, said = journalled(self.folder, self.shard), read_journal(self.journal)
+        self.rows = good
+        if not self.part.exists():  # renamed but not indexed, or not begun: `seal` or `append` goes on from here
             return
-        size = self.part.stat().st_size
-        good = {g: r for g, r in self.rows.items() if r.end <= size}
-        if len(good) != len(self.rows):
-            self.rows = good
-            lines = [json.dumps(asdict(good[g]), sort_keys=True) + "\n" for g in sorted(good)]
-            write_atomically(self.journal, "".join(lines))
+        if len(good) != len(said):
+            write_atomically(self.journal, lines_of(good[g] for g in sorted(good)))
         with self.part.open("rb+") as f:
-            f.truncate(max((r.end for r in self.rows.values()), default=0))
+            f.truncate(max((r.end for r in good.values()), default=0))
 
 
-def _mean(value: Any) -> float:
-    return sum(value) / len(value) if isinstance(value, list) else float(value)
+def commit(folder: Path, row: ShardRow, part: Part | None = None) -> None:
+    """Put a sealed shard into the index, then drop its journal; by the one writer of that index."""
+    append_line(folder / index_name(part), asdict(row))
+    journal_path(folder, row.shard).unlink(missing_ok=True)
 
 
 class ShardFolder:
-    """A set on disk: which samples of a plan are there, and where the next batch goes."""
+    """A set on disk: which samples of a plan are there, and where the next group goes. Holds one short row a shard."""
 
-    def __init__(self, folder: Path, plan: Plan, shards: Iterable[int] | None) -> None:
-        """shards: the order in which shards are filled, all by default."""
-        mend_tail(folder / INDEX)
-        self.folder, self.plan = folder, plan
-        self.order = list(range(plan.num_shards) if shards is None else shards)
+    def __init__(self, folder: Path, plan: Plan, shards: Sequence[int] | None, part: Part | None = None) -> None:
+        """shards: the order in which shards are filled, all by default, or all of the part."""
+        self.folder, self.plan, self.part = folder, plan, part
+        mend_tail(folder / index_name(part))
+        whole: Sequence[int] = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
+        self.order = whole if shards is None else shards
         rows = read_index(folder)  # a shard of another size is damaged, and drawn again
-        self._index = {n: r for n, r in rows.items() if (folder / r.file).stat().st_size == r.bytes}
-        self._open: dict[int, ShardFile] = {}
+        self._index = {n: r for n, r in rows.items() if self._whole(r)}
+        self._open: ShardFile | None = None
+
+    def _whole(self, row: ShardRow) -> bool:
+        """Whether the files of a finished shard are there."""
+        path = self.folder / row.file
+        return path.stat().st_size == row.bytes and rows_path(self.folder, row.shard).is_file()
 
     def shard(self, shard: int) -> ShardFile:
-        """The state of one shard, read once."""
-        if shard not in self._open:
-            self._open[shard] = ShardFile(self.folder, shard, self._index.get(shard))
-        return self._open[shard]
+        """The state of a shard, locked until another one is asked for."""
+        if self._open is None or self._open.shard != shard:
+            self.release()
+            self._open = ShardFile(self.folder, shard, self._index.get(shard))
+        return self._open
+
+    def release(self) -> None:
+        """Let others write the shard that was open."""
+        if self._open is not None:
+            self._open.release()
+        self._open = None
+
+    def settled(self, shard: int) -> bool:
+        """Whether a shard has all its wanted samples, and a row that says so."""
+        row = self._index.get(shard)
+        return row is not None and row.samples >= self.plan.shard_samples(shard) and not self._begun(shard)
+
+    def _begun(self, shard: int) -> bool:
+        return journal_path(self.folder, shard).exists()
+
+    def wanted(self, shard: int) -> list[WorkUnit]:
+        """Units of a shard with samples that are not on disk; nothing is changed."""
+        if self.settled(shard):
+            return []
+        kept = self._kept(shard)
+        return [u for u in self.plan.shard_units(shard) if kept.get(u.group, 0) < u.kept]
 
     def pending(self) -> Iterator[WorkUnit]:
         """Units with samples that are not on disk, in the order of shards."""
         for shard in self.order:
-            state = self.shard(shard)
-            yield from (u for u in self.plan.shard_units(shard) if state.kept(u.group) < u.kept)
+            yield from self.wanted(shard)
+
+    def _kept(self, shard: int) -> dict[int, int]:
+        """Samples of each group of a shard that are safe."""
+        if self._begun(shard):
+            return {g: row.kept for g, row in journalled(self.folder, shard).items()}
+        row = self._index.get(shard)
+        return {g.group: g.kept for g in group_rows(self.folder, row)} if row else {}
+
+    def append(self, group: EncodedGroup) -> int:
+        """Write a group, and finish its shard where that was its last; returns how many samples were new."""
+        shard = group.group // self.plan.recipe.groups_per_shard
+        state = self.shard(shard)
+        new = group.kept - state.kept(group.group)
+        state.append(group)
+        self.close(shard)
+        return new
 
     def close(self, shard: int) -> None:
         """Finish a shard if all its wanted groups are there and it has none of its rows in the index yet."""
+        if self.settled(shard) or not self._begun(shard):
+            return
         state = self.shard(shard)
-        complete = all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard))
-        if complete and (state.finished is None or state.journal.exists()):
-            state.finish(self.folder)
+        if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
+            row = state.seal()
+            commit(self.folder, row, self.part)
+            self._index[shard] = row
+            self.release()
 
     def present(self) -> int:
         """Wanted samples that are safe on disk."""
-        units = self.plan.units(self.order)
-        return sum(min(u.kept, self.shard(u.shard).kept(u.group)) for u in units)
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """One writer per folder; raises SynthkdError while another run holds it. Released by the system on a kill."""
-    import fcntl
-
-    with (folder / LOCK).open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise SynthkdError(f"{folder}: another run is writing there; wait or choose another --out") from error
-        yield
+        found = 0
+        for shard in self.order:
+            wanted = self.plan.shard_samples(shard)
+            if self.settled(shard):
+                found += wanted
+            elif shard in self._index or self._begun(shard):
+                kept = self._kept(shard)
+                found += sum(min(u.kept, kept.get(u.group, 0)) for u in self.plan.shard_units(shard))
+        return found
 
 
 def write_shards(
     stream: SampleStream,
     out: str | Path,
     *,
-    shards: Iterable[int] | None = None,
+    shards: Sequence[int] | None = None,
+    part: Part | None = None,
     source: Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
     on_present: Callable[[int], None] = lambda _: None,
@@ -288,55 +307,57 @@ def write_shards(
 ) -> WriteSummary:
     """Write a stream to a folder; what is there already is kept, and only the rest is drawn.
 
-    shards: order of shards; source: what the command line needs for a replay, kept in the manifest;
+    shards: order of shards; part: which of several runs that share the folder this is; source: what the command line
+    needs for a replay, kept in the manifest;
     on_batch: called with the number of new samples after each group, on_present once with those already there;
     should_stop: asked after each group.
     Raises SynthkdError where the folder holds another set, is being written, or has no space left.
     """
     folder = Path(out)
-    try:
-        return _write(stream, folder, shards, source or {}, (on_present, on_batch), should_stop)
-    except OSError as error:
-        raise _disk_error(folder, error) from error
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder_lock(folder, part):
+            claim(folder, stream, source or {}, part)
+            state = ShardFolder(folder, stream.plan, shards, part)
+            try:
+                on_present(state.present())
+                return _write(stream, state, on_batch, should_stop)
+            finally:
+                state.release()
+
+
+def claim(folder: Path, stream: SampleStream, source: Mapping[str, Any], part: Part | None = None) -> None:
+    """Make the folder this stream's set, under its lock; raises SynthkdError where it holds another one."""
+    with claim_lock(folder):
+        claim_folder(folder, stream.identity, stream.plan.request.num_samples, source)
+    if part is None:
+        gather_index(folder)
 
 
 def _write(
-    stream: SampleStream,
-    folder: Path,
-    shards: Iterable[int] | None,
-    source: Mapping[str, Any],
-    told: tuple[Callable[[int], None], Callable[[int], None]],
-    should_stop: Callable[[], bool],
+    stream: SampleStream, state: ShardFolder, on_batch: Callable[[int], None], should_stop: Callable[[], bool]
 ) -> WriteSummary:
-    on_present, on_batch = told
     identity, drawn, stopped = stream.identity, 0, False
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        claim_folder(folder, identity, stream.plan.request.num_samples, source)
-        state = ShardFolder(folder, stream.plan, shards)
-        on_present(state.present())
-        batches = stream.draw(state.pending())
-        try:
-            for batch in batches:
-                shard = stream.plan.unit(batch.group).shard
-                new = len(batch.ids) - state.shard(shard).kept(batch.group)
-                state.shard(shard).append(batch, stream, identity)
-                state.close(shard)
-                drawn += new
-                on_batch(new)
-                if should_stop():
-                    stopped = True
-                    break
-        except WorkerLostError:
-            if not should_stop():
-                raise
-            stopped = True  # a stop that reached the workers too
-        for shard in state.order:
-            state.close(shard)
-        return WriteSummary(drawn, state.present(), stopped)
+    for shard in state.order:  # renamed by a run that ended before it wrote the row
+        state.close(shard)
+    try:
+        for batch in stream.draw(state.pending()):
+            new = state.append(encode_group(batch, identity, stream.environment))
+            drawn += new
+            on_batch(new)
+            if should_stop():
+                stopped = True
+                break
+    except WorkerLostError:
+        if not should_stop():
+            raise
+        stopped = True  # a stop that reached the workers too
+    return WriteSummary(drawn, state.present(), stopped)
 
 
-def _disk_error(folder: Path, error: OSError) -> SynthkdError:
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """What the system says of a disk, as one line."""
     reasons = {
         errno.ENOSPC: "no space left",
         errno.EDQUOT: "disk quota exceeded",
@@ -344,5 +365,10 @@ def _disk_error(folder: Path, error: OSError) -> SynthkdError:
         errno.EACCES: "no permission to write",
         errno.EROFS: "read-only file system",
     }
-    reason = reasons.get(error.errno or 0, error.strerror or str(error))
-    return SynthkdError(f"{folder}: {reason}; every finished group is safe: mend that and run the same command again")
+    try:
+        yield
+    except OSError as error:
+        reason = reasons.get(error.errno or 0, error.strerror or str(error))
+        raise SynthkdError(
+            f"{folder}: {reason}; every finished group is safe: mend that and run the same command again"
+        ) from error

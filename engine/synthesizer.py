@@ -19,7 +19,7 @@ from synthkd.engine.clock import StageClock
 from synthkd.engine.compiled import CompileChoice, CompiledCall
 from synthkd.engine.config import Recipe, Request, fingerprint
 from synthkd.engine.decoders import Decoder
-from synthkd.engine.environment import versions
+from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
@@ -326,6 +326,7 @@ class Synthesizer:
             curves={name: [terms[name].float().cpu().tolist() for terms in log] for name in (log[0] if log else {})},
             seconds=clock.totals(),
             previews=tuple(Preview(p, *x) for p, x in zip(self.recipe.previews, shown[1:], strict=True)),
+            environment=environment(self.model.device, **self.how),
         )
 
     def _conditions(self, prompts: tuple[str, ...]) -> tuple[Conditioning, Conditioning | None]:

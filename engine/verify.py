@@ -8,17 +8,16 @@ from typing import Any
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
-    ShardRow,
     checkpoint_digest,
     decoder_note,
     found_checkpoint,
     found_decoder,
-    read_index,
     read_manifest,
     round_folder,
 )
 from synthkd.engine.plan import Plan
 from synthkd.engine.reading import members
+from synthkd.engine.rows import GroupRow, ShardRow, group_rows, read_index
 from synthkd.engine.shards import file_digest, short_digest
 
 
@@ -46,8 +45,7 @@ def verify_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -
             count = sum(u.kept for u in plan.shard_units(shard))
             problems.append(f"shard {shard}: not finished ({count} samples); run the command that began the set again")
             continue
-        problems += _coverage(plan, index[shard])
-        problems += check_shard(folder, index[shard])
+        problems += _shard(folder, plan, index[shard])
         on_shard(index[shard].samples)
     return VerifyReport(sum(r.samples for r in index.values()), len(index), tuple(problems))
 
@@ -74,8 +72,16 @@ def _decoder(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     return ["decoder: the set's own decoder does not match the digest in the manifest"]
 
 
-def _coverage(plan: Plan, row: ShardRow) -> list[str]:
-    kept = {g.group: g.kept for g in row.groups}
+def _shard(folder: Path, plan: Plan, row: ShardRow) -> list[str]:
+    try:
+        groups = group_rows(folder, row)
+    except SynthkdError as error:
+        return [str(error).partition("; run `synthkd repair")[0]]
+    return _coverage(plan, row, groups) + check_shard(folder, row, groups)
+
+
+def _coverage(plan: Plan, row: ShardRow, groups: list[GroupRow]) -> list[str]:
+    kept = {g.group: g.kept for g in groups}
     return [
         f"{row.file}: group {u.group} has {kept.get(u.group, 0)} of {u.kept} samples"
         for u in plan.shard_units(row.shard)
@@ -83,10 +89,10 @@ def _coverage(plan: Plan, row: ShardRow) -> list[str]:
     ]
 
 
-def check_shard(folder: Path, row: ShardRow) -> list[str]:
+def check_shard(folder: Path, row: ShardRow, groups: list[GroupRow]) -> list[str]:
     """Problems of one shard: damaged, missing and foreign members, truncation, a digest that does not fit."""
     path = folder / row.file
-    wanted = {n: d for g in row.groups for n, d in g.members.items()}
+    wanted = {n: d for g in groups for n, d in g.members.items()}
     problems, seen = [], set()
     size = path.stat().st_size
     if size < row.bytes:

@@ -41,6 +41,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
+@pytest.fixture(scope="session")
+def vouch() -> Callable[[Path, int, Mapping[str, bytes]], None]:
+    """`vouch(folder, shard, content)`: other members for a shard, with rows and index that vouch for them."""
+    import hashlib
+    import json
+
+    from synthkd.engine.encoding import tar_member
+    from synthkd.engine.rows import rows_path, shard_name
+    from synthkd.engine.shards import file_digest, short_digest
+
+    def make(folder: Path, shard: int, content: Mapping[str, bytes]) -> None:
+        path, listed, index = folder / shard_name(shard), rows_path(folder, shard), folder / "index.jsonl"
+        path.write_bytes(b"".join(tar_member(n, d) for n, d in content.items()) + b"\0" * 1024)
+        groups = [json.loads(line) for line in listed.read_text().splitlines()]
+        home = {name: i for i, group in enumerate(groups) for name in group["members"]}
+        for i, group in enumerate(groups):
+            group["members"] = {n: short_digest(d) for n, d in content.items() if home.get(n, 0) == i}
+        listed.write_text("".join(json.dumps(group) + "\n" for group in groups))
+        rows = [json.loads(line) for line in index.read_text().splitlines()]
+        for row in rows:
+            if row["shard"] == shard:
+                row |= {"sha256": file_digest(path), "bytes": path.stat().st_size}
+                row["rows"] = hashlib.sha256(listed.read_bytes()).hexdigest()
+        index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return make
+
+
 @pytest.fixture
 def device() -> torch.device:
     """A GPU where there is one; else the CPU, where Triton interprets."""

@@ -18,10 +18,12 @@ from synthkd.engine.batch import Batch
 from synthkd.engine.config import GuidanceSpec, Recipe, Request, fingerprint
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import claim_folder, read_index
+from synthkd.engine.index import claim_folder
+from synthkd.engine.locks import folder_lock
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.reading import read_shard
-from synthkd.engine.shards import folder_lock, write_shards
+from synthkd.engine.rows import read_index
+from synthkd.engine.shards import write_shards
 
 _CLASSES = 100  # of one group, so that a group of a thousand classes is drawn in parts
 
@@ -148,7 +150,7 @@ class GrowingSet:
     def on_disk(self) -> int:
         """Groups that are safe, from the first on."""
         folder = self._stream.job.shards
-        done = {g.group for row in read_index(folder).values() for g in row.groups} if folder.exists() else set()
+        done = read_index(folder).keys() if folder.exists() else set()  # one group a shard
         return next(i for i in range(self.plan.num_groups + 1) if i not in done)
 
     def add(self, batch: Batch) -> None:

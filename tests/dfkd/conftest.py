@@ -1,5 +1,6 @@
 """A small set on disk and a way to call the command line in this process."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 def _file(pixels: Any, image_format: str) -> bytes:
     """An image file; JPEG at quality 90."""
-    from synthkd.engine.shards import encode_image
+    from synthkd.engine.encoding import encode_image
 
     return encode_image(pixels, image_format, 90)
 
@@ -86,7 +87,9 @@ def file_set() -> Callable[..., Path]:
     import torch
     import torch.nn.functional as F
 
-    from synthkd.engine.shards import file_digest, short_digest, tar_member
+    from synthkd.engine.encoding import tar_member
+    from synthkd.engine.rows import rows_path
+    from synthkd.engine.shards import file_digest, short_digest
 
     def make(
         folder: Path,
@@ -97,7 +100,7 @@ def file_set() -> Callable[..., Path]:
         changed: Mapping[str, bytes] | None = None,
         flipped: Sequence[str] = (),
     ) -> Path:
-        folder.mkdir(parents=True)
+        (folder / "rows").mkdir(parents=True)
         generator, rows = torch.Generator().manual_seed(0), []
         for shard, start in enumerate(range(0, count, per_shard)):
             tar, members = b"", {}
@@ -114,13 +117,15 @@ def file_set() -> Callable[..., Path]:
                     tar += tar_member(name, data[:-20] + bytes([data[-20] ^ 1]) + data[-19:] if turned else data)
             path = folder / f"shard-{shard:06d}.tar"
             path.write_bytes(tar + b"\0" * 1024)
-            group = {"group": shard, "attempt": 0, "kept": len(members) // 2, "end": len(tar)}
+            group = {"group": shard, "attempt": 0, "kept": len(members) // 2, "end": len(tar), "environment": ""}
+            listed = json.dumps(group | {"members": members}) + "\n"
+            rows_path(folder, shard).write_text(listed)
             row = {"shard": shard, "file": path.name, "samples": len(members) // 2, "bytes": len(tar) + 1024}
-            row |= {"sha256": file_digest(path), "groups": [group | {"environment": "", "members": members}]}
+            row |= {"sha256": file_digest(path), "groups": 1, "rows": hashlib.sha256(listed.encode()).hexdigest()}
             rows.append(json.dumps(row) + "\n")
         (folder / "index.jsonl").write_text("".join(rows))
         recipe = {"image_format": image_format, "classes": ["a", "b", "c"]}
-        manifest = {"format": 1, "fingerprint": "", "recipe": recipe, "guidance": {}, "model_sha256": "", "seed": 0}
+        manifest = {"format": 2, "fingerprint": "", "recipe": recipe, "guidance": {}, "model_sha256": "", "seed": 0}
         (folder / "manifest.json").write_text(json.dumps(manifest | {"num_samples": count}))
         return folder
 

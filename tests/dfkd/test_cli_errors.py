@@ -257,7 +257,9 @@ def test_fuse_is_taken_on_a_cpu_too(call: Any, pipeline_folder: Path, card: Path
     """The environment key says what was fused; the fingerprint does not know."""
     done = synth(call, pipeline_folder, card, tmp_path / "out", "--fuse", fuse)
     assert done.returncode == 0, done.stderr
-    (environment,) = json.loads((tmp_path / "out" / "environments.json").read_text()).values()
+    from synthkd.engine.index import read_environments
+
+    (environment,) = read_environments(tmp_path / "out").values()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     wanted = "eager, fused decoder" if fuse == "decoder" else "eager"
     assert environment["backend"] == wanted

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from synthkd.engine.index import read_environments, read_index
+from synthkd.engine.index import read_environments
+from synthkd.engine.rows import group_rows, read_index
 
 pytest.importorskip("onnxruntime", reason="part of the onnx extra")
 
@@ -61,7 +62,7 @@ def test_export_then_draw_then_replay(
     assert drawn.returncode == 0, drawn.stderr
     assert "building vae" not in drawn.stderr
     row = read_index(place / "set")[0]
-    (environment,) = {read_environments(place / "set")[g.environment]["roles"] for g in row.groups}
+    (environment,) = {read_environments(place / "set")[g.environment]["roles"] for g in group_rows(place / "set", row)}
     assert environment == "text_encoder onnx, vae onnx, teacher onnx"
     target = place / "7.png"
     replayed = call("replay", place / "set", "--id", 7, "--out", target, "--artifacts", place / "store")

@@ -17,7 +17,8 @@ from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Plan, Request, SynthkdError
-from synthkd.engine.index import read_index, read_manifest
+from synthkd.engine.index import read_manifest
+from synthkd.engine.rows import all_group_rows, read_index
 from synthkd.engine.verify import verify_set
 
 COUNT = 20  # four groups of 6 in shards of one group: rounds 0, 1, 2, 2; the last group keeps 2
@@ -74,7 +75,7 @@ def test_rounds_are_fixed_by_the_recipe(round_job: Any) -> None:
 
 
 def test_the_student_takes_part_from_the_second_round_on(whole: Path) -> None:
-    rows = [g for _, row in sorted(read_index(whole).items()) for g in row.groups]
+    rows = list(all_group_rows(whole))
     assert ["adv" in g.curves for g in rows] == [False, True, True, True]
     terms = [v for g in rows[1:] for v in g.curves["adv"]]
     assert max(terms) <= 0  # minus a divergence, where student and teacher agree

@@ -10,9 +10,11 @@ import torch
 
 from synthkd.dfkd.job import SynthJob
 from synthkd.engine import CutMixSpec, GuidanceSpec, Plan, Request, Synthesizer, SynthkdError, write_shards
-from synthkd.engine.index import read_index
+from synthkd.engine.encoding import encode_image
+from synthkd.engine.index import read_environments
+from synthkd.engine.locks import folder_lock
+from synthkd.engine.rows import read_index
 from synthkd.engine.runner import PoolStream, open_stream
-from synthkd.engine.shards import encode_image, folder_lock
 from synthkd.engine.verify import verify_set
 
 Stored = Callable[[Path], dict[str, bytes]]
@@ -142,7 +144,7 @@ def test_workers_write_the_same_bytes(
     write_shards(open_stream(job.build, plan, workers=1), tmp_path / "one")
     write_shards(pool, tmp_path / "two")
     assert _tars(tmp_path / "one") == _tars(tmp_path / "two")
-    assert (tmp_path / "one/environments.json").read_text() == (tmp_path / "two/environments.json").read_text()
+    assert read_environments(tmp_path / "one") == read_environments(tmp_path / "two")
 
 
 def test_two_writers_on_one_folder(canned: Callable[..., Any], tmp_path: Path) -> None:

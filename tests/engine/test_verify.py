@@ -162,7 +162,7 @@ def test_no_damage_to_the_books_ends_in_a_traceback(folder: Path) -> None:
         {"shard": None},
         {"groups": 5},
         {"groups": [5]},
-        {"groups": [{"group": 0}]},
+        {"rows": 5},
         {"file": "../../etc/passwd"},
         {"file": 3},
         {"surprise": 1},

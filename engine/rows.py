@@ -1,0 +1,259 @@
+"""What a set knows of its shards: one short row a shard in the index, and its groups in a file of their own.
+
+An index of a million images is a few hundred rows; digests and figures of single samples lie in `rows/`, one file a
+shard, and are read when they are asked for.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from synthkd.engine.errors import SynthkdError
+
+INDEX, ROWS = "index.jsonl", "rows"
+MAX_LINE = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One finished group in a shard: kept samples, where its bytes end, and what was measured while it was drawn.
+
+    members: file name in the tar -> first 16 hexadecimal digits of its SHA-256.
+    table: columns with one value a sample, without its previews: `key`, `label`, `offset` and `size` of the image's
+    bytes in the tar, `confidence` of the teacher in the label (None where it was not asked), `losses.NAME`.
+    repaired: whether the group was drawn again by `synthkd repair`.
+    """
+
+    group: int
+    attempt: int
+    kept: int
+    end: int
+    environment: str
+    members: dict[str, str]
+    table: dict[str, list[Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    repaired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRow:
+    """One finished shard: digests of the tar and of the file of its groups, and how many there are.
+
+    revision: how often the shard was finished before (it grew, or was repaired); of several rows the highest holds.
+    """
+
+    shard: int
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+    groups: int
+    rows: str
+    revision: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """Every count-th shard, from `index` on: what one of several independent runs draws."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        """Raise SynthkdError for an index outside 0..count - 1."""
+        if not (0 <= self.index < self.count <= 10**6):
+            raise SynthkdError(
+                f"--shard-index {self.index} --num-shards {self.count}: expected 0 <= index < count <= 1000000"
+            )
+
+    def shards(self, num_shards: int) -> range:
+        """The shards of this part, of `num_shards` in the plan."""
+        return range(self.index, num_shards, self.count)
+
+    @property
+    def name(self) -> str:
+        """As in file names."""
+        return f"{self.index:05d}-of-{self.count:05d}"
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard."""
+    return f"shard-{shard:06d}.tar"
+
+
+def rows_path(folder: Path, shard: int) -> Path:
+    """Where the groups of a finished shard are listed."""
+    return folder / ROWS / f"shard-{shard:06d}.jsonl"
+
+
+def write_atomically(path: Path, text: str, shared: bool = False) -> None:
+    """Replace a file as a whole: temporary file, fsync, rename. shared: several processes may write it at once."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp" if shared else path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def append_line(path: Path, row: Mapping[str, Any]) -> None:
+    """Append one JSON line and force it to disk."""
+    with path.open("a") as f:
+        f.write(json.dumps(row, sort_keys=True) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Whole JSON tables of a file, one a line; a torn last line, left by a killed run, is passed over."""
+    if not path.exists():
+        return
+    with path.open("rb") as f:
+        while line := f.readline(MAX_LINE + 1):
+            if len(line) > MAX_LINE:
+                raise SynthkdError(f"{path}: a line is above {MAX_LINE} bytes; expected rows of a synthkd set")
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def mend_tail(path: Path) -> None:
+    """Cut a torn last line off a file, so that the next row starts on a line of its own."""
+    if not path.exists():
+        return
+    with path.open("rb+") as f:
+        end = f.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 2**16)
+            f.seek(start)
+            found = f.read(end - start).rfind(b"\n")
+            if found >= 0:
+                end = start + found + 1
+                break
+            end = start
+        f.truncate(end)
+
+
+def lines_of(rows: Iterable[GroupRow]) -> str:
+    """Group rows as JSON lines."""
+    return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
+
+
+def group_row(data: Mapping[str, Any]) -> GroupRow:
+    """A journal line as a row; raises TypeError where a count is no whole number, or a table no table."""
+    row = GroupRow(**data)
+    _check_counts(row.group, row.attempt, row.kept, row.end)
+    tables = (row.members, row.table, row.seconds, row.curves)
+    if not all(isinstance(table, dict) for table in tables):
+        raise TypeError("members, table, seconds or curves is not a table")
+    if not all(isinstance(column, list) for column in row.table.values()):
+        raise TypeError("a column of the table is not a list")
+    return row
+
+
+def _check_counts(*counts: Any) -> None:
+    if not all(type(n) is int and 0 <= n < 2**63 for n in counts):
+        raise TypeError("a count is not a whole number")
+
+
+def read_journal(path: Path) -> dict[int, GroupRow]:
+    """Rows of an unfinished shard by group, the newest of each."""
+    try:
+        return merge_rows(group_row(d) for d in _lines(path))
+    except (TypeError, KeyError) as error:
+        raise SynthkdError(f"{path}: a row is not a synthkd group's ({error})") from error
+
+
+def merge_rows(rows: Iterable[GroupRow]) -> dict[int, GroupRow]:
+    """The newest row of each group, with the members and samples of all its rows (a group may grow)."""
+    out: dict[int, GroupRow] = {}
+    for row in rows:
+        before = out.get(row.group)
+        if before is None:
+            out[row.group] = row
+            continue
+        table = {name: [*before.table.get(name, []), *column] for name, column in row.table.items()}
+        merged = {**vars(row), "members": {**before.members, **row.members}, "table": table}
+        out[row.group] = GroupRow(**merged)
+    return out
+
+
+def group_rows(folder: Path, row: ShardRow) -> list[GroupRow]:
+    """The groups of a finished shard, in order.
+
+    Raises SynthkdError where their file is missing, or is not the one that the index names.
+    """
+    path = rows_path(folder, row.shard)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SynthkdError(f"{path}: cannot be read ({error.strerror}); run `synthkd repair {folder}`") from error
+    if hashlib.sha256(data).hexdigest() != row.rows:
+        raise SynthkdError(f"{path}: does not match its digest in the index; run `synthkd repair {folder}`")
+    rows = read_journal(path)
+    if sum(g.kept for g in rows.values()) != row.samples or len(rows) != row.groups:
+        raise SynthkdError(f"{path}: its groups are not those that the index counts; run `synthkd repair {folder}`")
+    return [rows[group] for group in sorted(rows)]
+
+
+def all_group_rows(folder: Path) -> Iterator[GroupRow]:
+    """The groups of all finished shards, shard by shard."""
+    index = read_index(folder)
+    for shard in sorted(index):
+        yield from group_rows(folder, index[shard])
+
+
+def index_name(part: Part | None) -> str:
+    """The index file that a run writes: the set's own, or one of its part."""
+    return INDEX if part is None else f"index-{part.name}.jsonl"
+
+
+def index_files(folder: Path) -> list[Path]:
+    """All index files of a set: its own, then those of parts."""
+    return [folder / INDEX, *sorted(folder.glob("index-*.jsonl"))]
+
+
+def read_index(folder: Path, missing: bool = False) -> dict[int, ShardRow]:
+    """Rows of all finished shards by shard, the newest of each.
+
+    missing: with the rows of shards whose file is not there.
+    Raises SynthkdError for a row that is not one of ours.
+    """
+    out: dict[int, ShardRow] = {}
+    for path in index_files(folder):
+        for data in _lines(path):
+            row = _shard_row(path, data)
+            if row.shard not in out or row.revision >= out[row.shard].revision:
+                out[row.shard] = row
+    return out if missing else {shard: row for shard, row in out.items() if (folder / row.file).exists()}
+
+
+def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
+    try:
+        row = ShardRow(**data)
+        _check_counts(row.shard, row.samples, row.bytes, row.groups, row.revision)
+        if not isinstance(row.sha256, str) or not isinstance(row.rows, str):
+            raise TypeError("a digest is not a text")
+    except (TypeError, KeyError) as error:
+        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error})") from error
+    if row.file != shard_name(row.shard):
+        raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r}; expected a shard name")
+    return row
+
+
+def gather_index(folder: Path) -> None:
+    """Put the rows that parts have written into the set's own index; only under the folder's lock."""
+    own, *parts = index_files(folder)
+    for path in parts:
+        for data in _lines(path):
+            append_line(own, data)
+        path.unlink()
