@@ -160,7 +160,7 @@ def test_no_damage_to_the_books_ends_in_a_traceback(folder: Path) -> None:
     [
         {"shard": "0"},
         {"shard": None},
-        {"groups": 5},
+        {"groups": -1},
         {"groups": [5]},
         {"rows": 5},
         {"file": "../../etc/passwd"},
