@@ -1,7 +1,7 @@
 """A lock where the system has none: a note that its owner keeps changing; one that stands still is broken.
 
-No clocks are compared. Who finds a note watches it on its own monotonic clock: one that changes has a living owner, one
-that does not for several beats has none. Exactly one watcher breaks it, since each makes a marker that only one can make.
+No clocks are compared. Who finds a note watches it on its own monotonic clock: one that changes has a living owner,
+one that does not for several beats has none. One watcher alone breaks it: each makes a marker that only one can make.
 """
 
 import hashlib

@@ -196,7 +196,7 @@ def owner_words(data: bytes) -> str:
         here = note.get("boot") == _boot() != ""
         age = time.monotonic() - float(note["monotonic"]) if here else time.time() - float(note["since"])
         pid, host = int(note["pid"]), str(note["host"])[:80]
-        gone = here and note.get("started") != _started(pid)
+        gone = here and host == platform.node() and note.get("started") != _started(pid)
         of = f"one that process {pid} on {host} started, itself gone" if gone else f"process {pid} on {host}"
         return f" ({of}, for {max(0.0, age) / 60:.0f} min)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
