@@ -29,6 +29,13 @@ ShardIndex = Annotated[
 NumShards = Annotated[
     int | None, typer.Option(help="How many runs share the folder; each draws every so many-th shard of the set.")
 ]
+Encoder = Annotated[
+    str,
+    typer.Option(help="Of image files: auto (pillow, the same bytes anywhere); for jpg simplejpeg, on a GPU nvjpeg."),
+]
+Encoders = Annotated[
+    int | None, typer.Option(help="Threads that encode (default: one on a CPU, one per core up to 8 on a GPU).")
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
