@@ -216,7 +216,9 @@ def synth(
     workers = options.check_workers(workers)
     encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
     with Bars(out) as bars, StopFlag() as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, writing)
+        summary = draw_set(
+            job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, writing=writing
+        )
         if summary.drawn:
             out.print(_rates(summary), soft_wrap=True, highlight=False)
         if summary.stopped:

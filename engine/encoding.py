@@ -77,7 +77,7 @@ class Draft:
             kept=len(batch.ids),
             per_sample=2 * len(self.metas),
             members=members,
-            table=_table(self.metas[0]),
+            table=table_of(self.metas[0]),
             environment=self.environment,
             seconds={k: round(v, 6) for k, v in batch.seconds.items()},
             curves={name: [_mean(v) for v in curve] for name, curve in batch.curves.items()},
@@ -114,12 +114,13 @@ def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else float(value)
 
 
-def _table(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Columns of the samples' json."""
-    table: dict[str, list[Any]] = {name: [meta[name] for meta in metas] for name in ("key", "label")}
-    table["confidence"] = [_confidence(meta) for meta in metas]
-    for name in metas[0]["losses"] if metas else ():
-        table[f"losses.{name}"] = [round(float(meta["losses"][name]), 6) for meta in metas]
+def table_of(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Columns of the samples' json, previews left out."""
+    whole = [meta for meta in metas if "preview" not in meta]
+    table: dict[str, list[Any]] = {name: [meta[name] for meta in whole] for name in ("key", "label")}
+    table["confidence"] = [_confidence(meta) for meta in whole]
+    for name in whole[0]["losses"] if whole else ():
+        table[f"losses.{name}"] = [round(float(meta["losses"][name]), 6) for meta in whole]
     return table
 
 
