@@ -37,7 +37,9 @@ from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.encoders import encoder_for
 from synthkd.engine.environment import versions
+from synthkd.engine.writer import WriteSummary, Writing
 from synthkd.export import available, default_store
 from synthkd.kernels.dispatch import backend
 
@@ -184,6 +186,8 @@ def synth(
     deadline: options.GroupDeadline = None,
     grace: options.Grace = options.GRACE,
     strict_bits: options.StrictBits = False,
+    encoder: options.Encoder = "auto",
+    encoders: options.Encoders = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -202,6 +206,7 @@ def synth(
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.rounds import draw_set
 
+    writing = Writing(encoder, encoders)
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
@@ -218,11 +223,25 @@ def synth(
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
     options.check_seconds("--deadline", deadline)
+    encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
     with Bars(out) as bars, StopFlag(options.check_seconds("--grace", grace)) as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, deadline)
+        summary = draw_set(
+            job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, deadline, writing
+        )
+        if summary.drawn:
+            out.print(_rates(summary), soft_wrap=True, highlight=False)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
+
+
+def _rates(summary: WriteSummary) -> str:
+    """What `synth` says of its speed."""
+    size, beside = summary.bytes / 2**20, summary.encoding + summary.writing
+    return (
+        f"{summary.images_per_second:.1f} images/s, {size:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
+        f"{summary.stalled:.2f} s ({summary.stall_percent:.1f} %) for the writing, which took {beside:.1f} s beside it"
+    )
 
 
 @app.command(epilog="Example: synthkd verify sets/digits")

@@ -40,6 +40,13 @@ StrictBits = Annotated[
     bool, typer.Option("--strict-bits", help="Stop where memory runs out; by default groups go on in smaller parts.")
 ]
 GRACE = 300.0  # seconds
+Encoder = Annotated[
+    str,
+    typer.Option(help="Of image files: auto (pillow, the same bytes anywhere); for jpg simplejpeg, on a GPU nvjpeg."),
+]
+Encoders = Annotated[
+    int | None, typer.Option(help="Threads that encode (default: one on a CPU, one per core up to 8 on a GPU).")
+]
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]

@@ -29,8 +29,9 @@ from synthkd.engine.index import (
 from synthkd.engine.locks import settle_lock
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
-from synthkd.engine.shards import WriteSummary, write_shards
+from synthkd.engine.shards import write_shards
 from synthkd.engine.workers import default_workers, one_thread
+from synthkd.engine.writer import WriteSummary, Writing, note_run
 
 _log = logging.getLogger("synthkd")
 _LASTING = ("step", "loss", "lr", "agreement")
@@ -47,12 +48,14 @@ def draw_set(
     shards: Sequence[int] | None = None,
     part: Part | None = None,
     deadline: float | None = None,
+    writing: Writing | None = None,
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
     What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is; deadline: seconds that a group may take (see `open_stream`).
-    Raises SynthkdError where a round is asked for before the rounds that teach its student are there.
+    that share the folder this is; deadline: seconds that a group may take (see `open_stream`); writing: encoder, its
+    threads, groups under way. Raises SynthkdError where a round is asked for before the rounds that teach its student
+    are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
@@ -75,22 +78,25 @@ def draw_set(
                 continue
             student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
             if round_ and student is None:
-                return replace(summary, stopped=True)
+                summary = replace(summary, stopped=True)
+                break
             drawn = write_shards(
                 open_stream(job.at_round(round_, student).build, plan, count, deadline),
                 folder,
                 shards=mine,
                 part=part,
                 source=job.source(),
+                writing=writing,
                 on_batch=lambda n: told.advance(stage, n),
                 on_present=lambda n: told.advance(stage, n),
                 should_stop=should_stop,
             )
-            summary = WriteSummary(summary.drawn + drawn.drawn, summary.present + drawn.present, drawn.stopped)
+            summary = summary.then(drawn)
             if summary.stopped:
                 break
     finally:
         told.end(stage)
+        note_run(folder, summary, writing)
     return summary
 
 
