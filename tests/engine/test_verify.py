@@ -119,7 +119,7 @@ def test_an_empty_shard(folder: Path) -> None:
 def test_a_missing_shard_counts_its_samples(folder: Path) -> None:
     (folder / "shard-000001.tar").unlink()
     (problem,) = _problems(folder)
-    assert problem.startswith("shard 1: not finished (2 samples)")
+    assert problem == "shard-000001.tar: is missing (2 samples)"
 
 
 def test_an_unfinished_set(canned: Callable[..., Any], tmp_path: Path) -> None:
