@@ -10,9 +10,10 @@ from synthkd.dfkd.replay import Again
 from synthkd.engine.diagnosis import Diagnosis, Need, diagnose
 from synthkd.engine.encoding import EncodedGroup, encode_group
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import read_environments
+from synthkd.engine.index import read_environments, read_manifest
 from synthkd.engine.locks import folder_lock
 from synthkd.engine.repair import mend_set
+from synthkd.engine.rows import drop_bad_rows
 from synthkd.engine.shards import disk_errors
 from synthkd.engine.verify import SetState, drop_notes, open_state
 
@@ -46,12 +47,14 @@ def repair_set(
     that no diffusion model drew.
     """
     folder = again.set_dir
-    state = open_state(folder)
     if dry_run:
-        found = diagnose(state, checkers, on_shard)
+        found = diagnose(open_state(folder), checkers, on_shard)
         _tell(found, tell)
         return Repaired(len(found.mends), found.left)
     with disk_errors(folder), folder_lock(folder):
+        read_manifest(folder)
+        if dropped := drop_bad_rows(folder):
+            tell(f"{folder}: {dropped} lines of its index are no rows of a set; they are taken out")
         state = open_state(folder)
         drop_notes(folder)
         found = diagnose(state, checkers, on_shard)

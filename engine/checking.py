@@ -51,7 +51,7 @@ def check_finished(folder: Path, plan: Plan, row: ShardRow) -> Verdict:
     except SynthkdError as error:
         return verdict(row.shard, row.samples, [str(error).partition("; run `synthkd repair")[0]])
     problems = check_groups(plan, row, groups) + check_shard(folder, row, groups)
-    found = verdict(row.shard, row.samples, problems, {g.environment for g in groups})
+    found = verdict(row.shard, row.samples, problems, {str(g.environment) for g in groups})
     return Verdict(**{**vars(found), "stamp": stamp})
 
 
@@ -147,7 +147,7 @@ def check_columns(row: ShardRow, group: GroupRow, placed: Mapping[str, tuple[int
     keys, problems = table["key"], []
     images = {name.partition(".")[0]: at for name, at in placed.items() if not name.endswith(".json")}
     for i, key in enumerate(keys):
-        if key not in images or f"{key}.json" not in placed:
+        if not isinstance(key, str) or key not in images or f"{key}.json" not in placed:
             problems.append(f"{where} has a row for {key!r:.40}, which is none of its samples")
             continue
         at, image = images[key]
@@ -155,7 +155,7 @@ def check_columns(row: ShardRow, group: GroupRow, placed: Mapping[str, tuple[int
             problems.append(f"{where} says that the image of {key} lies elsewhere in the tar")
         if _label(placed[f"{key}.json"][1]) != (key, group.group, table["label"][i]):
             problems.append(f"{where}: {key} has another key, group or label in its json")
-    return problems + [f"{where} has two rows for {key}" for key in _doubled(keys)]
+    return problems + [f"{where} has two rows for {key}" for key in _doubled(map(str, keys))]
 
 
 def _label(data: bytes) -> tuple[Any, Any, Any]:

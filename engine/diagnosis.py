@@ -136,35 +136,43 @@ def _rebuilt(
     state: SetState, shard: int, row: ShardRow | None, why: str, listed: list[GroupRow], found: Mapping[str, Any]
 ) -> Mend:
     """Groups whose members were all found are kept, the others drawn."""
-    keep = {g.group for g in listed if g.members and g.members.keys() <= found.keys()}
-    have = {g.group: g for g in listed}
+    units, have = {u.group: u for u in state.plan.shard_units(shard)}, {g.group: g for g in listed}
+    keep = {g.group for g in listed if g.group in units and _whole(state, units[g.group], g, found)}
     needs = [
         Need(u, have[u.group].environment if u.group in have else "")
-        for u in state.plan.shard_units(shard)
+        for u in units.values()
         if u.group not in keep or have[u.group].kept < u.kept
     ]
     return Mend(shard, "rebuild", why, row, bool(listed), frozenset(keep), tuple(needs), discard=True)
 
 
+def _whole(state: SetState, unit: WorkUnit, group: GroupRow, found: Mapping[str, Any]) -> bool:
+    """Whether a group lists its samples, and each of their files was found."""
+    names = set(ordered(unit, group, state.plan.recipe.image_format))
+    return group.kept <= unit.kept and names == group.members.keys() and names <= found.keys()
+
+
 def _gone_on(state: SetState, shard: int, row: ShardRow | None, why: str) -> Mend:
     """What a killed run left is gone on from where all of it is right; else it counts for nothing."""
     folder, tar, part = state.folder, state.folder / shard_name(shard), part_path(state.folder, shard)
-    begun = journalled(folder, shard)
-    listed = vouched(folder, shard, row)
+    begun, listed = _begun(folder, shard), vouched(folder, shard, row)
     with opened(part if part.exists() else tar) as data:
-        sound = members(begun.values()).keys() <= salvage(data, members(begun.values())).keys()
+        found, planned = salvage(data, members(begun.values())), {u.group: u for u in state.plan.shard_units(shard)}
+    sound = all(g in planned and _whole(state, planned[g], r, found) for g, r in begun.items())
     with opened(tar) as data:
         mend = _rebuilt(state, shard, row, why, listed, salvage(data, members(listed)))
-    whole = all(u.group in begun and begun[u.group].kept >= u.kept for u in state.plan.shard_units(shard))
-    if not sound or not (part.exists() or whole):
+    done = {u.group for u in planned.values() if u.group in begun and begun[u.group].kept >= u.kept}
+    if not sound or not (part.exists() or done == planned.keys()):
         return mend
-    done = {g for g, r in begun.items() if r.kept >= _planned(state, shard).get(g, 0)}
     needs = tuple(n for n in mend.needs if n.unit.group not in done)
     return replace(mend, keep=mend.keep - begun.keys(), needs=needs, discard=False)
 
 
-def _planned(state: SetState, shard: int) -> dict[int, int]:
-    return {u.group: u.kept for u in state.plan.shard_units(shard)}
+def _begun(folder: Path, shard: int) -> dict[int, GroupRow]:
+    """What a journal vouches for; nothing where it cannot be read."""
+    with suppress(SynthkdError):
+        return journalled(folder, shard)
+    return {}
 
 
 def members(rows: Iterable[GroupRow]) -> dict[str, str]:
@@ -214,7 +222,7 @@ def row_of(folder: Path, shard: int, listed: list[GroupRow], before: ShardRow | 
     )  # fmt: skip
 
 
-def left_by_a_run(folder: Path, shard: int) -> tuple[Path, Path, Path]:
-    """Files of a shard that grows; the journal last, which vouches for the others."""
+def left_by_a_run(folder: Path, shard: int) -> tuple[Path, ...]:
+    """Files of a shard that grows; the journal after the part that it vouches for."""
     part = part_path(folder, shard)
-    return part.with_suffix(".fresh"), part, journal_path(folder, shard)
+    return part.with_suffix(".fresh"), part, journal_path(folder, shard), part.with_suffix(".lock")

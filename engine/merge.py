@@ -75,7 +75,7 @@ class _Place:
 
     def said(self) -> str:
         """Folder and environments, for people."""
-        keys = sorted({group.environment for group in group_rows(self.folder, self.row)})
+        keys = sorted({str(group.environment) for group in group_rows(self.folder, self.row)})
         return f"{self.folder} ({self.row.sha256[:12]}, environments {', '.join(keys)})"
 
 
@@ -119,7 +119,6 @@ def gather_parts(folder: Path) -> Merged:
     """Put the rows of runs that shared a folder into the set's own index; raises SynthkdError while one still runs."""
     read_manifest(folder)
     with disk_errors(folder), folder_lock(folder):
-        mend_tail(folder / INDEX)
         gather_index(folder)
         return _summary(folder, 0)
 
