@@ -15,7 +15,7 @@ from synthkd.engine.locks import folder_lock
 from synthkd.engine.repair import mend_set
 from synthkd.engine.rows import drop_bad_rows
 from synthkd.engine.shards import disk_errors
-from synthkd.engine.verify import SetState, drop_notes, open_state
+from synthkd.engine.verify import SetState, drop_notes, open_state, table_module, table_problems
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,11 @@ def repair_set(
         _tell(found, tell)
         on_needs(sum(len(m.needs) for m in found.mends))
         left = mend_set(state, found, _Drawing(again, state), tell=tell, on_group=on_group, should_stop=should_stop)
-    if left is None:
-        return Repaired(0, (), stopped=True)
+        if left is None:
+            return Repaired(0, (), stopped=True)
+        if not left and table_problems(folder):
+            table_module(folder).write_table(folder)
+            tell(f"{folder}: its table is written again")
     return Repaired(len(found.mends), (*found.left, *left))
 
 

@@ -112,7 +112,7 @@ def verify_set(
                 notes.add(one)
             if should_stop():
                 return _report(state, problems, found, resumed, stopped=True)
-    rest = [*_environments(state, keys), *leftovers(state), *_parquet(folder)]
+    rest = [*_environments(state, keys), *leftovers(state), *table_problems(folder)]
     if notes:
         notes.drop()
     return _report(state, problems + rest, found + len(rest), resumed)
@@ -316,12 +316,18 @@ def _leftover(state: SetState, shard: int, kind: str) -> str | None:
     return None
 
 
-def _parquet(folder: Path) -> list[str]:
+def table_problems(folder: Path) -> list[str]:
     """Problems of the set's table, where it has one and this installation reads it."""
-    home = "synthkd.engine.table"
-    if not (folder / "index.parquet").is_file() or importlib.util.find_spec(home) is None:
-        return []
+    home = table_module(folder)
     try:
-        return list(importlib.import_module(home).check_table(folder))
+        return list(home.check_table(folder)) if home else []
     except SynthkdError as error:
         return [str(error)]
+
+
+def table_module(folder: Path) -> Any:
+    """What reads and writes the table of a set that has one; None without it."""
+    home = "synthkd.engine.table"
+    if not (folder / "index.parquet").is_file() or importlib.util.find_spec(home) is None:
+        return None
+    return importlib.import_module(home)
