@@ -113,7 +113,7 @@ def check_shard(folder: Path, row: ShardRow, groups: list[GroupRow]) -> list[str
         twice = [
             f"{row.file}: unexpected member {name}, the second of its name" for name in _doubled(n for n, *_ in found)
         ]
-        return twice + _compared(row, groups, {name: (at, content) for name, at, content in found})
+        return twice or _compared(row, groups, {name: (at, content) for name, at, content in found})
     return _differences(path, row, groups)
 
 

@@ -11,6 +11,8 @@ import json
 import multiprocessing as mp
 import os
 import re
+import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -43,6 +45,7 @@ from synthkd.engine.workers import cores
 
 NOTES = ".verify.jsonl"
 _MUCH = 2 * 2**30, 200_000  # bytes or samples from which processes are worth their start
+_CONTEXT = "fork" if sys.platform == "linux" else "spawn"  # a fork starts at once, and its networks' code is shared
 _SHARD_FILE = re.compile(r"shard-(\d{6,})\.tar(\.part|\.journal|\.lock|\.fresh)?")
 
 
@@ -181,11 +184,16 @@ def _looking(look: Callable[[ShardRow], Verdict], workers: int) -> Iterator[_Loo
     if workers < 2:
         yield _Looking(look, None, 0)
         return
-    pool = ProcessPoolExecutor(workers, mp.get_context("spawn"), initializer=follow_parent)
+    pool = ProcessPoolExecutor(workers, mp.get_context(_CONTEXT), initializer=_start)
     try:
         yield _Looking(look, pool, workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the caller's way to stop
+    follow_parent()
 
 
 def _done(one: "Verdict | Future[Verdict]") -> Verdict:
