@@ -20,12 +20,13 @@ from synthkd.engine.columns import ShardColumns, set_plan, shard_columns
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_manifest
 from synthkd.engine.locks import folder_lock
-from synthkd.engine.reading import read_shard
+from synthkd.engine.reading import Sample, read_shard
 from synthkd.engine.rows import read_index, write_atomically
 from synthkd.engine.shards import disk_errors, short_digest
 
 MARKER, CLASSES, LABELS, PARTIAL = "export.json", "classes.json", "labels.csv", ".partial"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
+_PREVIEW = re.compile(r"([0-9]{9,19})-p[0-9]{2}")
 _LONGEST = 80  # bytes of a folder's name
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
 _HEAD = ("file", "key", "split", "class", "label", "confidence")
@@ -77,7 +78,7 @@ def split_of(key: str, seed: int, shares: Mapping[str, float]) -> str:
         edge += share
         if point < edge:
             return name
-    return next(reversed(shares))
+    return list(shares)[-1]  # rounding left a gap below 1
 
 
 def folder_names(classes: Sequence[str]) -> list[str]:
@@ -204,10 +205,13 @@ class _Export:
                 yield _Image(key, key, label, confidence, size, read)
         for sample in read_shard(self.folder, columns.shard) if self.previews else ():
             if sample.preview is not None:
-                of, label = sample.meta.get("of"), sample.meta.get("label")
-                if (of not in columns.members and f"{of}{end}" not in columns.members) or type(label) is not int:
-                    raise SynthkdError(f"{sample.where}: its json is not a preview's; run `synthkd verify {self.folder}`")
-                yield _Image(sample.key, str(of), label, None, len(sample.image), lambda data=sample.image: data)
+                yield self._preview(sample)
+
+    def _preview(self, sample: Sample) -> _Image:
+        label, named = sample.meta.get("label"), _PREVIEW.fullmatch(sample.key)
+        if named is None or type(label) is not int or not 0 <= label < len(self.names):
+            raise SynthkdError(f"{sample.where}: not a preview's name and label; run `synthkd verify {self.folder}`")
+        return _Image(sample.key, named[1], label, None, len(sample.image), lambda: sample.image)
 
     def _put(self, image: _Image) -> tuple[object, ...]:
         """Write an image where it is not there yet; returns its line of labels.csv."""

@@ -12,6 +12,7 @@ from synthkd.engine.config import Recipe, Request
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_manifest
 from synthkd.engine.plan import Plan
+from synthkd.engine.reading import MAX_MEMBER
 from synthkd.engine.rows import GroupRow, ShardRow, group_rows, read_index, rows_path
 
 LOSSES = "losses."
@@ -135,7 +136,7 @@ def _take(out: ShardColumns, group: GroupRow) -> None:
 
 def _check(out: ShardColumns, classes: int) -> None:
     """Raise TypeError or ValueError for values that no set has."""
-    for name, limit in (("label", classes), ("offset", 2**63), ("size", 2**63)):
+    for name, limit in (("label", classes), ("offset", 2**63), ("size", MAX_MEMBER + 1)):
         values = getattr(out, name)
         if set(map(type, values)) - {int} or (values and not 0 <= min(values) <= max(values) < limit):
             raise ValueError(f"{name} holds what is no whole number from 0 to {limit - 1}")
