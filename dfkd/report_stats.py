@@ -48,7 +48,7 @@ def _tone(stats: SetStats) -> str:
 
 def _summary(stats: SetStats) -> h.Section:
     sure, read = stats.confidence.sum(), stats.pixels.agreement
-    items = [h.Figure("Images", f"{stats.total:,}", "", f"in {stats.shards:,} shards, {len(stats.counts):,} classes")]
+    items = [h.Figure("Images", f"{stats.total:,}", "", f"in {len(stats.counts):,} classes, shards: {stats.shards:,}")]
     if stats.judged.sum():
         mean = h.number(float(sure / stats.judged.sum()))
         items.append(h.Figure("Mean confidence", mean, "", "teacher's probability of the label", "teacher"))
@@ -159,14 +159,21 @@ def _losses(stats: SetStats) -> h.Section | None:
     told = ", ".join(f"{name} {h.number(s.mean)}" for name, s in named.items())
     return h.Section(
         "losses", "Losses", f"Mean of each term at the last guided call: {told}.",
-        [h.grid(charts), _spread_table("Terms over all images; quantiles of the sample", named, 1.0)],
+        [h.grid(charts), _spread_table("Terms over all images; quantiles of the sample", named, 1.0, _tone(stats))],
     )  # fmt: skip
 
 
-def _spread_table(caption: str, named: dict[str, Spread], unit: float) -> h.Html:
-    head = ["", "mean", "lowest", "10 %", "median", "90 %", "highest"]
-    rows = [[name, *(h.number(v / unit) for v in s.figures().values())] for name, s in named.items()]
+def _spread_table(caption: str, named: dict[str, Spread], unit: float, tone: str) -> h.Html:
+    head = ["", "bar: 10 % to 90 %; dot: median", "mean", "lowest", "10 %", "median", "90 %", "highest"]
+    rows = [[name, _reach(s, tone), *(h.number(v / unit) for v in s.figures().values())] for name, s in named.items()]
     return h.table(caption, head, rows)
+
+
+def _reach(spread: Spread, tone: str) -> h.Html:
+    """The middle of the values, between the lowest and the highest."""
+    _, low, *middle, high = spread.figures().values()
+    first, median, last = ((v - low) / (high - low or 1.0) for v in middle)
+    return c.track([(first, "faint"), (last - first, "rest"), (1 - last, "faint")], [(median, tone)])
 
 
 def _files(stats: SetStats) -> h.Section:
@@ -176,7 +183,7 @@ def _files(stats: SetStats) -> h.Section:
     sentence += "are byte for byte an earlier one."
     pairs = ", ".join(f"{a} and {b}" for a, b in stats.equal_pairs)
     told = [h.note(f"Equal files, by id: {pairs}.")] if pairs else []
-    table = _spread_table("Size of an image file, KiB", {"bytes": sizes}, 1024.0)
+    table = _spread_table("Size of an image file, KiB", {"image": sizes}, 1024.0, _tone(stats))
     return h.Section("files", "Files", sentence, [h.grid([chart]), table, *told])
 
 
@@ -187,12 +194,12 @@ def _pixels(stats: SetStats) -> h.Section:
         _histogram("Contrast", "% of the sample", seen.contrast, _tone(stats), "standard deviation within an image"),
     ]
     rows = [
-        [n, f"{m:.4f}", f"{s:.4f}"]
+        [n, c.track([(m, _tone(stats))]), f"{m:.4f}", f"{s:.4f}"]
         for n, m, s in zip(("red", "green", "blue"), figures["mean"], figures["std"], strict=True)
     ]
     sentence = f"Over {seen.images:,} images a pixel's mean is {figures['brightness']:.3f} of 1, an image's standard "
     sentence += f"deviation {figures['contrast']:.3f}."
-    table = h.table("Channels over the sample, of 1", ["channel", "mean", "standard deviation"], rows)
+    table = h.table("Channels over the sample, of 1", ["channel", "bar: mean", "mean", "standard deviation"], rows)
     return h.Section("pixels", "Pixels", sentence, [h.grid(charts), table])
 
 
@@ -223,8 +230,11 @@ def _times(stats: SetStats) -> h.Section:
         bars = {name: c.track([(value / total, _STAGES.get(name, "faint"))]) for name, value in seconds.items()}
         rows = [[n, bars[n], h.number(1e3 * v), h.percent(100 * v / total)] for n, v in seconds.items()]
         body.append(h.table("Time per image in one process", ["stage", "", "ms", "share"], rows))
-    tried = [[f"{n + 1}", f"{count:,}"] for n, count in sorted(stats.attempts.items())]
-    body.append(h.table("Attempts until a group was finite", ["attempt", "groups"], tried))
+    tried = [
+        [f"{n + 1}", c.track([(count / max(1, stats.groups), "rest")]), f"{count:,}"]
+        for n, count in sorted(stats.attempts.items())
+    ]
+    body.append(h.table("Attempts until a group was finite", ["attempt", "", "groups"], tried))
     sentence = f"An image took {h.duration(total)} of one process. " if total > 0 else "No times were recorded. "
     again = sum(count for n, count in stats.attempts.items() if n)
     sentence += f"{again:,} of {stats.groups:,} groups needed another attempt, {stats.repaired:,} were repaired."
