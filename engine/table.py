@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from synthkd.engine.columns import ShardColumns, first_losses, index_digest, shard_columns
+from synthkd.engine.columns import LOSSES, ShardColumns, first_losses, index_digest, shard_columns
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.index import read_manifest
 from synthkd.engine.rows import ShardRow, read_index
@@ -72,7 +72,7 @@ def _fields(losses: Sequence[str]) -> dict[str, str]:
         "shard": "string", "offset": "int64", "size": "int64", "digest": "string", "environment": "string",
         "repaired": "bool",
     }  # fmt: skip
-    return own | {f"losses.{name}": "double" for name in losses} | place
+    return own | {f"{LOSSES}{name}": "double" for name in losses} | place
 
 
 class _Source:
@@ -91,6 +91,7 @@ class _Source:
         fields = [(name, self.pa.type_for_alias(kind)) for name, kind in _fields(self.losses).items()]
         self.schema = self.pa.schema(fields, metadata={_NOTE: json.dumps(note, sort_keys=True)})
         self.note: dict[str, Any] = note
+        self.seen: set[str] = set()  # terms that the rows had so far
 
     def tables(self) -> Iterator[Any]:
         """Tables of GROUP_ROWS rows, the last one shorter; raises _NewLossError for a column that the schema lacks."""
@@ -109,11 +110,12 @@ class _Source:
     def _table(self, columns: ShardColumns) -> Any:
         if columns.losses.keys() - set(self.losses):
             raise _NewLossError(*columns.losses)
+        self.seen |= columns.losses.keys()
         pa, recipe, count = self.pa, self.manifest["recipe"], len(columns)
         rounds = _rounds(recipe, columns)
         values: dict[str, Any] = {
             **{name: getattr(columns, name) for name in _OWN},
-            **{f"losses.{name}": columns.losses.get(name, [None] * count) for name in self.losses},
+            **{f"{LOSSES}{name}": columns.losses.get(name, [None] * count) for name in self.losses},
             **{name: columns.spread(name) for name in ("group", "attempt", "environment", "repaired")},
             "class": pa.array(recipe["classes"], pa.string()).take(pa.array(columns.label, pa.int32())),
             "seed": [self.manifest["seed"]] * count,
@@ -161,7 +163,13 @@ def _write(source: _Source, path: Path) -> None:
     repeated = ["class", "seed", "round", "shard", "environment", "repaired", "label", "group", "attempt"]
     with path.open("wb") as f:
         with source.pa.parquet.ParquetWriter(
-            f, source.schema, compression="zstd", use_dictionary=repeated, write_page_checksum=True, version="2.6"
+            f,
+            source.schema,
+            compression="zstd",
+            use_dictionary=repeated,
+            write_page_checksum=True,
+            write_statistics=["id"],
+            version="2.6",
         ) as writer:
             for table in source.tables():
                 writer.write_table(table, row_group_size=GROUP_ROWS)
@@ -191,6 +199,11 @@ class _File:
     def errors(self) -> "_Errors":
         """What pyarrow says of a damaged file, as one line."""
         return _Errors(self)
+
+    def id_range(self, number: int) -> tuple[int, int] | None:
+        """Lowest and highest id of a row group as its footer states them, by which readers pass over groups."""
+        found = self.file.metadata.row_group(number).column(self.schema.names.index("id")).statistics
+        return (found.min, found.max) if found is not None and found.has_min_max else None
 
     def group(self, number: int, columns: Sequence[str] | None = None) -> Any:
         """One row group as an Arrow table."""
@@ -239,7 +252,7 @@ def check_table(folder: Path) -> list[str]:
         file = _File(folder)
     except SynthkdError as error:
         return [str(error).partition("; write it again")[0]]
-    source = _Source(folder)
+    source = _Source(folder, {n.removeprefix(LOSSES) for n in file.schema.names if n.startswith(LOSSES)})
     for name in ("fingerprint", "format", "samples", "digest"):
         if file.note.get(name) != source.note[name]:
             return [f"{TABLE}: stale, its {name} is not the set's; run `synthkd index {folder}`"]
@@ -266,12 +279,16 @@ def _differences(file: _File, source: _Source) -> Iterator[str]:
         if have is None or len(have) != len(wanted):
             yield f"{TABLE}: row group {number} has not the {len(wanted)} rows expected there"
             return
+        if file.id_range(number) != (wanted["id"][0].as_py(), wanted["id"][-1].as_py()):
+            yield f"{TABLE}: the range of ids of row group {number} is not that of its rows"
         for line in _wrong_rows(have, wanted):
             found += 1
             if found <= _SHOWN:
                 yield line
     if found > _SHOWN:
         yield f"{TABLE}: {found - _SHOWN} more values differ"
+    for name in sorted(set(source.losses) - source.seen):
+        yield f"{TABLE}: no row has its column {LOSSES}{name}"
 
 
 def _wrong_rows(have: Any, wanted: Any) -> Iterator[str]:
