@@ -36,6 +36,7 @@ from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_sets import merge, repair, verify
+from synthkd.dfkd.cli_table import export_folder, index, stats
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.encoders import encoder_for
@@ -65,6 +66,11 @@ app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.tom
 app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
 app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
+app.command("index", epilog="Example: synthkd index sets/digits --where 'confidence > 0.9'")(index)
+app.command("stats", epilog="Example: synthkd stats sets/digits --out stats.html")(stats)
+app.command("export-folder", epilog="Example: synthkd export-folder sets/digits --out folders/a --split train=1")(
+    export_folder
+)
 out = Console()
 
 

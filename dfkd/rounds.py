@@ -17,6 +17,7 @@ from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, distill, save_stu
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.card import describe_set
 from synthkd.engine.index import (
     MANIFEST,
     checkpoint_digest,
@@ -52,10 +53,10 @@ def draw_set(
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
-    What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is; deadline: seconds that a group may take (see `open_stream`); writing: encoder, its
-    threads, groups under way. Raises SynthkdError where a round is asked for before the rounds that teach its student
-    are there.
+    What is there already is kept; a complete set gets its table and card. shards: their order, all by default, or all
+    of the part; part: which of several runs that share the folder this is; deadline: seconds that a group may take (see
+    `open_stream`); writing: encoder, its threads, groups under way. Raises SynthkdError where a round is asked for
+    before the rounds that teach its student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
@@ -97,6 +98,8 @@ def draw_set(
     finally:
         told.end(stage)
         note_run(folder, summary, writing)
+    if not summary.stopped:
+        describe_set(folder)
     return summary
 
 
