@@ -174,6 +174,10 @@ def synth(
     shard_index: options.ShardIndex = None,
     num_shards: options.NumShards = None,
     workers: options.Workers = None,
+    ray: options.Ray = None,
+    ray_actors: options.RayActors = None,
+    ray_wheel: options.RayWheel = None,
+    deadline: options.GroupDeadline = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -207,8 +211,11 @@ def synth(
     if part is not None and order is not None:
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
+    cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
+    if cluster is not None and workers is not None:
+        raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
     with Bars(out) as bars, StopFlag() as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part)
+        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, cluster)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)

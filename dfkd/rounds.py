@@ -6,9 +6,11 @@ is kept in the set's folder, and its digest is in the manifest.
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from synthkd.dfkd.cluster import draw_by_actors
 from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.progress import Progress, Silent
@@ -27,6 +29,7 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.locks import settle_lock
+from synthkd.engine.ray_runner import ClusterSpec, connected
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import WriteSummary, write_shards
@@ -46,11 +49,12 @@ def draw_set(
     should_stop: Callable[[], bool] = lambda: False,
     shards: Sequence[int] | None = None,
     part: Part | None = None,
+    cluster: ClusterSpec | None = None,
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
     What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is. Raises SynthkdError where a round is asked for before the rounds that teach its
+    that share the folder this is; cluster: draw on the actors of a Ray cluster instead. Raises SynthkdError where a round is asked for before the rounds that teach its
     student are there.
     """
     job.check()
@@ -66,7 +70,9 @@ def draw_set(
         _claim(job, request, folder, part)
     told.begin(stage, sum(plan.shard_samples(s) for s in order), "images")
     summary = WriteSummary(0, 0, False)
-    try:
+    with ExitStack() as stack:
+        stack.callback(told.end, stage)
+        session = stack.enter_context(connected(cluster)) if cluster else None
         for round_ in range(plan.num_rounds):
             mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
             if not mine:
@@ -74,21 +80,23 @@ def draw_set(
             student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
             if round_ and student is None:
                 return replace(summary, stopped=True)
-            drawn = write_shards(
-                open_stream(job.at_round(round_, student).build, plan, workers or default_workers(job.device)),
-                folder,
-                shards=mine,
-                part=part,
-                source=job.source(),
-                on_batch=lambda n: told.advance(stage, n),
-                on_present=lambda n: told.advance(stage, n),
-                should_stop=should_stop,
-            )
+            now = job.at_round(round_, student)
+            if session is not None:
+                drawn = draw_by_actors(session, now, plan, folder, stage, told, should_stop, mine, part)
+            else:
+                drawn = write_shards(
+                    open_stream(now.build, plan, workers or default_workers(job.device)),
+                    folder,
+                    shards=mine,
+                    part=part,
+                    source=job.source(),
+                    on_batch=lambda n: told.advance(stage, n),
+                    on_present=lambda n: told.advance(stage, n),
+                    should_stop=should_stop,
+                )
             summary = WriteSummary(summary.drawn + drawn.drawn, summary.present + drawn.present, drawn.stopped)
             if summary.stopped:
                 break
-    finally:
-        told.end(stage)
     return summary
 
 
