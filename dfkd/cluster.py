@@ -28,6 +28,11 @@ def draw_by_actors(
     """Draw a round of a job on the device that the cluster has; progress: told images, their rate and the actors."""
     began, drawn = time.monotonic(), 0
 
+    def on_present(have: int) -> None:
+        nonlocal began
+        began = time.monotonic()  # actors are up
+        progress.advance(stage, have)
+
     def on_batch(new: int) -> None:
         nonlocal drawn
         drawn += new
@@ -35,14 +40,9 @@ def draw_by_actors(
 
     def on_actors(count: int) -> None:
         rate = drawn / max(time.monotonic() - began, 1e-9)
-        progress.note(stage, f"{rate:.1f} images/s, {count} actors")
+        progress.note(stage, f"{rate:.1f}/s by {count} actors")
 
-    told = Told(
-        on_batch=on_batch,
-        on_present=lambda n: progress.advance(stage, n),
-        on_actors=on_actors,
-        should_stop=should_stop,
-    )
+    told = Told(on_batch=on_batch, on_present=on_present, on_actors=on_actors, should_stop=should_stop)
     there = replace(job, device=session.device)
     return draw_on_cluster(
         session, there.build, plan, folder, shards=shards, part=part, source=job.source(), told=told

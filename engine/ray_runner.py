@@ -264,7 +264,11 @@ class Crew:
     def answers(self) -> Iterator[tuple[Member, str, Any]]:
         """(actor, what it was asked, its answer) of the next that answer; Lost for those that are gone or too late."""
         ray, calls = self._session.ray, list(self._calls)
-        done, _ = ray.wait(calls, timeout=POLL) if calls else ([], [])
+        done: list[Any] = []
+        if calls:
+            done, _ = ray.wait(calls, timeout=POLL)
+        else:
+            time.sleep(POLL)
         for reference in done:
             member = self._calls.pop(reference)
             asked, member.asked = member.asked, ""
@@ -322,8 +326,10 @@ class Crew:
 
 
 def _line(error: BaseException) -> str:
-    """The first words of a Ray error, which may be a page."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The last line of a Ray error, which may be a page."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    hint = "; install this synthkd on every machine, or pass --ray-wheel" if "No module named" in str(error) else ""
+    return f"{type(error).__name__}: {lines[-1][:200]}{hint}" if lines else type(error).__name__
 
 
 def declared(crew: Crew, each: int, should_stop: Callable[[], bool]) -> Declared | None:
