@@ -18,7 +18,8 @@ from synthkd.engine.ray_runner import Crew, Lost, Member, Session, declared, ref
 from synthkd.engine.rows import Part, gather_index
 from synthkd.engine.runner import Factory
 from synthkd.engine.shard_worker import Declared, Hello, Publish, ShardWorker, Step
-from synthkd.engine.shards import ShardFolder, WriteSummary, disk_errors
+from synthkd.engine.shards import ShardFolder, disk_errors
+from synthkd.engine.writer import WriteSummary
 
 LOCK_WAIT = 120.0  # seconds until a shard that a lost actor still holds ends the run
 _BACK_OFF = 0.5, 8.0  # seconds between looks at such a lock: the first, the longest

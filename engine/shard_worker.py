@@ -1,4 +1,4 @@
-"""Draws whole shards in a process of its own, on whatever machine: what an actor of a cluster does, without the cluster."""
+"""Draws whole shards in a process of its own, on whatever machine: an actor without its cluster."""
 
 import logging
 import os

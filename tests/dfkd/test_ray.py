@@ -158,7 +158,7 @@ def test_a_wrong_option_is_one_line(changes: dict[str, Any], match: str) -> None
 
 def test_a_cluster_that_is_not_there() -> None:
     began = time.monotonic()
-    with pytest.raises(SynthkdError, match="--ray 127.0.0.1:9: nothing answers there"), connected(
+    with pytest.raises(SynthkdError, match=r"--ray 127\.0\.0\.1:9: nothing answers there"), connected(
         ClusterSpec(address="127.0.0.1:9")
     ):
         pass
