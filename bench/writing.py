@@ -6,8 +6,8 @@ Each round draws the same groups once for nothing and once into a set, so that d
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from synthkd.engine.config import CutMixSpec
 from synthkd.engine.encoders import encoder_for
 from synthkd.engine.errors import suggest
 from synthkd.engine.runner import open_stream
-from synthkd.engine.writer import Writing, WriteSummary
+from synthkd.engine.writer import WriteSummary, Writing
 
 CASES, FORMATS = ("guided", "cheap"), ("png", "jpg", "webp")
 CHEAP_STEPS = 4
@@ -31,7 +31,7 @@ class WritingSpec:
 
     cases: Sequence[str] = CASES
     formats: Sequence[str] = FORMATS
-    writing: Writing = Writing()
+    writing: Writing = field(default_factory=Writing)
     groups: int = 4
     rounds: int = 5
     folder: Path | None = None
@@ -74,11 +74,15 @@ def _row(spec: WritingSpec, case: str, job: SynthJob) -> dict[str, Any]:
         pass
     alone, written, sums = [], [], WriteSummary(0, 0, False)
     for _ in range(spec.rounds):
-        alone.append(_seconds(lambda: sum(1 for _ in stream.draw(plan.units()))))
+        started = time.monotonic()
+        for _ in stream.draw(plan.units()):
+            pass
+        alone.append(time.monotonic() - started)
         with tempfile.TemporaryDirectory(dir=spec.folder) as folder:
-            summaries: list[WriteSummary] = []
-            written.append(_seconds(lambda f=folder, s=summaries: s.append(_write(stream, f, spec.writing))))
-            sums = sums.then(summaries[0])
+            started = time.monotonic()
+            summary = write_shards(stream, Path(folder) / "set", writing=spec.writing)
+            written.append(time.monotonic() - started)
+        sums = sums.then(summary)
     ratios, images = [a / w for a, w in zip(alone, written, strict=True)], plan.request.num_samples
     return stamped({
         "kind": "writing",
@@ -99,13 +103,3 @@ def _row(spec: WritingSpec, case: str, job: SynthJob) -> dict[str, Any]:
         "encoding_ms": round(1e3 * sums.encoding / sums.drawn, 3),
         "appending_ms": round(1e3 * sums.writing / sums.drawn, 3),
     })  # fmt: skip
-
-
-def _write(stream: Any, folder: str, writing: Writing) -> WriteSummary:
-    return write_shards(stream, Path(folder) / "set", writing=writing)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    started = time.monotonic()
-    work()
-    return time.monotonic() - started
