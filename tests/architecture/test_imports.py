@@ -13,6 +13,7 @@ HEAVY = {
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
     "nvidia": ["dfkd/data_dali.py"],
+    "pyarrow": ["engine/table.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
