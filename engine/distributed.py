@@ -95,6 +95,7 @@ class Drawing:
 
     def run(self) -> WriteSummary:
         """Until all shards are finished, or a stop: then every actor ends its group and lets go of its shard."""
+        started = time.monotonic()
         while True:
             self._stopped = self._stopped or self._told.should_stop()
             for member in self._crew.idle:
@@ -104,7 +105,8 @@ class Drawing:
             for member, asked, answer in self._crew.answers():
                 self._hear(member, asked, answer)
             self._told.on_actors(self._crew.ready)
-        return WriteSummary(self._drawn, self._state.present(), self._stopped)
+        seconds = time.monotonic() - started
+        return WriteSummary(self._drawn, self._state.present(), self._stopped, seconds)
 
     def _busy(self) -> bool:
         """Whether there is something to wait for; an actor that has not started yet is not, once nothing is left."""
