@@ -198,6 +198,9 @@ def synth(
     strict_bits: options.StrictBits = False,
     encoder: options.Encoder = "auto",
     encoders: options.Encoders = None,
+    ray: options.Ray = None,
+    ray_actors: options.RayActors = None,
+    ray_wheel: options.RayWheel = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -214,7 +217,7 @@ def synth(
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
     from synthkd.dfkd.presets import load_preset
-    from synthkd.dfkd.rounds import draw_set
+    from synthkd.dfkd.rounds import DrawOptions, draw_set
 
     writing = Writing(encoder, encoders)
     asked = options.Asked(
@@ -234,10 +237,12 @@ def synth(
     workers = options.check_workers(workers)
     options.check_seconds("--deadline", deadline)
     encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
+    cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
+    if cluster is not None and workers is not None:
+        raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
+    how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster)
     with Bars(out) as bars, StopFlag(options.check_seconds("--grace", grace)) as stop:
-        summary = draw_set(
-            job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, deadline, writing
-        )
+        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, how)
         if summary.drawn:
             out.print(_rates(summary), soft_wrap=True, highlight=False)
         if summary.stopped:

@@ -265,22 +265,30 @@ class ShardFolder:
             return
         state = self.shard(shard)
         if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
-            row = state.seal()
-            commit(self.folder, row, self.part)
-            self._index[shard] = row
+            self.note(state.seal())
             self.release()
+
+    def note(self, row: ShardRow) -> None:
+        """Put a shard that another process has sealed into the index."""
+        commit(self.folder, row, self.part)
+        self._index[row.shard] = row
+
+    def row(self, shard: int) -> ShardRow | None:
+        """The row of a finished shard; None before that."""
+        return self._index.get(shard)
 
     def present(self) -> int:
         """Wanted samples that are safe on disk."""
-        found = 0
-        for shard in self.order:
-            wanted = self.plan.shard_samples(shard)
-            if self.settled(shard):
-                found += wanted
-            elif shard in self._index or self._begun(shard):
-                kept = self._kept(shard)
-                found += sum(min(u.kept, kept.get(u.group, 0)) for u in self.plan.shard_units(shard))
-        return found
+        return sum(self.samples(shard) for shard in self.order)
+
+    def samples(self, shard: int) -> int:
+        """Wanted samples of a shard that are safe on disk."""
+        if self.settled(shard):
+            return self.plan.shard_samples(shard)
+        if shard not in self._index and not self._begun(shard):
+            return 0
+        kept = self._kept(shard)
+        return sum(min(u.kept, kept.get(u.group, 0)) for u in self.plan.shard_units(shard))
 
 
 def write_shards(

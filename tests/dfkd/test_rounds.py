@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from synthkd.dfkd.replay import replay_sample
-from synthkd.dfkd.rounds import draw_set
+from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Plan, Request, Synthesizer, SynthkdError
 from synthkd.engine.index import read_manifest
@@ -50,7 +50,8 @@ def whole(round_job: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(job: Any, folder: Path, count: int = COUNT, **options: Any) -> Any:
     """Draw the set in this process."""
-    return draw_set(job, Request(num_samples=count, seed=5), folder, workers=options.pop("workers", 1), **options)
+    workers, how = options.pop("workers", 1), DrawOptions(shards=options.pop("shards", None))
+    return draw_set(job, Request(num_samples=count, seed=5), folder, workers=workers, how=how, **options)
 
 
 def metas(folder: Path) -> dict[int, dict[str, Any]]:
