@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.replay import Again
+from synthkd.engine.card import describe_set
 from synthkd.engine.diagnosis import Diagnosis, Need, diagnose
 from synthkd.engine.encoders import encoder_of
 from synthkd.engine.encoding import EncodedGroup, encode_group
@@ -65,10 +66,17 @@ def repair_set(
         left = mend_set(state, found, _Drawing(again, state), tell=tell, on_group=on_group, should_stop=should_stop)
         if left is None:
             return Repaired(0, (), stopped=True)
-        if not left and table_problems(folder):
-            write_table(folder)
-            tell(f"{folder}: its table is written again")
+        if not left:
+            _describe(folder, bool(found.mends), tell)
     return Repaired(len(found.mends), (*found.left, *left))
+
+
+def _describe(folder: Path, mended: bool, tell: Callable[[str], None]) -> None:
+    """Table and card of a set that was mended, and a table that was damaged itself."""
+    written = [write_table(folder)] if table_problems(folder) else []
+    written += describe_set(folder) if mended else []
+    for name in sorted({path.name for path in written}):
+        tell(f"{name}: written again")
 
 
 def _tell(found: Diagnosis, tell: Callable[[str], None]) -> None:
