@@ -257,7 +257,7 @@ def test_card_holds_hostile_names_as_text(rows_only: Path) -> None:
     front = yaml.safe_load(text.split("---\n")[1])
     assert front["license"] == "apache-2.0"
     assert front["size_categories"] == ["n<1K"]
-    assert [c["config_name"] for c in front["configs"]] == ["images"]
+    assert [c["config_name"] for c in front["configs"]] == ["default"]
     assert "\u202e" not in text
     assert "\x00" not in text
     told = text.split("## Recipe\n\n````json\n")[1].split("\n````\n")[0]
@@ -275,7 +275,7 @@ def test_own_readme_is_left_alone(rows_only: Path) -> None:
     assert (rows_only / CARD).read_text() == "mine"
     (rows_only / CARD).write_text(f"old\n{MARK}\n")
     assert write_card(rows_only) == rows_only / CARD
-    assert "config_name: index" in (rows_only / CARD).read_text()
+    assert "160 synthetic images" in (rows_only / CARD).read_text()
 
 
 def test_prior_licence_is_what_its_folder_states(tmp_path: Path) -> None:
