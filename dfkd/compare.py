@@ -19,8 +19,8 @@ from synthkd.dfkd.method_run import RESULT, MethodRun, Stopped
 from synthkd.dfkd.methods.base import load_method
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine.errors import SynthkdError, WorkerLostError
+from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import write_atomically
-from synthkd.engine.runner import follow_parent
 
 COMPARISON = "compare.json"
 Row = dict[str, Any]
@@ -102,6 +102,9 @@ class _Told:
 
     def advance(self, stage: str, count: int) -> None:
         self._to.put(("advance", (stage, count)))
+
+    def note(self, stage: str, text: str) -> None:
+        self._to.put(("note", (stage, text)))
 
     def end(self, stage: str) -> None:
         self._to.put(("end", (stage,)))
