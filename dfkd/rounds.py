@@ -54,8 +54,8 @@ def draw_set(
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
     What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is; cluster: draw on the actors of a Ray cluster instead. Raises SynthkdError where a round is asked for before the rounds that teach its
-    student are there.
+    that share the folder this is; cluster: draw on the actors of a Ray cluster instead. Raises SynthkdError where a
+    round is asked for before the rounds that teach its student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()

@@ -108,7 +108,7 @@ class Drawing:
     def _busy(self) -> bool:
         """Whether there is something to wait for; an actor that has not started yet is not, once nothing is left."""
         at_work = any(m.shard is not None for m in self._crew.members)
-        return at_work or not self._stopped and bool(self._again or self._later or self._has_next())
+        return at_work or (not self._stopped and bool(self._again or self._later or self._has_next()))
 
     def _has_next(self) -> bool:
         following = next(self._todo, None)

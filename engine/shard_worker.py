@@ -1,11 +1,11 @@
-"""Draws whole shards in a process of its own, on whatever machine: what an actor of a cluster does, without the cluster."""
+"""Draws whole shards in a process of its own, on whatever machine: what an actor does, without a cluster."""
 
 import logging
 import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import ShardRow
 from synthkd.engine.runner import Factory
 from synthkd.engine.shards import ShardFile, disk_errors
-from synthkd.engine.synthesizer import Synthesizer
 
 Publish = Callable[[ShardRow], None]
 _log = logging.getLogger("synthkd")
@@ -74,6 +73,11 @@ class ShardWorker:
     folder: Path
     publish: Publish | None = None
     home: str | None = None
+    _synthesizer: Any = field(default=None, init=False)
+    _file: ShardFile | None = field(default=None, init=False)
+    _units: list[WorkUnit] = field(default_factory=list, init=False)
+    _writing: Future[None] | None = field(default=None, init=False)
+    _environment: str = field(default="", init=False)
 
     def start(self) -> Hello:
         """Build the Synthesizer; on a CPU with one thread. Raises SynthkdError as the factory does."""
@@ -89,10 +93,6 @@ class ShardWorker:
             _log.setLevel(logging.ERROR)  # the driver says what was heard, once for all workers
         if self._synthesizer.model.device.type == "cpu":
             torch.set_num_threads(1)
-        self._file: ShardFile | None = None
-        self._units: list[WorkUnit] = []
-        self._writing: Future[None] | None = None
-        self._environment = ""
         self._writer = ThreadPoolExecutor(1, "synthkd-writer")
         package = str(Path(str(synthkd.engine.__file__)).parent)
         return Hello(platform.node(), os.getpid(), package, tuple(heard.lines))
