@@ -30,9 +30,23 @@ ShardIndex = Annotated[
 NumShards = Annotated[
     int | None, typer.Option(help="How many runs share the folder; each draws every so many-th shard of the set.")
 ]
+Grace = Annotated[
+    float, typer.Option(help="Seconds that a group may take after SIGTERM; then the run ends at once, with 75 too.")
+]
 GroupDeadline = Annotated[
     float | None,
-    typer.Option("--deadline", help="Seconds that a process has for a group before it is replaced (default: any)."),
+    typer.Option("--deadline", help="Seconds that a group may take (default: no limit); a hung worker is replaced."),
+]
+StrictBits = Annotated[
+    bool, typer.Option("--strict-bits", help="Stop where memory runs out; by default groups go on in smaller parts.")
+]
+GRACE = 300.0  # seconds
+Encoder = Annotated[
+    str,
+    typer.Option(help="Of image files: auto (pillow, the same bytes anywhere); for jpg simplejpeg, on a GPU nvjpeg."),
+]
+Encoders = Annotated[
+    int | None, typer.Option(help="Threads that encode (default: one on a CPU, one per core up to 8 on a GPU).")
 ]
 Ray = Annotated[
     str | None,
@@ -106,6 +120,13 @@ def check_workers(workers: int | None) -> int | None:
     if workers is not None and workers < 1:
         raise SynthkdError(f"--workers is {workers}; expected a whole number >= 1")
     return workers
+
+
+def check_seconds(name: str, seconds: float | None) -> float | None:
+    """Raise SynthkdError for a time that is not above 0; name: of the option."""
+    if seconds is not None and not 0 < seconds < 10**9:
+        raise SynthkdError(f"{name} is {seconds}; expected seconds above 0")
+    return seconds
 
 
 def cluster_of(
@@ -199,6 +220,7 @@ class Asked:
     attention: str = "sdpa"
     quantize: str = ""
     fixed_batch: bool = False
+    strict_bits: bool = False
     opset: int = 0
     provider: str = "auto"
 
@@ -207,7 +229,8 @@ class Asked:
         """What the networks run on."""
         return Execution(
             backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust, attention=self.attention,
-            quantize=self.quantize, fixed_batch=self.fixed_batch, options=backend_options(self.opset, self.provider),
+            quantize=self.quantize, fixed_batch=self.fixed_batch, strict_bits=self.strict_bits,
+            options=backend_options(self.opset, self.provider),
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from synthkd.engine import Plan
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.ray_runner import Session
 from synthkd.engine.rows import Part
-from synthkd.engine.shards import WriteSummary
+from synthkd.engine.writer import WriteSummary
 
 
 def draw_by_actors(
