@@ -5,15 +5,16 @@ import signal
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from synthkd.dfkd.rounds import draw_set
-from synthkd.engine import NonFiniteError, Plan, Request, Synthesizer, SynthkdError
+from synthkd.engine import NonFiniteError, Plan, Request, SynthkdError
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.ray_runner import ClusterSpec, Crew, connected
 from synthkd.engine.ray_wheel import shipped
@@ -30,15 +31,32 @@ REQUEST = Request(num_samples=COUNT, seed=5)
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """A job whose group N meets what a file `N-die`, `N-stop` or `N-nan` says, once."""
+class Replay:
+    """Groups that are drawn already, handed out by an actor that need not load a pipeline for it."""
 
-    job: Any
+    identity_: dict[str, Any]
+    memory: Any
+    groups: dict[int, Any]
+
+    def __call__(self) -> Any:
+        """What stands in for a Synthesizer."""
+        model, routes = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(key="")
+        return SimpleNamespace(
+            model=model, routes=routes, memory=self.memory, identity=lambda seed: self.identity_,
+            run=lambda unit, seed: self.groups[unit.group].first(unit.kept),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Whatever `make` makes, but its group N meets what a file `N-die`, `N-stop` or `N-nan` says, once."""
+
+    make: Any
     folder: Path
 
-    def __call__(self) -> Synthesizer:
-        """The job's Synthesizer, its `run` wrapped."""
-        synth: Synthesizer = self.job.build()
+    def __call__(self) -> Any:
+        """With `run` wrapped."""
+        synth = self.make()
         inner = synth.run
 
         def run(unit: Any, seed: int) -> Any:
@@ -51,7 +69,7 @@ class Trouble:
                     os.kill(os.getpid(), signal.SIGKILL if what == "die" else signal.SIGSTOP)
             return inner(unit, seed)
 
-        synth.run = run  # type: ignore[method-assign, assignment]
+        synth.run = run
         return synth
 
 
@@ -77,6 +95,14 @@ def whole(tiny_job: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def replay(tiny_job: Any) -> Replay:
+    """The groups of that set."""
+    synth, plan = tiny_job.build(), Plan(tiny_job.recipe, REQUEST)
+    groups = {unit.group: synth.run(replace(unit, kept=6), REQUEST.seed) for unit in plan.units()}
+    return Replay(synth.identity(REQUEST.seed), synth.memory, groups)
+
+
 def _files(folder: Path) -> dict[str, bytes]:
     """Shards, and what the rows say but for times."""
     return {p.name: p.read_bytes() for p in sorted(folder.glob("shard-*"))}
@@ -86,7 +112,9 @@ def _spec(cluster: Any, **more: Any) -> ClusterSpec:
     return ClusterSpec(address=cluster.address, device="cpu", **more)
 
 
-def test_a_killed_actor_a_hung_one_and_a_lost_node(cluster: Any, tiny_job: Any, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_actor_a_hung_one_and_a_lost_node(
+    cluster: Any, tiny_job: Any, replay: Replay, whole: Path, tmp_path: Path
+) -> None:
     """Same bytes and environment key as one process, every image once, a stop handler left as it was."""
     for note in ("1-die", "4-stop"):
         (tmp_path / note).touch()
@@ -102,10 +130,9 @@ def test_a_killed_actor_a_hung_one_and_a_lost_node(cluster: Any, tiny_job: Any, 
     try:
         with connected(_spec(cluster, deadline=5.0)) as session:
             assert (session.actors, session.device, session.each) == (2, "cpu", 2)
-            taken, handler = signal.getsignal(signal.SIGTERM), handler
-            assert "lambda" in repr(taken)
+            assert "lambda" in repr(signal.getsignal(signal.SIGTERM))
             summary = draw_on_cluster(
-                session, Trouble(tiny_job, tmp_path), plan, folder, source=tiny_job.source(),
+                session, Trouble(replay, tmp_path), plan, folder, source=tiny_job.source(),
                 told=Told(on_batch=on_batch),
             )  # fmt: skip
     finally:
@@ -118,14 +145,15 @@ def test_a_killed_actor_a_hung_one_and_a_lost_node(cluster: Any, tiny_job: Any, 
     assert verify_set(folder).problems == ()
 
 
-def test_a_nan_in_an_actor_is_the_same_one_line(cluster: Any, tiny_job: Any, tmp_path: Path) -> None:
-    """No traceback of Ray's, the exit code of a NaN; what was drawn before is safe."""
+def test_a_nan_in_an_actor_is_the_same_one_line(cluster: Any, tiny_job: Any, whole: Path, tmp_path: Path) -> None:
+    """No traceback of Ray's, the exit code of a NaN; what the actor drew before is safe and as in one process."""
     (tmp_path / "4-nan").touch()
     folder, plan = tmp_path / "set", Plan(tiny_job.recipe, REQUEST)
     with connected(_spec(cluster, actors=1)) as session, pytest.raises(NonFiniteError) as caught:
-        draw_on_cluster(session, Trouble(tiny_job, tmp_path), plan, folder)
+        draw_on_cluster(session, Trouble(tiny_job.build, tmp_path), plan, folder)
     assert (str(caught.value), caught.value.exit_code) == ("group 4 was not finite", 3)
     assert set(read_index(folder)) == {0}
+    assert (folder / "shard-000000.tar").read_bytes() == (whole / "shard-000000.tar").read_bytes()
     assert set(read_journal(journal_path(folder, 1))) == {3}
 
 
