@@ -10,6 +10,7 @@ from pathlib import Path
 
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import Part, shard_name
+from synthkd.engine.untrusted import refuse_links
 
 LOCK, CLAIM = ".lock", ".lock-claim"
 
@@ -20,6 +21,7 @@ def folder_lock(folder: Path, part: Part | None = None) -> Iterator[None]:
 
     Raises SynthkdError, which names the owner, while another run holds it.
     """
+    refuse_links(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_held(folder, LOCK, shared=part is not None))
         if part is not None:

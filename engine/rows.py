@@ -8,15 +8,17 @@ import hashlib
 import json
 import os
 import secrets
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.untrusted import open_plain, read_plain
 
 INDEX, ROWS = "index.jsonl", "rows"
-MAX_LINE = 64 * 2**20
+MAX_LINE, MAX_ROWS = 16 * 2**20, 256 * 2**20  # bytes of a line, and of the groups of one shard
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,11 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole JSON tables of a file, one a line; a torn last line, left by a killed run, is passed over."""
-    if not path.exists():
+    try:
+        descriptor = open_plain(path, path.parent.parent if path.parent.name == ROWS else path.parent)
+    except FileNotFoundError:
         return
-    with path.open("rb") as f:
+    with open(descriptor, "rb") as f:  # noqa: PTH123
         while line := f.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
                 raise SynthkdError(f"{path}: a line is above {MAX_LINE} bytes; expected rows of a synthkd set")
@@ -157,7 +161,24 @@ def group_row(data: Mapping[str, Any]) -> GroupRow:
         raise TypeError("members, table, seconds or curves is not a table")
     if not all(isinstance(column, list) for column in row.table.values()):
         raise TypeError("a column of the table is not a list")
+    _check_values(row)
     return row
+
+
+def _check_values(row: GroupRow) -> None:
+    """Digests and names are texts, figures are numbers that a float holds, places are whole numbers."""
+    texts = [*row.members.values(), *row.table.get("key", ())]
+    if not isinstance(row.environment, str) or not set(map(type, texts)) <= {str}:
+        raise TypeError("a digest, key or environment is not a text")
+    for name in ("label", "offset", "size"):
+        _check_counts(*row.table.get(name, ()))
+    figures = [column for name, column in row.table.items() if name == "confidence" or name.startswith("losses.")]
+    try:
+        array("d", row.seconds.values())
+        for column in (*row.curves.values(), *figures):
+            array("d", [value for value in column if value is not None])
+    except OverflowError as error:
+        raise TypeError("a figure is larger than any number") from error
 
 
 def _check_counts(*counts: Any) -> None:
@@ -194,7 +215,7 @@ def group_rows(folder: Path, row: ShardRow) -> list[GroupRow]:
     """
     path = rows_path(folder, row.shard)
     try:
-        data = path.read_bytes()
+        data = read_plain(path, folder, MAX_ROWS)
     except OSError as error:
         raise SynthkdError(f"{path}: cannot be read ({error.strerror}); run `synthkd repair {folder}`") from error
     if hashlib.sha256(data).hexdigest() != row.rows:

@@ -178,14 +178,23 @@ def test_an_index_row_of_another_shape_is_one_line(folder: Path, change: dict[st
     assert "\n" not in str(caught.value)
 
 
-def test_a_tar_of_another_writer_is_read_or_refused(folder: Path) -> None:
-    """The members are what counts: rewritten by the standard library they are right, the digest of the file is not."""
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (tarfile.USTAR_FORMAT, "SHA-256 differs"),
+        (tarfile.PAX_FORMAT, "is not a plain file of a sample"),
+    ],
+)
+def test_a_tar_of_another_writer_is_read_or_refused(folder: Path, how: int, said: str) -> None:
+    """The members are what counts: rewritten with other times they are right, the digest of the file is not.
+
+    Extended headers, which a time of parts of a second needs, are refused.
+    """
     shard, buffer = folder / "shard-000001.tar", io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=how) as tar:
         for name, data in members(shard):
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1e9 + 0.5  # type: ignore[assignment]
             tar.addfile(info, io.BytesIO(data))
     shard.write_bytes(buffer.getvalue())
-    (problem,) = _problems(folder)
-    assert "SHA-256 differs" in problem
+    assert any(said in problem for problem in _problems(folder))
