@@ -267,7 +267,7 @@ def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
     except (TypeError, KeyError) as error:
         raise SynthkdError(f"{path}: a row is not a synthkd index row ({error})") from error
     if row.file != shard_name(row.shard):
-        raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r}; expected a shard name")
+        raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r:.80}; expected a shard name")
     return row
 
 
