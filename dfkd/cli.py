@@ -33,6 +33,7 @@ from synthkd.dfkd.cli_methods import (
 )
 from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_patches import fit as fit_patches
+from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
@@ -55,6 +56,7 @@ app.command("labels", epilog="Example: synthkd labels sets/digits --preset digit
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
 app.command("compare", epilog="Example: synthkd compare digits --methods mosaickd,fastdfkd,pool --out runs/c")(compare)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
+app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
 app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 out = Console()

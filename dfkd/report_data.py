@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from synthkd.dfkd.methods.diffdfkd import KIND
+from synthkd.dfkd.rates import in_order
 from synthkd.engine.config import Recipe
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import MANIFEST, read_manifest
@@ -64,9 +65,7 @@ class DrawnSet:
         for row in self.rows:
             totals.update(row.seconds)
         drawn = max(1, len(self.rows) * self.recipe.group_size)
-        order = ["encode", "denoise", "guide", "decode", "annotate"]
-        names = sorted(totals, key=lambda n: (order.index(n) if n in order else len(order), n))
-        return {name: totals[name] / drawn for name in names}
+        return {name: totals[name] / drawn for name in in_order(totals)}
 
 
 def load_set(folder: Path, chosen: Collection[str] | None = None, copied: Collection[str] = ()) -> DrawnSet:

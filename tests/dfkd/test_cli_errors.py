@@ -172,10 +172,15 @@ def test_truncated_shard(call: Any, tiny_set: Path, tmp_path: Path) -> None:
 def test_another_recipes_set(call: Any, pipeline_folder: Path, card: Path, tmp_path: Path) -> None:
     """The folder is left as it is, and the first difference is named."""
     assert synth(call, pipeline_folder, card, tmp_path / "out").returncode == 0
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def files() -> dict[Path, bytes]:
+        found = (p for p in (tmp_path / "out").rglob("*") if p.is_file() and not p.name.startswith(".lock"))
+        return {p: p.read_bytes() for p in found}
+
+    before = files()
     done = synth(call, pipeline_folder, card, tmp_path / "out", "--scale", 0.25)
     assert_refused(done, "holds another recipe's set", "recipe.guidance.scale is 0.1 there, 0.25 here")
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    assert before == files()
 
 
 @pytest.mark.parametrize(
