@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -152,7 +153,7 @@ def _summary(result: dict[str, object]) -> Table:
 
 @app.command(epilog="Example: synthkd synth --preset digits --num-samples 500 --out sets/digits --scale 0.3")
 def synth(
-    out_dir: options.Out,
+    out_dir: options.OutOrUrl,
     num_samples: Annotated[int, typer.Option(help="Images in the set; raise it later to grow the same set.")] = 1000,
     seed: options.Seed = 0,
     preset: Annotated[str | None, typer.Option(help="Start from a preset's recipe, model and teacher.")] = None,
@@ -175,6 +176,7 @@ def synth(
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     shard_index: options.ShardIndex = None,
     num_shards: options.NumShards = None,
+    spool: options.Spool = None,
     workers: options.Workers = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
@@ -193,6 +195,7 @@ def synth(
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.rounds import draw_set
+    from synthkd.engine.remote import open_output
 
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
@@ -209,8 +212,9 @@ def synth(
     if part is not None and order is not None:
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
-    with Bars(out) as bars, StopFlag() as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part)
+    folder, remote = open_output(out_dir, spool, part)
+    with remote.told() if remote else nullcontext(), Bars(out) as bars, StopFlag() as stop:
+        summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, order, part, remote)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)

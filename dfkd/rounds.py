@@ -4,8 +4,9 @@ The rounds of a set are fixed by its recipe, so a set can grow; each round's stu
 is kept in the set's folder, and its digest is in the manifest.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.locks import settle_lock
+from synthkd.engine.remote import RemoteSet
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import WriteSummary, write_shards
@@ -46,15 +48,19 @@ def draw_set(
     should_stop: Callable[[], bool] = lambda: False,
     shards: Sequence[int] | None = None,
     part: Part | None = None,
+    remote: RemoteSet | None = None,
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
     What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is. Raises SynthkdError where a round is asked for before the rounds that teach its
+    that share the folder this is; remote: where finished shards go, for which the folder is a spool then (see
+    `engine.remote.open_output`). Raises SynthkdError where a round is asked for before the rounds that teach its
     student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
+    if remote is not None:
+        remote.prepare()
     settled = settle_decoder(job, folder, request, told, should_stop, part)
     if settled is None:
         return WriteSummary(0, 0, True)
@@ -71,7 +77,8 @@ def draw_set(
             mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
             if not mine:
                 continue
-            student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
+            with _rounds_before(remote, folder, plan, round_):
+                student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
             if round_ and student is None:
                 return replace(summary, stopped=True)
             drawn = write_shards(
@@ -83,13 +90,32 @@ def draw_set(
                 on_batch=lambda n: told.advance(stage, n),
                 on_present=lambda n: told.advance(stage, n),
                 should_stop=should_stop,
+                remote=remote,
             )
             summary = WriteSummary(summary.drawn + drawn.drawn, summary.present + drawn.present, drawn.stopped)
             if summary.stopped:
                 break
     finally:
         told.end(stage)
+    if remote is not None and not summary.stopped:
+        remote.finish(plan.num_shards)
     return summary
+
+
+@contextlib.contextmanager
+def _rounds_before(remote: RemoteSet | None, folder: Path, plan: Plan, round_: int) -> Iterator[None]:
+    """Within it the shards of the rounds before are in the spool, where a round's student has to be trained on them."""
+    if remote is None or round_ == 0:
+        yield
+        return
+    remote.prepare()  # other parts may have finished shards, or have trained the student
+    try:
+        student_card(folder, round_)
+        needed = range(0)
+    except SynthkdError:
+        needed = range(plan.round_shards(round_).start)
+    with remote.brought(needed):
+        yield
 
 
 def _claim(job: SynthJob, request: Request, folder: Path, part: Part | None) -> None:
@@ -139,12 +165,12 @@ def ensure_student(
     Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
     the manifest names (another processor or library).
     """
-    count = _before(job, folder, round_, request)
     with settle_lock(folder, part):
         try:
             return student_card(folder, round_)
         except SynthkdError:
             known = checkpoint_digest(read_manifest(folder), round_)
+        count = _before(job, folder, round_, request)
         try:
             card = _train(job, folder, round_, count, request.seed, progress, should_stop)
         except Stopped:

@@ -36,7 +36,6 @@ from synthkd.engine.rows import (
     mend_tail,
     read_index,
     rows_path,
-    shard_name,
     shard_row,
     write_atomically,
 )
@@ -123,22 +122,22 @@ class RemoteSet:
             self.attach()
 
     def attach(self) -> None:
-        """Bring the spool up to the store: manifest, what was settled, rows; then publish what only the spool has.
+        """Bring the spool up to the store: manifest, what was settled, rows; what the store has leaves the spool.
 
         A spool that is empty or gone costs the groups of unfinished shards. Raises SynthkdError where the two hold
         different sets.
         """
         self.gather()
-        for shard, row in sorted(read_index(self.folder).items()):
-            if not self.holds(row) and self._is_sealed(row):
-                self.publish(row)
-            if self.holds(row):
+        for row in read_index(self.folder).values():
+            if self.holds(row) and not journal_path(self.folder, row.shard).exists():
                 self.drop(row)
 
     def gather(self) -> None:
         """Manifest, notes and rows into the spool, whose own files stay as they are."""
         sizes = self.store.sizes()
         self._merge_manifest()
+        if not (self.folder / MANIFEST).exists() and any(map(_ROW.fullmatch, sizes)):
+            raise SynthkdError(f"{self.store.url}: holds shards but no {MANIFEST}; choose another --out")
         for name in sorted(filter(_NOTE.fullmatch, sizes)):
             if not (self.folder / name).exists():
                 self.store.fetch(name, self.folder / name)
@@ -180,8 +179,8 @@ class RemoteSet:
         if arriving.stat().st_size != row.bytes or file_digest(arriving) != row.sha256:
             arriving.unlink()
             raise SynthkdError(
-                f"{self.store.url}/{row.file}: does not match its digest; remove {row_name(row.shard)} there and run the "
-                "command that drew the set again"
+                f"{self.store.url}/{row.file}: does not match its digest; remove {row_name(row.shard)} there and run "
+                "the command that drew the set again"
             )
         arriving.replace(path)
 
@@ -198,7 +197,7 @@ class RemoteSet:
                 self.drop(row)
 
     def note(self) -> None:
-        """Publish the manifest, and the files of checkpoints and decoder that it names.
+        """Publish the manifest, the files of checkpoints and decoder that it names, and shards that only the spool has.
 
         Raises SynthkdError where the store meanwhile holds another set.
         """
@@ -209,6 +208,10 @@ class RemoteSet:
         data = (self.folder / MANIFEST).read_bytes()
         if self.store.read(MANIFEST) != data:
             self.store.write(MANIFEST, data)
+        for row in read_index(self.folder).values():
+            if not self.holds(row) and self._is_sealed(row):
+                self.publish(row)
+                self.drop(row)
 
     def finish(self, num_shards: int) -> None:
         """Once all shards are there: their rows as one index too, so that a plain copy of the store is a set."""
@@ -236,7 +239,9 @@ class RemoteSet:
             return
         theirs, mine = _manifest(self.store, data), read_manifest(self.folder) if path.exists() else {}
         if mine and any(mine[name] != theirs[name] for name in ("fingerprint", "model_sha256")):
-            raise SynthkdError(f"{self.store.url}: holds another recipe's set than its spool {self.folder}; choose another")
+            raise SynthkdError(
+                f"{self.store.url}: holds another recipe's set than its spool; choose another --out, or --spool"
+            )
         merged = {**mine, **theirs, "num_samples": max(theirs["num_samples"], mine.get("num_samples", 0))}
         if CHECKPOINTS in mine or CHECKPOINTS in theirs:
             merged[CHECKPOINTS] = {**mine.get(CHECKPOINTS, {}), **theirs.get(CHECKPOINTS, {})}
@@ -287,7 +292,7 @@ def open_output(out: str, spool: Path | None = None, part: Part | None = None) -
             raise SynthkdError(f"--spool {spool}: is for sets at a URL, and --out {out} is a folder; leave it out")
         return Path(out), None
     url = checked_url(out)
-    where = spool or default_spool(url, part)
+    where = default_spool(url, part) if spool is None else spool if part is None else spool / part.name
     return where, RemoteSet(Store(url), where)
 
 
@@ -309,8 +314,8 @@ def fetched(url: str, folder: Path) -> Path:
 def each_shard(url: str, folder: Path) -> Iterator[ShardRow]:
     """A set at a URL as rows, one shard after the other: while a row is out, its tar is in `folder`, which is a set.
 
-    For what looks at every shard once with the disk of one. Raises SynthkdError where there is no set; a tar that cannot
-    be had or is damaged is left as it came, for the caller to find.
+    For what looks at every shard once with the disk of one. Raises SynthkdError where there is no set, or a tar cannot
+    be had; one that is damaged is left as it came, for the caller to find.
     """
     remote = RemoteSet(Store(checked_url(url)), folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -325,5 +330,5 @@ def each_shard(url: str, folder: Path) -> Iterator[ShardRow]:
 
 
 __all__ = [
-    "Publisher", "RemoteSet", "default_spool", "each_shard", "fetched", "open_output", "row_name", "shard_name",
+    "Publisher", "RemoteSet", "default_spool", "each_shard", "fetched", "open_output", "row_name",
 ]  # fmt: skip

@@ -191,7 +191,7 @@ def read_journal(path: Path) -> dict[int, GroupRow]:
     try:
         return merge_rows(group_row(d) for d in _lines(path))
     except (TypeError, KeyError) as error:
-        raise SynthkdError(f"{path}: a row is not a synthkd group's ({error})") from error
+        raise SynthkdError(f"{path}: a row is not a synthkd group's ({error!s:.200})") from error
 
 
 def merge_rows(rows: Iterable[GroupRow]) -> dict[int, GroupRow]:
@@ -252,20 +252,21 @@ def read_index(folder: Path, missing: bool = False) -> dict[int, ShardRow]:
     out: dict[int, ShardRow] = {}
     for path in index_files(folder):
         for data in _lines(path):
-            row = _shard_row(path, data)
+            row = shard_row(path, data)
             if row.shard not in out or row.revision >= out[row.shard].revision:
                 out[row.shard] = row
     return out if missing else {shard: row for shard, row in out.items() if (folder / row.file).exists()}
 
 
-def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
+def shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
+    """An index row of a file; raises SynthkdError, which names the file, for one that is none of ours."""
     try:
         row = ShardRow(**data)
         _check_counts(row.shard, row.samples, row.bytes, row.groups, row.revision)
         if not isinstance(row.sha256, str) or not isinstance(row.rows, str):
             raise TypeError("a digest is not a text")
     except (TypeError, KeyError) as error:
-        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error})") from error
+        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error!s:.200})") from error
     if row.file != shard_name(row.shard):
         raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r:.80}; expected a shard name")
     return row

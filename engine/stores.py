@@ -1,4 +1,4 @@
-"""Remote folders by URL, through fsspec: files written whole and counted after every write, retried where the line fails.
+"""Remote folders by URL, through fsspec: files written whole, counted after every write, retried where the line fails.
 
 What a reader sees while a file is written:
 
