@@ -66,10 +66,11 @@ class Publisher:
     def __call__(self, row: ShardRow) -> None:
         """Publish a sealed shard: environments, tar, rows, and then the row that makes it count.
 
-        Raises SynthkdError where the store does not answer; what was published stays so, and to repeat it is safe.
+        A row of other bytes (it grew, or was drawn on other hardware) goes first: until the end the shard counts as not
+        there. Raises SynthkdError where the store does not answer; to repeat it is safe.
         """
-        if self.published(row.shard) == row and self.store.size(row.file) == row.bytes:
-            return
+        if self.published(row.shard) != row:
+            self.store.remove(row_name(row.shard))
         for key in sorted({group.environment for group in group_rows(self.folder, row)}):
             name = f"{ENVIRONMENTS}/{key}.json"
             if self.store.size(name) is None:

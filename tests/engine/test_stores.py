@@ -1,8 +1,12 @@
 """Sets at URLs: what a store ends up with is the local set byte for byte, whatever fails or dies on the way."""
 
 import json
+import os
 import pickle
+import random
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,8 @@ def stream(canned: Streams) -> Any:
 
 def _set_files(folder: Path) -> dict[str, bytes]:
     """What a set is made of, without locks."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "lock" not in p.name}
+    files = (p for p in folder.rglob("*") if p.is_file() and "lock" not in p.name)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 @pytest.fixture
@@ -80,7 +85,9 @@ def test_a_store_holds_the_local_set(stream: Any, whole: dict[str, bytes], url: 
     assert not list(remote.folder.glob("*.tar"))  # the disk holds no finished shard
 
 
-def test_nothing_is_drawn_twice_on_a_new_machine(stream: Any, url: str, tmp_path: Path, whole: dict[str, bytes]) -> None:
+def test_nothing_is_drawn_twice_on_a_new_machine(
+    stream: Any, url: str, tmp_path: Path, whole: dict[str, bytes]
+) -> None:
     """An empty spool goes on from the store: the group that was under way is lost, no finished shard is."""
     groups: list[int] = []
     _drawn(stream, _remote(url, tmp_path / "one"), on_batch=groups.append, should_stop=lambda: len(groups) == 3)
@@ -100,7 +107,8 @@ def test_a_store_is_read_back(stream: Any, url: str, whole: dict[str, bytes], tm
     fetched(url, copy)
     assert _set_files(copy) == whole
     assert (copy / "shard-000000.tar").stat().st_mtime_ns == before
-    seen = [(row.shard, [p.name for p in sorted((tmp_path / "look").glob("*.tar"))]) for row in each_shard(url, tmp_path / "look")]
+    look = tmp_path / "look"
+    seen = [(row.shard, [p.name for p in sorted(look.glob("*.tar"))]) for row in each_shard(url, look)]
     assert seen == [(0, ["shard-000000.tar"]), (1, ["shard-000001.tar"])]
 
 
@@ -121,7 +129,8 @@ def test_damage_in_a_store_is_found(stream: Any, url: str, tmp_path: Path, whole
         fetched(url, tmp_path / "copy")
     assert url in str(caught.value)
     for name, damaged in (
-        (row_name(0), b"{}"), (row_name(0), b"[" * 9000), ("shard-000000.tar", b"short"), ("rows/shard-000000.jsonl", b"{}"),
+        (row_name(0), b"{}"), (row_name(0), b"[" * 9000), ("shard-000000.tar", b"short"),
+        ("rows/shard-000000.jsonl", b"{}"),
     ):  # fmt: skip
         store.write(name, damaged)
         if name.startswith("rows"):
@@ -137,7 +146,8 @@ def test_a_set_in_a_store_grows(canned: Streams, url: str, tmp_path: Path) -> No
         write_shards(stream, tmp_path / "whole")
         _drawn(stream, _remote(url, tmp_path / f"spool-{i}"))
     found, want = _stored(url), _set_files(tmp_path / "whole")
-    assert {n: d for n, d in found.items() if n.endswith(".tar")} == {n: d for n, d in want.items() if n.endswith(".tar")}
+    tars = [{name: data for name, data in side.items() if name.endswith(".tar")} for side in (found, want)]
+    assert tars[0] == tars[1]
     assert json.loads(found["manifest.json"])["num_samples"] == COUNT
     assert len(list(read_set(fetched(url, tmp_path / "copy")))) == COUNT
 
@@ -200,12 +210,12 @@ def flaky(monkeypatch: pytest.MonkeyPatch, url: str) -> Callable[[Callable[[int]
     return make
 
 
-def test_every_third_call_fails(
+def test_a_bad_line(
     stream: Any, whole: dict[str, bytes], url: str, flaky: Callable[..., Flaky], tmp_path: Path
 ) -> None:
-    """Retried, and nobody hears of it."""
-    wrapped = flaky(lambda count: count % 3 == 0)
-    assert _drawn(stream, _remote(url, tmp_path / "spool", tries=6)).drawn == COUNT
+    """One in four calls, at random: retried, and nobody hears of it."""
+    wrapped = flaky(lambda count: random.Random(count).random() < 0.25)
+    assert _drawn(stream, _remote(url, tmp_path / "spool", tries=8)).drawn == COUNT
     wrapped.fails = lambda count: False
     _agrees(url, whole)
 
@@ -213,7 +223,7 @@ def test_every_third_call_fails(
 def test_a_lost_line_at_every_call_is_one_line_and_loses_nothing(
     stream: Any, whole: dict[str, bytes], url: str, flaky: Callable[..., Flaky], tmp_path: Path
 ) -> None:
-    """From the n-th call on nothing answers: one run per call, then the same run again, with the spool and without."""
+    """From the n-th call on nothing answers; then the same run again, with the spool and without."""
     for lost in (False, True):
         point = 1
         while True:
@@ -235,7 +245,7 @@ def test_a_lost_line_at_every_call_is_one_line_and_loses_nothing(
             _agrees(url, whole)
             for name in Store(url).names():
                 Store(url).remove(name)
-            point += 1 if point < 12 else 3
+            point += 7 if lost else 3
         assert point > 25
 
 
@@ -243,9 +253,6 @@ def test_a_kill_at_every_call(
     stream: Any, whole: dict[str, bytes], killed: Callable[..., bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL within the n-th call on a store of files, in the middle of an upload; then the same run again."""
-    import os
-    import signal
-
     point = 1
     while True:
         url, spool = f"file://{tmp_path}/store-{point}", tmp_path / f"spool-{point}"
@@ -283,7 +290,7 @@ def test_denied_access_is_not_tried_again(url: str, tmp_path: Path, monkeypatch:
     wrapped = Flaky(inner, lambda count: False, partial=False)
     wrapped.pipe_file = refuse  # type: ignore[attr-defined]
     monkeypatch.setattr(stores, "filesystem", lambda *_: (wrapped, root))
-    with pytest.raises(SynthkdError, match="writing a failed after 1 tries .PermissionError: Access Denied"):
+    with pytest.raises(SynthkdError, match=r"writing a failed after 1 tries .PermissionError: Access Denied"):
         Store(url).write("a", b"data")
     assert len(calls) == 1
 
@@ -384,9 +391,8 @@ def test_schemes_are_configured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    for scheme, package in (("s3", "s3fs"), ("gs", "gcsfs"), ("az", "adlfs"), ("sftp", "paramiko"), ("smb", "smbprotocol")):
+    packages = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "sftp": "paramiko", "smb": "smbprotocol"}
+    for scheme, package in packages.items():
         for module in (package, "paramiko", "smbclient"):
             monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(SynthkdError, match=f"{package} is not installed: pip install {package}"):
@@ -402,7 +408,7 @@ def test_where_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert folder == default_spool("memory://bucket/set") == remote.folder
     assert folder.is_relative_to(tmp_path)
     assert open_output("memory://bucket/set", tmp_path / "s", Part(1, 2))[0] == tmp_path / "s" / "00001-of-00002"
-    with pytest.raises(SynthkdError, match="--spool .* is for sets at a URL"):
+    with pytest.raises(SynthkdError, match=r"--spool .* is for sets at a URL"):
         open_output("sets/a", tmp_path)
 
 
