@@ -36,6 +36,7 @@ from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.cli_sets import merge, repair, verify
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.environment import versions
@@ -55,6 +56,9 @@ app.command("export", epilog="Example: synthkd export embedded:digits --preset d
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
+app.command("verify", epilog="Example: synthkd verify sets/digits")(verify)
+app.command("repair", epilog="Example: synthkd repair sets/digits --dry-run")(repair)
+app.command("merge", epilog="Example: synthkd merge sets/a sets/b --out sets/digits")(merge)
 app.command("compare", epilog="Example: synthkd compare digits --methods mosaickd,fastdfkd,pool --out runs/c")(compare)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
@@ -218,24 +222,6 @@ def synth(
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
-
-
-@app.command(epilog="Example: synthkd verify sets/digits")
-def verify(set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]) -> None:
-    """Check a set against its manifest and index; every damaged or missing member is named."""
-    from synthkd.engine.index import read_manifest
-    from synthkd.engine.verify import verify_set
-
-    total = int(read_manifest(set_dir)["num_samples"])
-    with Bars(out) as bars:
-        bars.begin("verify", total, "images")
-        report = verify_set(set_dir, lambda n: bars.advance("verify", n))
-    for problem in report.problems:
-        print(problem, file=sys.stderr)
-    if report.problems:
-        hint = "delete the shards named above and run the command that drew the set again"
-        raise SynthkdError(f"{set_dir}: {len(report.problems)} problems in {report.shards} shards; {hint}")
-    out.print(f"{set_dir}: {report.samples} images in {report.shards} shards, all as written", soft_wrap=True)
 
 
 @app.command(epilog="Example: synthkd replay sets/digits --id 42 --out 42.png")

@@ -61,7 +61,7 @@ def encode_group(batch: Batch, identity: Mapping[str, Any], environment: Mapping
         kept=len(batch.ids),
         per_sample=2 * (1 + len(batch.previews)),
         members=list(sample_members(batch, identity, metas)),
-        table=_table(metas),
+        table=table_of(metas),
         environment=batch.environment or environment,
         seconds={k: round(v, 6) for k, v in batch.seconds.items()},
         curves={name: [_mean(v) for v in curve] for name, curve in batch.curves.items()},
@@ -72,7 +72,7 @@ def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else float(value)
 
 
-def _table(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def table_of(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns of the samples' json, previews left out."""
     whole = [meta for meta in metas if "preview" not in meta]
     table: dict[str, list[Any]] = {name: [meta[name] for meta in whole] for name in ("key", "label")}
