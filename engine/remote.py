@@ -9,11 +9,12 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from synthkd.engine.checking import MOST_PROBLEMS, Verdict, check_finished, verdict
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
     CHECKPOINT_FILES,
@@ -42,6 +43,7 @@ from synthkd.engine.rows import (
 from synthkd.engine.shards import file_digest, journal_path
 from synthkd.engine.stores import Store, checked_url, is_url
 from synthkd.engine.untrusted import parse_note
+from synthkd.engine.verify import SetState, VerifyReport, open_state, settled
 from synthkd.export.artifacts import own_cache
 
 _ROW = re.compile(r"index/shard-(\d{6,18})\.json")
@@ -160,6 +162,10 @@ class RemoteSet:
     def rows(self) -> list[ShardRow]:
         """The shards of the store, in order."""
         return [self._there[shard] for shard in sorted(self._there)]
+
+    def rows_of(self, shard: int) -> list[ShardRow]:
+        """The row of a shard, if the store has it."""
+        return [self._there[shard]] if shard in self._there else []
 
     def publish(self, row: ShardRow) -> None:
         """See `Publisher`."""
@@ -312,24 +318,42 @@ def fetched(url: str, folder: Path) -> Path:
     return folder
 
 
-def each_shard(url: str, folder: Path) -> Iterator[ShardRow]:
-    """A set at a URL as rows, one shard after the other: while a row is out, its tar is in `folder`, which is a set.
+def verify_url(url: str, folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> VerifyReport:
+    """Check a set at a URL like one on disk, shard by shard, with the disk of one: each is fetched into `folder`.
 
-    For what looks at every shard once with the disk of one. Raises SynthkdError where there is no set, or a tar cannot
-    be had; one that is damaged is left as it came, for the caller to find.
+    Raises SynthkdError where there is no readable set, or the store does not answer.
     """
     remote = RemoteSet(Store(checked_url(url)), folder)
     folder.mkdir(parents=True, exist_ok=True)
     remote.gather()
-    read_manifest(folder)
-    for row in remote.rows():
-        remote.store.fetch(row.file, folder / row.file)
-        try:
-            yield row
-        finally:
-            remote.drop(row)
+    state, problems, found, samples = open_state(folder), [], 0, 0
+    problems += settled(state)
+    found = len(problems)
+    for shard in sorted({*range(state.plan.num_shards), *(row.shard for row in remote.rows())}):
+        one = _verdict(remote, state, shard)
+        problems += one.problems[: max(0, MOST_PROBLEMS - len(problems))]
+        found += one.found
+        samples += one.samples
+        on_shard(one.samples)
+    lines = tuple(line.replace(str(folder), url) for line in problems)
+    return VerifyReport(samples, len(remote.rows()), lines, found)
+
+
+def _verdict(remote: "RemoteSet", state: SetState, shard: int) -> Verdict:
+    row = next((row for row in remote.rows_of(shard)), None)
+    if row is None:
+        count = state.plan.shard_samples(shard)
+        text = f"shard {shard}: not finished, or its files are not those of its row ({count} samples)"
+        return verdict(shard, 0, [f"{text}; run the command that began the set again"])
+    if shard >= state.plan.num_shards:
+        return verdict(shard, 0, [f"{row.file}: lies outside the set, whose manifest counts fewer shards"])
+    remote.store.fetch(row.file, remote.folder / row.file)
+    try:
+        return check_finished(remote.folder, state.plan, row)
+    finally:
+        remote.drop(row)
 
 
 __all__ = [
-    "Publisher", "RemoteSet", "default_spool", "each_shard", "fetched", "open_output", "row_name",
+    "Publisher", "RemoteSet", "default_spool", "fetched", "open_output", "row_name", "verify_url",
 ]  # fmt: skip

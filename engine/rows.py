@@ -281,7 +281,7 @@ def drop_bad_rows(folder: Path) -> int:
         lines, kept = path.read_bytes().splitlines(), []
         for data in _lines(path):
             with contextlib.suppress(SynthkdError):
-                kept.append(json.dumps(asdict(_shard_row(path, data)), sort_keys=True) + "\n")
+                kept.append(json.dumps(asdict(shard_row(path, data)), sort_keys=True) + "\n")
         if len(kept) < len(lines):
             write_atomically(path, "".join(kept))
         dropped += len(lines) - len(kept)

@@ -433,3 +433,22 @@ def test_counts_that_are_none(small: tuple[Path, Any], tmp_path: Path) -> None:
     ):  # fmt: skip
         journal.write_text(json.dumps({**row, **change}) + "\n")
         assert "a row is not a synthkd group's" in told(lambda: write_shards(small[1], folder)), change
+
+
+@pytest.mark.parametrize(
+    "changes_",
+    [
+        {"num_samples": 10**12}, {"groups_per_shard": 10**12, "num_samples": 10**12}, {"classes_per_group": 10**9},
+        {"samples_per_class": 10**9}, {"num_samples": 10**13}, {"classes": ["a"] * 10**5}, {"rounds": 10**9},
+        {"groups_per_round": 10**15}, {"previews": [0.5] * 10**5},
+    ],
+)  # fmt: skip
+def test_plans_of_no_set(small: tuple[Path, Any], tmp_path: Path, changes_: dict[str, Any]) -> None:
+    """Counts that would make a check run for years or list more groups than memory holds."""
+    folder = Path(shutil.copytree(small[0], tmp_path / "set"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["num_samples"] = changes_.get("num_samples", manifest["num_samples"])
+    manifest["recipe"] |= {name: value for name, value in changes_.items() if name != "num_samples"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for what, look in _looks(folder, small[1]).items():
+        told(look) if what != "verify" else told(lambda: list(verify_set(folder).problems))

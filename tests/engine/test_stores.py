@@ -15,7 +15,7 @@ import pytest
 
 from synthkd.engine import SynthkdError, stores, write_shards
 from synthkd.engine.reading import read_set
-from synthkd.engine.remote import Publisher, RemoteSet, default_spool, each_shard, fetched, open_output, row_name
+from synthkd.engine.remote import Publisher, RemoteSet, default_spool, fetched, open_output, row_name, verify_url
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.stores import Store, checked_url, is_url, schemes
 from synthkd.engine.verify import verify_set
@@ -107,9 +107,10 @@ def test_a_store_is_read_back(stream: Any, url: str, whole: dict[str, bytes], tm
     fetched(url, copy)
     assert _set_files(copy) == whole
     assert (copy / "shard-000000.tar").stat().st_mtime_ns == before
-    look = tmp_path / "look"
-    seen = [(row.shard, [p.name for p in sorted(look.glob("*.tar"))]) for row in each_shard(url, look)]
-    assert seen == [(0, ["shard-000000.tar"]), (1, ["shard-000001.tar"])]
+    counts: list[int] = []
+    report = verify_url(url, tmp_path / "look", counts.append)
+    assert (report.samples, report.shards, report.problems, counts) == (COUNT, 2, (), [12, 8])
+    assert not list((tmp_path / "look").glob("*.tar"))
 
 
 def test_a_plain_copy_of_a_store_is_a_set(stream: Any, tmp_path: Path) -> None:
@@ -128,11 +129,14 @@ def test_damage_in_a_store_is_found(stream: Any, url: str, tmp_path: Path, whole
     with pytest.raises(SynthkdError, match="does not match its digest; remove index/shard-000000") as caught:
         fetched(url, tmp_path / "copy")
     assert url in str(caught.value)
+    (problem,) = verify_url(url, tmp_path / "look").problems
+    assert "shard-000000.tar: damaged after" in problem or "does not match its digest" in problem
     for name, damaged in (
         (row_name(0), b"{}"), (row_name(0), b"[" * 9000), ("shard-000000.tar", b"short"),
         ("rows/shard-000000.jsonl", b"{}"),
     ):  # fmt: skip
         store.write(name, damaged)
+        assert "shard 0: not finished" in verify_url(url, tmp_path / f"look-{len(damaged)}").problems[0]
         if name.startswith("rows"):
             shutil.rmtree(tmp_path / "spool")
         assert _drawn(stream, _remote(url, tmp_path / "spool")).drawn == 12
