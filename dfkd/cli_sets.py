@@ -86,7 +86,7 @@ def _refuse(set_dir: Path | str, report: VerifyReport) -> None:
     if report.found:
         mend = f"run `synthkd repair {set_dir}`"
         if isinstance(set_dir, str):
-            mend = "remove index/shard-NNNNNN.json of each shard named above and run the command that drew the set again"
+            mend = "remove index/shard-NNNNNN.json of the shards named above and run the command that drew it again"
         raise SynthkdError(f"{set_dir}: {report.found} problems in {report.shards} shards; {mend}")
 
 
