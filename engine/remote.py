@@ -1,8 +1,9 @@
 """A set in a store: shards grow in a local folder, the spool, and each finished one is published and leaves the disk.
 
 In the store a shard counts once `index/shard-NNNNNN.json` is there, which is written after its tar and its rows. Work
-left is the plan minus these. Whoever publishes a shard twice writes the same bytes, for a shard is a function of the
-plan; so two runs that overlap cost time and nothing else.
+left is the plan minus these. Two runs that publish one shard write the same tar, for a shard is a function of the plan;
+only the times in its rows differ, and where rows of the one meet the row of the other, the shard does not count and is
+drawn again. So runs that overlap cost time and nothing else.
 """
 
 import contextlib

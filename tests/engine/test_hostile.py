@@ -352,8 +352,8 @@ def _bombs(folder: Path) -> list[Path]:
         "giant.webp": b"RIFF\x1e\0\0\0WEBPVP8X\x0a\0\0\0\x10\0\0\0\xff\xff\xff\xff\xff\xff" + b"VP8 \0\0\0\0",
         "scans.jpg": data[:-2] + scan * 5000 + data[-2:],
         "giant.jpg": data.replace(b"\x04\x00\x04\x00", b"\xff\xff\xff\xff", 1),
-        "deep.json": b'{"a":' * 10**6,
-        "wide.json": b"[" + b"[]," * 2 * 10**6 + b"[]]",
+        "deep.json": b'{"a":' * 800_000,
+        "wide.json": b"[" + b"[]," * 1_300_000 + b"[]]",
     }
     paths = [folder / name for name in files]
     for path, content in zip(paths, files.values(), strict=True):
