@@ -19,7 +19,7 @@ from synthkd.dfkd.run import reading
 from synthkd.dfkd.student import DistillSpec, distill
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Plan, Request
-from synthkd.engine.runner import follow_parent
+from synthkd.engine.pool import follow_parent
 from synthkd.engine.workers import cores
 
 FIELDS = (

@@ -86,6 +86,9 @@ def run(
     patch_weight: options.PatchWeight = None,
     allow_code: options.AllowCode = False,
     workers: options.Workers = None,
+    deadline: options.GroupDeadline = None,
+    grace: options.Grace = options.GRACE,
+    strict_bits: options.StrictBits = False,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -114,6 +117,7 @@ def run(
         patches=patches, patch=patch_weight, allow_code=allow_code, decoder=decoder, fuse=fuse,
         compile=compile, micro_batch=micro_batch, backends=backend or (), artifacts=artifacts, trust=trust,
         attention=attention, quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
+        strict_bits=strict_bits,
     )  # fmt: skip
     if method is None or asked != options.Asked(allow_code=allow_code):  # a method without a prior asks nothing of one
         chosen = replace(chosen, job=options.build_job(chosen.job, asked, device))
@@ -129,9 +133,10 @@ def run(
         return
     if pool is not None or set_option or patch is not None:
         raise SynthkdError("--pool, --patch and --set are for --method; name one")
-    with Bars(out) as bars, StopFlag() as stop:
+    options.check_seconds("--deadline", deadline)
+    with Bars(out) as bars, StopFlag(options.check_seconds("--grace", grace)) as stop:
         until = Deadline(stop, minutes)
-        job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, until.is_set)
+        job = Run(chosen, out_dir, seed, num_images, options.check_workers(workers), bars, until.is_set, deadline)
         try:
             result = job.execute()
         except Interrupted:
@@ -182,6 +187,9 @@ def synth(
     num_shards: options.NumShards = None,
     spool: options.Spool = None,
     workers: options.Workers = None,
+    deadline: options.GroupDeadline = None,
+    grace: options.Grace = options.GRACE,
+    strict_bits: options.StrictBits = False,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -207,7 +215,7 @@ def synth(
         patches=patches, patch=patch_weight,
         allow_code=allow_code, decoder=decoder, fuse=fuse, compile=compile, micro_batch=micro_batch,
         backends=backend or (), artifacts=artifacts, trust=trust, attention=attention,
-        quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch,
+        quantize=quantize, opset=opset, provider=provider, fixed_batch=fixed_batch, strict_bits=strict_bits,
     )  # fmt: skip
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     request = Request(num_samples=num_samples, seed=seed)
@@ -216,9 +224,15 @@ def synth(
     if part is not None and order is not None:
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
+    options.check_seconds("--deadline", deadline)
+    options.check_seconds("--grace", grace)
     folder, remote = open_output(out_dir, spool, part)
-    with remote.told() if remote else nullcontext(), Bars(out) as bars, StopFlag() as stop:
-        summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, order, part, remote)
+    ours = remote.held(part) if remote else nullcontext()
+    with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
+        summary = draw_set(
+            job, request, folder, "synthesize", workers, bars, stop.is_set, order, part,
+            deadline=deadline, remote=remote,
+        )  # fmt: skip
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)

@@ -35,6 +35,17 @@ ShardIndex = Annotated[
 NumShards = Annotated[
     int | None, typer.Option(help="How many runs share the folder; each draws every so many-th shard of the set.")
 ]
+Grace = Annotated[
+    float, typer.Option(help="Seconds that a group may take after SIGTERM; then the run ends at once, with 75 too.")
+]
+GroupDeadline = Annotated[
+    float | None,
+    typer.Option("--deadline", help="Seconds that a group may take (default: no limit); a hung worker is replaced."),
+]
+StrictBits = Annotated[
+    bool, typer.Option("--strict-bits", help="Stop where memory runs out; by default groups go on in smaller parts.")
+]
+GRACE = 300.0  # seconds
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
@@ -99,6 +110,13 @@ def check_workers(workers: int | None) -> int | None:
     if workers is not None and workers < 1:
         raise SynthkdError(f"--workers is {workers}; expected a whole number >= 1")
     return workers
+
+
+def check_seconds(name: str, seconds: float | None) -> float | None:
+    """Raise SynthkdError for a time that is not above 0; name: of the option."""
+    if seconds is not None and not 0 < seconds < 10**9:
+        raise SynthkdError(f"{name} is {seconds}; expected seconds above 0")
+    return seconds
 
 
 def part_of_run(index: int | None, count: int | None) -> Part | None:
@@ -181,6 +199,7 @@ class Asked:
     attention: str = "sdpa"
     quantize: str = ""
     fixed_batch: bool = False
+    strict_bits: bool = False
     opset: int = 0
     provider: str = "auto"
 
@@ -189,7 +208,8 @@ class Asked:
         """What the networks run on."""
         return Execution(
             backends=tuple(self.backends), artifacts=self.artifacts, trust=self.trust, attention=self.attention,
-            quantize=self.quantize, fixed_batch=self.fixed_batch, options=backend_options(self.opset, self.provider),
+            quantize=self.quantize, fixed_batch=self.fixed_batch, strict_bits=self.strict_bits,
+            options=backend_options(self.opset, self.provider),
         )  # fmt: skip
 
 

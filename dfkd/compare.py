@@ -19,8 +19,8 @@ from synthkd.dfkd.method_run import RESULT, MethodRun, Stopped
 from synthkd.dfkd.methods.base import load_method
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine.errors import SynthkdError, WorkerLostError
+from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import write_atomically
-from synthkd.engine.runner import follow_parent
 
 COMPARISON = "compare.json"
 Row = dict[str, Any]

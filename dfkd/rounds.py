@@ -48,14 +48,15 @@ def draw_set(
     should_stop: Callable[[], bool] = lambda: False,
     shards: Sequence[int] | None = None,
     part: Part | None = None,
+    deadline: float | None = None,
     remote: RemoteSet | None = None,
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
     What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is; remote: where finished shards go, for which the folder is a spool then (see
-    `engine.remote.open_output`). Raises SynthkdError where a round is asked for before the rounds that teach its
-    student are there.
+    that share the folder this is; deadline: seconds that a group may take (see `open_stream`); remote: where finished
+    shards go, for which the folder is a spool then (see `engine.remote.open_output`).
+    Raises SynthkdError where a round is asked for before the rounds that teach its student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
@@ -67,6 +68,7 @@ def draw_set(
     job = settled
     whole = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
     order = whole if shards is None else shards
+    count = workers or default_workers(job.device)
     _say_what_gamma_does(job, plan)
     if not any(s in plan.round_shards(0) for s in order):
         _claim(job, request, folder, part)
@@ -82,7 +84,7 @@ def draw_set(
             if round_ and student is None:
                 return replace(summary, stopped=True)
             drawn = write_shards(
-                open_stream(job.at_round(round_, student).build, plan, workers or default_workers(job.device)),
+                open_stream(job.at_round(round_, student).build, plan, count, deadline),
                 folder,
                 shards=mine,
                 part=part,

@@ -31,8 +31,8 @@ from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.index import MANIFEST
+from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import all_group_rows, read_index, write_atomically
-from synthkd.engine.runner import follow_parent
 from synthkd.engine.workers import cores, default_workers
 
 _FIELD = {
@@ -57,6 +57,7 @@ class Run:
     workers: int | None = None
     progress: Progress = field(default_factory=Silent)
     should_stop: Callable[[], bool] = lambda: False
+    deadline: float | None = None
     _seconds: dict[str, float] = field(default_factory=dict)
     _drawn: dict[str, int] = field(default_factory=dict)
 
@@ -102,8 +103,9 @@ class Run:
     def _synthesize(self, name: str, job: SynthJob, count: int) -> None:
         folder = self.folder(name) / "shards"
         summary = draw_set(
-            job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress, self.should_stop
-        )
+            job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress,
+            self.should_stop, deadline=self.deadline,
+        )  # fmt: skip
         if summary.stopped or self.should_stop():
             raise Interrupted
         self._drawn[name] = summary.drawn

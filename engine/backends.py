@@ -31,6 +31,7 @@ class Execution:
     rounding in its own dtype, `fp8-emulated` (see `export.fp8`); check_quality: refuse it where its images are too far
     off (random weights, in a benchmark, cannot be judged so); fixed_batch: build for the batch of most calls alone,
     others are cut and filled up to it (a recorded CUDA run needs that; memory plans with small parts waste by it).
+    strict_bits: stop where memory runs out, instead of drawing in smaller parts, which moves last bits.
     """
 
     backends: tuple[str, ...] = ()
@@ -38,6 +39,7 @@ class Execution:
     quantize: str = ""
     check_quality: bool = True
     fixed_batch: bool = False
+    strict_bits: bool = False
     artifacts: str | None = None
     trust: bool = False
     options: Options = Options()  # noqa: RUF009
@@ -80,6 +82,16 @@ class Routes:
     def live(self) -> bool:
         """Whether any role is not eager."""
         return bool(self.chosen)
+
+    @property
+    def strict_bits(self) -> bool:
+        """Whether to stop where memory runs out."""
+        return self._execution.strict_bits
+
+    def forget(self) -> None:
+        """Build or load anew with the next group: the parts that a group is drawn in have changed."""
+        self.compiled.clear()
+        self._whole, self.ready = None, False
 
     @contextmanager
     def on(self, parts: Parts, say: Callable[[str], None] | None = None) -> Iterator[None]:

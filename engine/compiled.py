@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from synthkd.engine.config import AUTO_PIXELS
 from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.halving import out_of_memory
 from synthkd.engine.sampler import Clock, State, one_call
 
 CompileChoice = Literal["auto", "off", "default", "reduce-overhead", "max-autotune", "aot_eager"]
@@ -106,6 +107,8 @@ class CompiledCall:
             with torch._dynamo.config.patch(trace_autograd_ops=True, recompile_limit=_MOST_GRAPHS):
                 out = function(*arguments)
         except TorchDynamoException as error:  # a compiler's own failures are among them
+            if out_of_memory(error):
+                raise
             why = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip()
             raise SynthkdError(
                 f"compile {self.choice!r}: a denoiser call cannot be made one graph ({why[:200]}); use --compile off "

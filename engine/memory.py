@@ -187,11 +187,6 @@ def _available() -> int | None:
         return None
 
 
-def out_of_memory(error: Exception) -> bool:
-    """A GPU says so by its type, torch on a CPU only in words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
 def small_group(group: int, pixels: int, device: torch.device, workers: int = 1) -> MemoryPlan | None:
     """The whole group, unmeasured, where 64 KiB are free for each of its pixels; None where not.
 

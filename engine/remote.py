@@ -9,9 +9,11 @@ drawn again. So runs that overlap cost time and nothing else.
 import contextlib
 import hashlib
 import json
+import os
+import platform
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from synthkd.engine.index import (
     MANIFEST,
     read_manifest,
 )
+from synthkd.engine.lease import Lease
 from synthkd.engine.locks import folder_lock
 from synthkd.engine.rows import (
     INDEX,
@@ -45,6 +48,7 @@ from synthkd.engine.shards import file_digest, journal_path
 from synthkd.engine.stores import Store, checked_url, is_url
 from synthkd.engine.untrusted import parse_note
 from synthkd.engine.verify import SetState, VerifyReport, open_state, settled
+from synthkd.engine.watch import TRY_AGAIN, end_process
 from synthkd.export.artifacts import own_cache
 
 _ROW = re.compile(r"index/shard-(\d{6,18})\.json")
@@ -52,6 +56,37 @@ _NOTE = re.compile(
     rf"{ENVIRONMENTS}/[0-9a-f]{{16}}\.json|{DECODER}/({'|'.join(map(re.escape, DECODER_FILES))})"
     rf"|rounds/round-\d{{1,9}}/({'|'.join(map(re.escape, CHECKPOINT_FILES))})"
 )
+
+
+class _Notes:
+    """A store as `lease.Notes`, which knows OSError alone."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = replace(store, tries=min(3, store.tries))
+
+    def read(self, name: str) -> bytes | None:
+        with _as_system_error():
+            return self._store.read(f"locks/{name}.json")
+
+    def create_exclusive(self, name: str, data: bytes) -> bool:
+        with _as_system_error():
+            return self._store.create_exclusive(f"locks/{name}.json", data)
+
+    def replace(self, name: str, data: bytes) -> None:
+        with _as_system_error():
+            self._store.write(f"locks/{name}.json", data)
+
+    def remove(self, name: str) -> None:
+        with _as_system_error():
+            self._store.remove(f"locks/{name}.json")
+
+
+@contextlib.contextmanager
+def _as_system_error() -> Iterator[None]:
+    try:
+        yield
+    except SynthkdError as error:
+        raise OSError(str(error)) from error
 
 
 def row_name(shard: int) -> str:
@@ -118,6 +153,31 @@ class RemoteSet:
             said = str(error).replace(str(self.folder), self.store.url)
             error.args = (f"{said} (spool {self.folder})",)
             raise
+
+    @contextlib.contextmanager
+    def held(self, part: Part | None = None, beat: float = 10.0) -> Iterator[None]:
+        """Within it no other run writes this part of the store, as far as its client can make a file exclusively.
+
+        The lock is a note that is rewritten every `beat` seconds; one that a dead run left is taken over after eight of
+        them. Raises SynthkdError where another run lives; a run whose lock is taken over ends with exit code 75.
+        """
+        name = "writer" if part is None else f"writer-{part.name}"
+        over = f"{self.store.url}: another run took the lock over; every published shard is safe"
+        about = {"host": platform.node(), "pid": os.getpid()}
+        lease = Lease(_Notes(self.store), name, about, lambda: end_process(TRY_AGAIN, over), beat)
+        try:
+            taken = lease.take()
+        except OSError as error:
+            raise SynthkdError(str(error)) from error
+        if not taken:
+            owner = ascii(lease.owner.decode("utf-8", "replace"))[:120]
+            taken_by = f"{self.store.url}: another run is writing there ({owner})"
+            raise SynthkdError(f"{taken_by}; wait or choose another --out")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lease.release()
 
     def prepare(self) -> None:
         """Attach under the spool's lock."""

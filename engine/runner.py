@@ -5,59 +5,25 @@ has one thread. Which worker draws a group cannot change it.
 """
 
 import logging
-import multiprocessing as mp
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from functools import cached_property
-from multiprocessing import connection
 from typing import Any
 
 import torch
 
 from synthkd.engine.batch import Batch
 from synthkd.engine.environment import environment
-from synthkd.engine.errors import WorkerLostError
-from synthkd.engine.memory import MemoryPlan
+from synthkd.engine.memory import plan_of
 from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.pool import Pool, Start
 from synthkd.engine.synthesizer import Synthesizer
 from synthkd.engine.workers import one_thread
 
 Factory = Callable[[], Synthesizer]
-_worker: Synthesizer | None = None
-
-
-def follow_parent() -> None:
-    """Make this worker end with its parent, however that ends, and leave interrupts to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = mp.parent_process()
-    if parent is not None:
-        watch = threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True)
-        watch.start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
-
-
-def _start(factory: Factory, threads: int, memory: MemoryPlan) -> None:
-    global _worker
-    follow_parent()
-    logging.getLogger("synthkd").setLevel(logging.ERROR)  # the caller's own synthesizer has said it
-    torch.set_num_threads(threads)
-    _worker = factory()
-    _worker.memory = memory  # one plan for all: it is in the environment key
-
-
-def _run(unit: WorkUnit, seed: int) -> Batch:
-    assert _worker is not None
-    return _worker.run(unit, seed).cpu()
+_log = logging.getLogger("synthkd")
 
 
 @dataclass(frozen=True)
@@ -65,12 +31,15 @@ class PoolStream:
     """A SampleStream drawn by worker processes; each builds its own Synthesizer by calling `factory`.
 
     factory: picklable. At most one group per worker is under way, and one more waits.
+    deadline: seconds that a group may take, None for no limit.
+    A worker that dies or hangs is replaced (see `engine.pool`).
     """
 
     factory: Factory
     plan: Plan
     workers: int
     threads: int = 1
+    deadline: float | None = None
 
     @cached_property
     def _local(self) -> Synthesizer:
@@ -98,36 +67,38 @@ class PoolStream:
         if self._local.routes.key:  # built here, once and told; every worker loads it
             with one_thread(self._local.model.device):
                 self._local.prepare()
-        pool = ProcessPoolExecutor(
-            self.workers,
-            mp.get_context("spawn"),
-            initializer=_start,
-            initargs=(self.factory, self.threads, self._local.memory),
-        )
+        pool = Pool(Start(self.factory, seed, self.threads, self._local.memory), self.workers, self.deadline)
         try:
-            waiting.append(pool.submit(_run, first, seed))
+            waiting.append(pool.submit(first))
             while waiting:
                 while len(waiting) <= self.workers and (unit := next(todo, None)) is not None:
-                    waiting.append(pool.submit(_run, unit, seed))
-                yield waiting.popleft().result()
-        except BrokenProcessPool as error:
-            raise WorkerLostError(
-                "a worker process ended unasked (out of memory?); every finished group is safe: use fewer --workers "
-                "and run the same command again"
-            ) from error
+                    waiting.append(pool.submit(unit))
+                batch = waiting.popleft().result()
+                self._follow(batch, pool)
+                yield batch
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close()
+
+    def _follow(self, batch: Batch, pool: Pool) -> None:
+        """Where memory ran out in a worker, say so, and give new ones the smaller parts; others go on as they are."""
+        plan = self._local.memory
+        drawn = plan_of(plan.group, batch.environment.get("micro_batch"))
+        if drawn is not None and drawn.denoise + drawn.guide + drawn.decode < plan.denoise + plan.guide + plan.decode:
+            _log.warning("group %d: memory ran out in a worker, which draws in parts of %s now", batch.group, drawn.key)
+            self._local.memory = drawn
+            pool.shrink(drawn)
 
 
-def open_stream(factory: Factory, plan: Plan, workers: int) -> Any:
+def open_stream(factory: Factory, plan: Plan, workers: int, deadline: float | None = None) -> Any:
     """A stream in this process (workers = 1) or over a pool of one-thread workers.
 
     On a CPU this process is set to one thread either way, so that the worker count leaves the bits alone.
+    deadline: seconds that a group may take; over it a worker is replaced, and this process ends with exit code 75.
     """
     if workers > 1:
-        return PoolStream(factory, plan, workers)
+        return PoolStream(factory, plan, workers, deadline=deadline)
     synthesizer = factory()
     synthesizer.processes = 1
     if synthesizer.model.device.type == "cpu":
         torch.set_num_threads(1)
-    return synthesizer.stream(plan.request)
+    return replace(synthesizer.stream(plan.request), deadline=deadline)

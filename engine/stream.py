@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from synthkd.engine.batch import Batch
 from synthkd.engine.environment import environment
 from synthkd.engine.plan import Plan, WorkUnit
+from synthkd.engine.watch import limited
 
 if TYPE_CHECKING:
     from synthkd.engine.synthesizer import Synthesizer
@@ -14,10 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stream:
-    """An iterable over the batches of a request."""
+    """An iterable over the batches of a request. deadline: seconds that a group may take (see `engine.watch`)."""
 
     synthesizer: "Synthesizer"
     plan: Plan
+    deadline: float | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """All units of the plan."""
@@ -26,7 +28,9 @@ class Stream:
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order."""
         for unit in units:
-            yield self.synthesizer.run(unit, self.plan.request.seed)
+            with limited(self.deadline, f"group {unit.group}"):
+                batch = self.synthesizer.run(unit, self.plan.request.seed)
+            yield batch
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,10 +24,11 @@ from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import NonFiniteError, SynthkdError
 from synthkd.engine.fusion import FuseChoice, Fuser
 from synthkd.engine.guidance import GroupGuidance, Guidance, frozen, parts_of
+from synthkd.engine.halving import fitting, smaller_plan
 from synthkd.engine.image_to_image import Start, encoded, first_call, noised
 from synthkd.engine.latent_model import Conditioning, LatentModel, Prompted
 from synthkd.engine.looked import looked_through
-from synthkd.engine.memory import MemoryPlan, checked_part, out_of_memory
+from synthkd.engine.memory import MemoryPlan, checked_part
 from synthkd.engine.models import load_model, weights_digest, wrap_pipeline
 from synthkd.engine.passes import plan_group
 from synthkd.engine.plan import Plan, WorkUnit
@@ -204,10 +206,9 @@ class Synthesizer:
         return hashlib.sha256(parts.encode()).hexdigest()
 
     def run(self, unit: WorkUnit, seed: int, start: Start | None = None) -> Batch:
-        """Draw one group; a non-finite one is redrawn with attempt + 1.
+        """Draw one group; a non-finite one is redrawn with attempt + 1, one that does not fit the memory in parts.
 
         start: the images that it begins with instead of noise, one for each id of the unit.
-
         Raises NonFiniteError after `recipe.attempts` attempts, SynthkdError where memory does not suffice or the
         guidance is not the one of the unit's round.
         """
@@ -218,22 +219,23 @@ class Synthesizer:
                 "synthkd.dfkd.draw_set draws a set round by round"
             )
         for attempt in range(self.recipe.attempts):
-            try:
-                batch = self._draw(unit, seed, attempt, start)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise SynthkdError(
-                    f"a group of {len(unit.ids)} images of {self.recipe.height}x{self.recipe.width} does not fit the "
-                    "memory; lower classes_per_group or samples_per_class, set guidance.looks to 1, use "
-                    "guidance.gradient 'x0' or a tiny guidance decoder, or dtype 'bfloat16'"
-                ) from error
+            again = partial(self._draw, unit, seed, attempt, start)
+            batch = fitting(again, partial(self._shrink, unit.group), self.recipe, self.model.device)
             if batch is not None:
                 return batch.first(unit.kept)
         raise NonFiniteError(
             f"group {unit.group} was not finite in {self.recipe.attempts} attempts; nothing of it was written. "
             "Lower guidance.scale, or use float32 or bfloat16"
         )
+
+    def _shrink(self, group: int) -> bool:
+        """Halve the parts that groups are drawn in, from `group` on; False where nothing is left to halve."""
+        splits = self.guidance is None or isinstance(self.guidance, GroupGuidance)
+        smaller = smaller_plan(self.memory, group, splits, self._routes.strict_bits)
+        if smaller is not None:
+            self.memory = smaller
+            self._routes.forget()
+        return smaller is not None
 
     def initial_latents(self, ids: Iterable[int], seed: int, attempt: int = 0) -> Tensor:
         """Initial noise [B,C,h,w] of samples, float32 standard normal on the host, moved to device and dtype."""

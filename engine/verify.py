@@ -38,8 +38,8 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.plan import Plan
+from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import ShardRow, read_index, shard_name
-from synthkd.engine.runner import follow_parent
 from synthkd.engine.shards import journal_path
 from synthkd.engine.workers import cores
 

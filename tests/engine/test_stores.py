@@ -429,3 +429,17 @@ def test_a_hostile_store_writes_nothing_outside(stream: Any, tmp_path: Path) -> 
     assert sorted(p.name for p in copy.glob("*.tar")) == ["shard-000001.tar"]
     assert not (copy / "environments/evil.pkl").exists()
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["copy"]
+
+
+def test_one_run_at_a_time_writes_a_store(url: str, tmp_path: Path) -> None:
+    """A living run is waited for by nobody; a dead one's lock is taken over; parts do not meet."""
+    first, other = _remote(url, tmp_path / "one"), _remote(url, tmp_path / "two")
+    with first.held(beat=0.05):
+        with pytest.raises(SynthkdError, match="another run is writing there"), other.held(beat=0.05):
+            pass
+        with other.held(Part(0, 2), beat=0.05), other.held(Part(1, 2), beat=0.05):
+            assert Store(url).names("locks/")
+    assert Store(url).names("locks/") == []
+    Store(url).write("locks/writer.json", b'{"host": "gone"}')
+    with other.held(beat=0.02):
+        assert b"gone" not in (Store(url).read("locks/writer.json") or b"gone")
