@@ -37,9 +37,12 @@ from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_sets import merge, repair, verify
+from synthkd.dfkd.cli_table import export_folder, index, stats
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.encoders import encoder_for
 from synthkd.engine.environment import versions
+from synthkd.engine.writer import WriteSummary, Writing
 from synthkd.export import available, default_store
 from synthkd.kernels.dispatch import backend
 
@@ -64,6 +67,11 @@ app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.tom
 app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
 app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
+app.command("index", epilog="Example: synthkd index sets/digits --where 'confidence > 0.9'")(index)
+app.command("stats", epilog="Example: synthkd stats sets/digits --out stats.html")(stats)
+app.command("export-folder", epilog="Example: synthkd export-folder sets/digits --out folders/a --split train=1")(
+    export_folder
+)
 out = Console()
 
 
@@ -190,6 +198,11 @@ def synth(
     deadline: options.GroupDeadline = None,
     grace: options.Grace = options.GRACE,
     strict_bits: options.StrictBits = False,
+    encoder: options.Encoder = "auto",
+    encoders: options.Encoders = None,
+    ray: options.Ray = None,
+    ray_actors: options.RayActors = None,
+    ray_wheel: options.RayWheel = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -206,9 +219,10 @@ def synth(
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
     from synthkd.dfkd.presets import load_preset
-    from synthkd.dfkd.rounds import draw_set
+    from synthkd.dfkd.rounds import DrawOptions, draw_set
     from synthkd.engine.remote import open_output
 
+    writing = Writing(encoder, encoders)
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
@@ -225,17 +239,32 @@ def synth(
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
     options.check_seconds("--deadline", deadline)
+    encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
+    cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
+    if cluster is not None and workers is not None:
+        raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
     options.check_seconds("--grace", grace)
     folder, remote = open_output(out_dir, spool, part)
+    if remote is not None and cluster is not None:
+        raise SynthkdError("--ray writes to a folder that all nodes see; for a URL use --shard-index and --num-shards")
+    how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster, remote=remote)
     ours = remote.held(part) if remote else nullcontext()
     with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
-        summary = draw_set(
-            job, request, folder, "synthesize", workers, bars, stop.is_set, order, part,
-            deadline=deadline, remote=remote,
-        )  # fmt: skip
+        summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, how)
+        if summary.drawn:
+            out.print(_rates(summary), soft_wrap=True, highlight=False)
         if summary.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
+
+
+def _rates(summary: WriteSummary) -> str:
+    """What `synth` says of its speed."""
+    size, beside = summary.bytes / 2**20, summary.encoding + summary.writing
+    return (
+        f"{summary.images_per_second:.1f} images/s, {size:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
+        f"{summary.stalled:.2f} s ({summary.stall_percent:.1f} %) for the writing, which took {beside:.1f} s beside it"
+    )
 
 
 @app.command(epilog="Example: synthkd replay sets/digits --id 42 --out 42.png")

@@ -103,6 +103,9 @@ class _Told:
     def advance(self, stage: str, count: int) -> None:
         self._to.put(("advance", (stage, count)))
 
+    def note(self, stage: str, text: str) -> None:
+        self._to.put(("note", (stage, text)))
+
     def end(self, stage: str) -> None:
         self._to.put(("end", (stage,)))
 

@@ -15,7 +15,7 @@ from synthkd.engine.backends import Execution
 from synthkd.engine.batch import SampleStream
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
-from synthkd.engine.encoding import encode_image
+from synthkd.engine.encoders import encoder_of
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
 from synthkd.engine.index import read_environments, read_manifest
@@ -105,8 +105,10 @@ def replay_sample(
     again = Again(set_dir, device, allow_code, fuse, artifacts, moved=moved)
     stream = again.stream(plan, recipe.round_of(group), said)
     batch = next(stream.draw([plan.unit(group)]))
-    pixels = batch.images[batch.ids.index(sample_id)].permute(1, 2, 0).contiguous().cpu().numpy()
-    data = encode_image(pixels, recipe.image_format, recipe.image_quality)
+    at = batch.ids.index(sample_id)
+    pixels = batch.images[at : at + 1].permute(0, 2, 3, 1).contiguous()
+    encode = encoder_of(said, recipe.image_format, pixels.device.type)
+    data = encode(pixels, recipe.image_format, recipe.image_quality)[0]
     path = target or Path(f"{sample_key(sample_id)}.{recipe.image_format}")
     path.write_bytes(data)
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)

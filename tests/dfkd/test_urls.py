@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from synthkd.dfkd.rounds import draw_set
+from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Request
 from synthkd.engine.remote import RemoteSet, fetched
@@ -47,7 +47,8 @@ def whole(job: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _draw(job: Any, url: str, spool: Path, **how: Any) -> Any:
     remote = RemoteSet(Store(url, wait=0.0), spool)
-    return draw_set(job, Request(num_samples=COUNT, seed=5), spool, workers=1, remote=remote, **how)
+    options = DrawOptions(remote=remote, **how)
+    return draw_set(job, Request(num_samples=COUNT, seed=5), spool, workers=1, how=options)
 
 
 def test_rounds_in_a_store(job: Any, whole: Path, tmp_path: Path) -> None:
