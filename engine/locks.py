@@ -19,6 +19,7 @@ from typing import Any
 from synthkd.engine.errors import HeldError
 from synthkd.engine.lease import Lease
 from synthkd.engine.rows import Part, shard_name
+from synthkd.engine.untrusted import refuse_links
 from synthkd.engine.watch import TRY_AGAIN, end_process
 
 LOCK, CLAIM = ".lock", ".lock-claim"
@@ -38,6 +39,7 @@ def folder_lock(folder: Path, part: Part | None = None) -> Iterator[None]:
     The one writer removes what a killed run left half written. Raises SynthkdError, which names the owner, while
     another run holds it.
     """
+    refuse_links(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_held(folder, LOCK, shared=part is not None))
         if part is not None:

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {
     "diffusers": ["engine/models.py"],
+    "fsspec": ["engine/stores.py"],
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
     "nvidia": ["dfkd/data_dali.py"],
