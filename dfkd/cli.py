@@ -245,8 +245,6 @@ def synth(
         raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
     options.check_seconds("--grace", grace)
     folder, remote = open_output(out_dir, spool, part)
-    if remote is not None and cluster is not None:
-        raise SynthkdError("--ray writes to a folder that all nodes see; for a URL use --shard-index and --num-shards")
     how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster, remote=remote)
     ours = remote.held(part) if remote else nullcontext()
     with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:

@@ -21,6 +21,7 @@ from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.card import describe_set
+from synthkd.engine.config import AUTO_PIXELS
 from synthkd.engine.index import (
     MANIFEST,
     checkpoint_digest,
@@ -84,6 +85,7 @@ def draw_set(
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
     if how.remote is not None:
+        _check_nodes(job, how)
         how.remote.prepare()
     settled = settle_decoder(job, folder, request, told, should_stop, how.part)
     if settled is None:
@@ -121,6 +123,18 @@ def draw_set(
     return summary
 
 
+def _check_nodes(job: SynthJob, how: DrawOptions) -> None:
+    """Raise SynthkdError where the nodes of a cluster would need files of the set's folder, which they do not see."""
+    own = job.recipe.rounds > 1 or (
+        job.recipe.guidance.decoder == "auto" and max(job.recipe.height, job.recipe.width) > AUTO_PIXELS
+    )
+    if how.cluster is not None and own:
+        raise SynthkdError(
+            "--ray with a URL: rounds and a decoder of the set's own need files that every node sees; write to a "
+            "shared folder, or use --shard-index and --num-shards"
+        )
+
+
 @contextlib.contextmanager
 def _rounds_before(remote: RemoteSet | None, folder: Path, plan: Plan, round_: int) -> Iterator[None]:
     """Within it the shards of the rounds before are in the spool, where a round's student has to be trained on them."""
@@ -155,8 +169,9 @@ class _Drawing:
         told, stage, how = self.told, self.stage, self.how
         if self.session is not None:
             return draw_by_actors(
-                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part, how.writing
-            )
+                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part, how.writing,
+                how.remote,
+            )  # fmt: skip
         return write_shards(
             open_stream(job.build, self.plan, self.workers, how.deadline),
             self.folder,

@@ -15,9 +15,10 @@ from synthkd.engine.index import claim_folder
 from synthkd.engine.locks import claim_lock, folder_lock
 from synthkd.engine.plan import Plan
 from synthkd.engine.ray_runner import Crew, Lost, Member, Session, declared, refuse, say
+from synthkd.engine.remote import RemoteSet
 from synthkd.engine.rows import Part, gather_index
 from synthkd.engine.runner import Factory
-from synthkd.engine.shard_worker import Declared, Hello, Publish, ShardWorker, Step
+from synthkd.engine.shard_worker import Declared, Hello, ShardWorker, Step
 from synthkd.engine.shards import ShardFolder, disk_errors
 from synthkd.engine.writer import WriteSummary, Writing
 
@@ -46,21 +47,24 @@ def draw_on_cluster(
     source: Mapping[str, Any] | None = None,
     told: Told | None = None,
     writing: Writing | None = None,
-    publish: Publish | None = None,
+    remote: RemoteSet | None = None,
 ) -> WriteSummary:
     """Draw a plan into a folder that every machine of the cluster sees, as `write_shards` does in this process.
 
     factory: picklable, makes a Synthesizer on the session's device; writing: encoder, its threads, groups under way of
-    each actor; publish: picklable, called by the actor with the
-    row of each shard that it has sealed. Raises SynthkdError as `write_shards` does, NonFiniteError as an actor does,
-    WorkerLostError where one shard loses several actors in a row.
+    each actor; remote: where actors put finished shards; the folder is a spool of every machine's own then.
+    Raises SynthkdError as `write_shards` does, NonFiniteError as an actor does, WorkerLostError where one shard loses
+    several actors in a row.
     """
     folder, told = Path(out).resolve(), told or Told()
-    worker = ShardWorker(factory, plan, folder, publish, str(Path.cwd()), writing or Writing())
+    depot = remote.publisher if remote else None
+    worker = ShardWorker(factory, plan, folder, depot, str(Path.cwd()), writing or Writing())
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, part):
-            state = ShardFolder(folder, plan, shards, part)
+            if remote is not None:
+                remote.attach()
+            state = ShardFolder(folder, plan, shards, part, remote)
             left = sum(not state.settled(shard) for shard in state.order)
             crew = Crew(session, worker, max(1, min(session.actors, left)))
             try:
@@ -68,7 +72,9 @@ def draw_on_cluster(
                 if agreed is None:
                     return WriteSummary(0, state.present(), True)
                 _claim(folder, agreed, plan, source or {}, part)
-                state = ShardFolder(folder, plan, shards, part)
+                if remote is not None:
+                    remote.note()
+                state = ShardFolder(folder, plan, shards, part, remote)
                 told.on_present(state.present())
                 return Drawing(crew, state, agreed, told).run()
             finally:
@@ -179,7 +185,7 @@ class Drawing:
         new = step.kept - self._safe[step.shard]
         self._safe[step.shard] = step.kept
         if step.row is not None:
-            self._state.note(step.row)
+            self._state.took(step.row)
             del self._safe[step.shard]
             member.shard = None
         if new > 0:

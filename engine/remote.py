@@ -119,6 +119,33 @@ class Publisher:
 
     publish = __call__
 
+    def bring(self, row: ShardRow) -> None:
+        """The tar and the rows of a published shard, for what reads it or lets it grow.
+
+        Raises SynthkdError where one of them is damaged.
+        """
+        rows = rows_path(self.folder, row.shard)
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        self._fetch(row, self.folder / row.file, row.file, row.sha256)
+        self._fetch(row, rows, f"{ROWS}/{rows.name}", row.rows)
+
+    def _fetch(self, row: ShardRow, path: Path, name: str, sha256: str) -> None:
+        if path.exists() and file_digest(path) == sha256:
+            return
+        arriving = path.with_suffix(".arriving")
+        self.store.fetch(name, arriving)
+        if file_digest(arriving) != sha256:
+            arriving.unlink()
+            raise SynthkdError(
+                f"{self.store.url}/{name}: does not match its digest; remove {row_name(row.shard)} there and run "
+                "the command that drew the set again"
+            )
+        arriving.replace(path)
+
+    def drop(self, row: ShardRow) -> None:
+        """Let the tar of a published shard leave the disk."""
+        (self.folder / row.file).unlink(missing_ok=True)
+
     def published(self, shard: int) -> ShardRow | None:
         """What the store says of a shard; None where it is not finished there, or the row is none of ours."""
         data = self.store.read(row_name(shard))
@@ -231,26 +258,19 @@ class RemoteSet:
     def publish(self, row: ShardRow) -> None:
         """See `Publisher`."""
         self.publisher(row)
+        self.took(row)
+
+    def took(self, row: ShardRow) -> None:
+        """Another process has published it."""
         self._there[row.shard] = row
 
     def drop(self, row: ShardRow) -> None:
-        """Let the tar of a published shard leave the disk."""
-        (self.folder / row.file).unlink(missing_ok=True)
+        """See `Publisher`."""
+        self.publisher.drop(row)
 
     def bring(self, row: ShardRow) -> None:
-        """The tar of a published shard, for what reads it or lets it grow; raises SynthkdError where it is damaged."""
-        path = self.folder / row.file
-        if path.exists() and file_digest(path) == row.sha256:
-            return
-        arriving = path.with_suffix(".arriving")
-        self.store.fetch(row.file, arriving)
-        if arriving.stat().st_size != row.bytes or file_digest(arriving) != row.sha256:
-            arriving.unlink()
-            raise SynthkdError(
-                f"{self.store.url}/{row.file}: does not match its digest; remove {row_name(row.shard)} there and run "
-                "the command that drew the set again"
-            )
-        arriving.replace(path)
+        """See `Publisher`."""
+        self.publisher.bring(row)
 
     @contextlib.contextmanager
     def brought(self, shards: Iterable[int]) -> Iterator[None]:

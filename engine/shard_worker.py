@@ -5,11 +5,10 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,10 +22,23 @@ from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import ShardRow
 from synthkd.engine.runner import Factory
-from synthkd.engine.shards import ShardFile, disk_errors
+from synthkd.engine.shards import ShardFile, disk_errors, journal_path
 from synthkd.engine.writer import GroupWriter, WriteSummary, Writing
 
-Publish = Callable[[ShardRow], None]
+
+class Depot(Protocol):
+    """A store as a worker uses it (`remote.Publisher`); picklable."""
+
+    def publish(self, row: ShardRow) -> None:
+        """Put a sealed shard of the folder there."""
+
+    def bring(self, row: ShardRow) -> None:
+        """Put a finished shard and its rows into the folder, so that it can grow."""
+
+    def drop(self, row: ShardRow) -> None:
+        """Let what was published leave the folder."""
+
+
 _log = logging.getLogger("synthkd")
 
 
@@ -67,15 +79,15 @@ class Step:
 class ShardWorker:
     """One process of several that fill a set: draws the missing groups of a shard, writes and seals its files.
 
-    factory: makes its Synthesizer; folder: of the set, a path that every machine sees; publish: called with the row of
-    each finished shard before it is told; home: the caller's working directory, which relative paths are meant from;
-    writing: encoder, its threads, groups under way. The index is not its business.
+    factory: makes its Synthesizer; folder: of the set, a path that every machine sees, or with a depot a spool on each;
+    depot: where finished shards go before they are told; home: the caller's working directory, which relative paths
+    are meant from; writing: encoder, its threads, groups under way. The index is not its business.
     """
 
     factory: Factory
     plan: Plan
     folder: Path
-    publish: Publish | None = None
+    depot: Depot | None = None
     home: str | None = None
     writing: Writing = field(default_factory=Writing)
     _synthesizer: Any = field(default=None, init=False)
@@ -147,6 +159,10 @@ class ShardWorker:
         self._close()
         device, recipe = self._synthesizer.model.device.type, self.plan.recipe
         encoder = encoder_for(self.writing.encoder, recipe.image_format, device)
+        if self.depot is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if finished is not None and not journal_path(self.folder, shard).exists():
+                self.depot.bring(finished)
         file = self._file = ShardFile(self.folder, shard, finished)
         self._units = [u for u in self.plan.shard_units(shard) if file.kept(u.group) < u.kept]
 
@@ -173,8 +189,10 @@ class ShardWorker:
             return self._stands(self._file)
         self._written()
         stands, row = self._stands(self._file), self._file.seal()
-        if self.publish is not None:
-            self.publish(row)
+        if self.depot is not None:
+            self.depot.publish(row)
+            journal_path(self.folder, shard).unlink(missing_ok=True)
+            self.depot.drop(row)
         self._close()
         return replace(stands, row=row, tally=self._tally)
 

@@ -58,6 +58,9 @@ class Elsewhere(Protocol):
     def publish(self, row: ShardRow) -> None:
         """Put a sealed shard there."""
 
+    def took(self, row: ShardRow) -> None:
+        """Another process has put it there."""
+
     def drop(self, row: ShardRow) -> None:
         """Let the tar of a published shard leave the folder."""
 
@@ -302,13 +305,18 @@ class ShardFolder:
             row = state.seal()
             if self.remote is not None:
                 self.remote.publish(row)
-            self.note(row)
+            self._note(row)
             self.release()
             if self.remote is not None:
                 self.remote.drop(row)
 
-    def note(self, row: ShardRow) -> None:
-        """Put a shard that another process has sealed into the index."""
+    def took(self, row: ShardRow) -> None:
+        """Put a shard that another process has sealed, and published, into the index."""
+        if self.remote is not None:
+            self.remote.took(row)
+        self._note(row)
+
+    def _note(self, row: ShardRow) -> None:
         commit(self.folder, row, self.part)
         self._index[row.shard] = row
 

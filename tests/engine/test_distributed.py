@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
-from synthkd.engine import NonFiniteError, Plan, Request, SynthkdError, distributed, write_shards
+from synthkd.engine import NonFiniteError, SynthkdError, distributed, write_shards
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.locks import shard_lock
 from synthkd.engine.ray_runner import Lost, Member, Session
-from synthkd.engine.rows import Part, read_index
+from synthkd.engine.remote import Publisher, RemoteSet, fetched
+from synthkd.engine.rows import Part, ShardRow, read_index
 from synthkd.engine.shard_worker import Hello, ShardWorker
+from synthkd.engine.stores import Store
 from synthkd.engine.verify import verify_set
 
 COUNT = 32  # six groups of 6, the last with 2 kept, in three shards
@@ -33,7 +35,7 @@ class Here:
             self.hire()
 
     def hire(self) -> None:
-        made = ShardWorker(*(getattr(self._make, name) for name in ("factory", "plan", "folder", "publish")))
+        made = ShardWorker(*(getattr(self._make, name) for name in ("factory", "plan", "folder", "depot")))
         self.members.append(Member(made))
         self.ask(self.members[-1], "start")
 
@@ -230,10 +232,34 @@ def test_another_set_is_refused_before_anything_is_drawn(
 def test_a_finished_shard_is_published_before_it_counts(crew: type[Here], stream: Any, tmp_path: Path) -> None:
     published: list[int] = []
 
-    def publish(row: Any) -> None:
-        assert row.shard not in read_index(tmp_path / "set")
-        published.append(row.shard)
+    class Watched(Publisher):
+        def publish(self, row: ShardRow) -> None:
+            assert row.shard not in read_index(tmp_path / "set", missing=True)
+            published.append(row.shard)
+            super().publish(row)
 
-    _draw(stream, tmp_path / "set", publish=publish)
+    remote = RemoteSet(Store(f"file://{tmp_path}/store"), tmp_path / "set")
+    remote.publisher = Watched(remote.store, remote.folder)
+    _draw(stream, tmp_path / "set", remote=remote)
     assert sorted(published) == [0, 1, 2]
-    assert Plan(stream.plan.recipe, Request(num_samples=COUNT)).num_shards == 3
+    assert read_index(tmp_path / "set", missing=True).keys() == {0, 1, 2}
+
+
+def test_shards_of_actors_go_to_a_store(
+    crew: type[Here], canned: Callable[..., Any], stream: Any, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A finished shard leaves the spool for the store; killed, grown, or with an empty spool, the run goes on."""
+    url = f"file://{tmp_path}/store"
+    crew.fate = _nth("step", {2})
+    first = RemoteSet(Store(url), tmp_path / "spool")
+    counts: list[int] = []
+    told = Told(on_batch=counts.append, should_stop=lambda: sum(counts) >= 18)
+    assert _draw(canned(20, groups_per_shard=2), tmp_path / "spool", remote=first, told=told).stopped
+    assert not list((tmp_path / "spool").glob("shard-*.tar"))
+    again = RemoteSet(Store(url), tmp_path / "other")
+    assert _draw(stream, tmp_path / "other", remote=again).present == COUNT
+    again.finish(stream.plan.num_shards)
+    assert not list((tmp_path / "other").glob("shard-*"))
+    fetched(url, tmp_path / "back")
+    assert _tars(tmp_path / "back") == whole
+    assert verify_set(tmp_path / "back").problems == ()
