@@ -35,9 +35,13 @@ from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_plan import plan
 from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.cli_sets import merge, repair, verify
+from synthkd.dfkd.cli_table import export_folder, index, stats
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.encoders import encoder_for
 from synthkd.engine.environment import versions
+from synthkd.engine.writer import WriteSummary, Writing
 from synthkd.export import available, default_store
 from synthkd.kernels.dispatch import backend
 
@@ -54,11 +58,19 @@ app.command("export", epilog="Example: synthkd export embedded:digits --preset d
 app.command("distill", epilog="Example: synthkd distill sets/digits --out students/a --steps 1000")(distill)
 app.command("labels", epilog="Example: synthkd labels sets/digits --preset digits --views 8")(labels)
 app.command("online", epilog="Example: synthkd online --preset digits --num-samples 1200 --out students/b")(online)
+app.command("verify", epilog="Example: synthkd verify sets/digits")(verify)
+app.command("repair", epilog="Example: synthkd repair sets/digits --dry-run")(repair)
+app.command("merge", epilog="Example: synthkd merge sets/a sets/b --out sets/digits")(merge)
 app.command("compare", epilog="Example: synthkd compare digits --methods mosaickd,fastdfkd,pool --out runs/c")(compare)
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
 app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
+app.command("index", epilog="Example: synthkd index sets/digits --where 'confidence > 0.9'")(index)
+app.command("stats", epilog="Example: synthkd stats sets/digits --out stats.html")(stats)
+app.command("export-folder", epilog="Example: synthkd export-folder sets/digits --out folders/a --split train=1")(
+    export_folder
+)
 out = Console()
 
 
@@ -184,6 +196,11 @@ def synth(
     deadline: options.GroupDeadline = None,
     grace: options.Grace = options.GRACE,
     strict_bits: options.StrictBits = False,
+    encoder: options.Encoder = "auto",
+    encoders: options.Encoders = None,
+    ray: options.Ray = None,
+    ray_actors: options.RayActors = None,
+    ray_wheel: options.RayWheel = None,
     decoder: options.GuidanceDecoder = None,
     fuse: options.Fuse = "auto",
     compile: options.Compile = "auto",
@@ -200,8 +217,9 @@ def synth(
 ) -> None:
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
     from synthkd.dfkd.presets import load_preset
-    from synthkd.dfkd.rounds import draw_set
+    from synthkd.dfkd.rounds import DrawOptions, draw_set
 
+    writing = Writing(encoder, encoders)
     asked = options.Asked(
         model=model, teacher=teacher, recipe=recipe, classes=classes, prompts=prompts, targets=targets,
         loras=lora or (), scale=scale, rounds=rounds, alpha=alpha, beta=beta, gamma=gamma, divergence=divergence,
@@ -218,29 +236,29 @@ def synth(
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
     options.check_seconds("--deadline", deadline)
+    encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
+    cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
+    if cluster is not None and workers is not None:
+        raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
+    how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster)
     with Bars(out) as bars, StopFlag(options.check_seconds("--grace", grace)) as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, order, part, deadline)
-        if summary.stopped:
-            raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
+        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, how)
+    if summary.drawn:
+        out.print(_rates(summary), soft_wrap=True, highlight=False)
+    if summary.stopped:
+        raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
 
 
-@app.command(epilog="Example: synthkd verify sets/digits")
-def verify(set_dir: Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]) -> None:
-    """Check a set against its manifest and index; every damaged or missing member is named."""
-    from synthkd.engine.index import read_manifest
-    from synthkd.engine.verify import verify_set
-
-    total = int(read_manifest(set_dir)["num_samples"])
-    with Bars(out) as bars:
-        bars.begin("verify", total, "images")
-        report = verify_set(set_dir, lambda n: bars.advance("verify", n))
-    for problem in report.problems:
-        print(problem, file=sys.stderr)
-    if report.problems:
-        hint = "delete the shards named above and run the command that drew the set again"
-        raise SynthkdError(f"{set_dir}: {len(report.problems)} problems in {report.shards} shards; {hint}")
-    out.print(f"{set_dir}: {report.samples} images in {report.shards} shards, all as written", soft_wrap=True)
+def _rates(summary: WriteSummary) -> str:
+    """What `synth` says of its speed."""
+    rate, beside = f"{summary.images_per_second:.1f} images/s", summary.encoding + summary.writing
+    if not summary.bytes:  # written elsewhere, by actors
+        return rate
+    return (
+        f"{rate}, {summary.bytes / 2**20:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
+        f"{summary.stalled:.2f} s ({summary.stall_percent:.1f} %) for the writing, which took {beside:.1f} s beside it"
+    )
 
 
 @app.command(epilog="Example: synthkd replay sets/digits --id 42 --out 42.png")

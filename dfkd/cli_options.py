@@ -17,6 +17,7 @@ from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine import Execution, Recipe, SynthkdError
 from synthkd.engine.errors import suggest
 from synthkd.engine.index import read_manifest
+from synthkd.engine.ray_runner import ClusterSpec
 from synthkd.engine.rows import Part
 from synthkd.export import ExportError, Options
 
@@ -40,6 +41,21 @@ StrictBits = Annotated[
     bool, typer.Option("--strict-bits", help="Stop where memory runs out; by default groups go on in smaller parts.")
 ]
 GRACE = 300.0  # seconds
+Encoder = Annotated[
+    str,
+    typer.Option(help="Of image files: auto (pillow, the same bytes anywhere); for jpg simplejpeg, on a GPU nvjpeg."),
+]
+Encoders = Annotated[
+    int | None, typer.Option(help="Threads that encode (default: one on a CPU, one per core up to 8 on a GPU).")
+]
+Ray = Annotated[
+    str | None,
+    typer.Option(help="Draw on a Ray cluster: auto (a running one, else one here), local, HOST:PORT, ray://HOST:PORT."),
+]
+RayActors = Annotated[
+    int | None, typer.Option(help="Actors that draw (default: one per GPU of the cluster, else per CPU slot).")
+]
+RayWheel = Annotated[Path | None, typer.Option(help="A synthkd wheel that is sent to the cluster.")]
 Rounds = Annotated[int | None, typer.Option(help="Rounds; a student learns between them (with --gamma).")]
 Gamma = Annotated[float | None, typer.Option(help="Weight of the disagreement with that student; needs --rounds >= 2.")]
 Divergence = Annotated[str | None, typer.Option(help="Of that disagreement: kl or js.")]
@@ -111,6 +127,17 @@ def check_seconds(name: str, seconds: float | None) -> float | None:
     if seconds is not None and not 0 < seconds < 10**9:
         raise SynthkdError(f"{name} is {seconds}; expected seconds above 0")
     return seconds
+
+
+def cluster_of(
+    address: str | None, actors: int | None, wheel: Path | None, deadline: float | None, device: str | None
+) -> ClusterSpec | None:
+    """`--ray` and what goes with it; None without, raises SynthkdError for `--ray-actors` or `--ray-wheel` alone."""
+    if address is None:
+        if actors is not None or wheel is not None:
+            raise SynthkdError("--ray-actors and --ray-wheel are for --ray; give it too")
+        return None
+    return ClusterSpec(address=address, actors=actors, wheel=wheel, deadline=deadline, device=device)
 
 
 def part_of_run(index: int | None, count: int | None) -> Part | None:

@@ -130,12 +130,12 @@ def near_duplicates(images: Tensor, threshold: float = NEAR_COPY, examples: int 
     no shape; they are all copies of one another. `block` rows at a time are compared, so the memory is
     N x 769 x 4 bytes and little more.
     """
-    found = [copy for copy in _nearest_earlier(_shapes(images, block), block) if copy.likeness >= threshold]
+    found = [copy for copy in nearest_earlier(shapes(images, block), block) if copy.likeness >= threshold]
     likest = sorted(found, key=lambda c: (-round(c.likeness, 5), c.later))
     return NearCopies(len(found), likest[:examples])
 
 
-def _shapes(images: Tensor, block: int) -> Tensor:
+def shapes(images: Tensor, block: int) -> Tensor:
     """uint8 [N,3,H,W] -> unit vectors [N,769]: pooled, centred pixels, and a last axis for images without shape."""
     out = torch.zeros(len(images), 3 * _SIDE**2 + 1)
     for rows, part in zip(torch.split(out, block), torch.split(images, block), strict=True):
@@ -147,7 +147,7 @@ def _shapes(images: Tensor, block: int) -> Tensor:
     return out
 
 
-def _nearest_earlier(vectors: Tensor, block: int) -> Iterator[NearCopy]:
+def nearest_earlier(vectors: Tensor, block: int) -> Iterator[NearCopy]:
     """The likest earlier row of every row of [N,D] but the first."""
     for start in range(0, len(vectors), block):
         rows = vectors[start : start + block]

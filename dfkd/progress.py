@@ -14,6 +14,10 @@ class Progress(Protocol):
         """`count` more units are done."""
         ...
 
+    def note(self, stage: str, text: str) -> None:
+        """Words beside a stage."""
+        ...
+
     def end(self, stage: str) -> None:
         """The stage is over."""
         ...
@@ -26,6 +30,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, stage: str, count: int) -> None:
+        """Nothing."""
+
+    def note(self, stage: str, text: str) -> None:
         """Nothing."""
 
     def end(self, stage: str) -> None:

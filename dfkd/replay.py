@@ -1,7 +1,7 @@
 """One image again, from the manifest alone."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,70 @@ import numpy as np
 from synthkd.dfkd.decoding import obey
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.rounds import student_card
+from synthkd.engine import Synthesizer
 from synthkd.engine.backends import Execution
+from synthkd.engine.batch import SampleStream
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
-from synthkd.engine.encoding import encode_image
+from synthkd.engine.encoders import encoder_of
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
 from synthkd.engine.index import read_environments, read_manifest
-from synthkd.engine.memory import plan_of
+from synthkd.engine.memory import MemoryPlan, plan_of
 from synthkd.engine.plan import Plan, sample_key
 from synthkd.engine.reading import decode_image, members
 from synthkd.engine.rows import group_rows, read_index
 from synthkd.engine.runner import open_stream
 from synthkd.export import ExportError, Options
+
+
+@dataclass(frozen=True)
+class Again:
+    """How groups of a set are drawn again, from its manifest alone; as `replay_sample` says.
+
+    workers: processes that draw.
+    """
+
+    set_dir: Path
+    device: str
+    allow_code: bool = False
+    fuse: str | None = None
+    artifacts: str | None = None
+    workers: int = 1
+    moved: Mapping[str, str | None] = field(default_factory=dict)
+
+    def stream(self, plan: Plan, round_: int, said: Mapping[str, Any]) -> SampleStream:
+        """Groups of a round, drawn as they were in an environment (empty: not known).
+
+        Raises SynthkdError where model, teacher, student or decoder are not the ones that drew the set.
+        """
+        manifest = read_manifest(self.set_dir)
+        job = SynthJob.from_manifest(manifest, self.device, self.allow_code, **self.moved)
+        chosen: Any = self.fuse or _fused(said)  # checked when the job is built
+        execution = replace(_execution(said), artifacts=self.artifacts)
+        job = obey(replace(job, fuse=chosen, compile=_compiled(said), execution=execution), self.set_dir)
+        parts = plan_of(plan.recipe.group_size, said.get("micro_batch"))
+        factory = _Factory(job.at_round(round_, student_card(self.set_dir, round_)), parts)
+        stream: SampleStream = open_stream(factory, plan, self.workers)
+        identity = stream.identity
+        for name in ("model_sha256", "fingerprint"):
+            if identity[name] != manifest[name]:
+                raise SynthkdError(f"{self.set_dir}: model or teacher changed since the set was drawn ({name} differs)")
+        return stream
+
+
+@dataclass(frozen=True)
+class _Factory:
+    """Builds a job's Synthesizer, here or in a worker, that takes a group in the parts it was drawn in."""
+
+    job: SynthJob
+    parts: MemoryPlan | None
+
+    def __call__(self) -> Synthesizer:
+        made = self.job.build()
+        if self.parts is not None:
+            made.memory = self.parts
+        return made
 
 
 def replay_sample(
@@ -50,20 +101,14 @@ def replay_sample(
         raise SynthkdError(f"--id {sample_id}: the set has samples 0 to {count - 1}")
     group = sample_id // recipe.group_size
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
-    job, round_ = SynthJob.from_manifest(manifest, device, allow_code, **moved), recipe.round_of(group)
     said = _environment(set_dir, group, group // recipe.groups_per_shard)
-    chosen: Any = fuse or _fused(said)  # checked when the job is built
-    execution = replace(_execution(said), artifacts=artifacts)
-    job = obey(replace(job, fuse=chosen, compile=_compiled(said), execution=execution), set_dir)
-    stream = open_stream(job.at_round(round_, student_card(set_dir, round_)).build, plan, workers=1)
-    if (parts := plan_of(recipe.group_size, said.get("micro_batch"))) is not None:
-        stream.synthesizer.memory = parts
-    for name in ("model_sha256", "fingerprint"):
-        if stream.identity[name] != manifest[name]:
-            raise SynthkdError(f"{set_dir}: model or teacher changed since the set was drawn ({name} differs)")
+    again = Again(set_dir, device, allow_code, fuse, artifacts, moved=moved)
+    stream = again.stream(plan, recipe.round_of(group), said)
     batch = next(stream.draw([plan.unit(group)]))
-    pixels = batch.images[batch.ids.index(sample_id)].permute(1, 2, 0).contiguous().cpu().numpy()
-    data = encode_image(pixels, recipe.image_format, recipe.image_quality)
+    at = batch.ids.index(sample_id)
+    pixels = batch.images[at : at + 1].permute(0, 2, 3, 1).contiguous()
+    encode = encoder_of(said, recipe.image_format, pixels.device.type)
+    data = encode(pixels, recipe.image_format, recipe.image_quality)[0]
     path = target or Path(f"{sample_key(sample_id)}.{recipe.image_format}")
     path.write_bytes(data)
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)

@@ -50,7 +50,8 @@ dl.hero { margin-bottom: 1.6rem; } dl.hero dd:not(.aside) { font-size: clamp(2.1
   letter-spacing: -.025em; color: var(--tone, var(--ink)); } dl.hero small { font-size: .45em; letter-spacing: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.8rem 2rem; }
 .grid.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-section > .grid + .grid, section > .scroll + .scroll, section > .scroll + .grid { margin-top: 1.8rem; }
+section > .grid + .grid, section > .scroll + .scroll, section > .scroll + .grid,
+section > .grid + .scroll { margin-top: 1.8rem; }
 .chart { min-width: 0; max-width: 28rem; } .chart svg { display: block; width: 100%; height: auto; margin-top: .4rem; }
 svg text { font-size: 12px; fill: var(--soft); font-variant-numeric: tabular-nums; }
 .chart svg { overflow: visible; } svg text.tone { fill: var(--tone); font-weight: 600; }

@@ -24,7 +24,7 @@ def images(run: Run) -> h.Section:
     names = [run.main.recipe.classes[c] for c in shown]
     sheets = []
     for drawn in run.sets:
-        png, crisp = _sheet_png(drawn.pixels, rows)
+        png, crisp = sheet_png(drawn.pixels, rows)
         alt = f"Contact sheet of {drawn.tone} images: one row per class ({', '.join(names)}), ids as listed below."
         title = run.text("method")
         sheets.append(h.sheet(names, png, alt, drawn.tone, max(map(len, rows), default=1), crisp, title))
@@ -44,7 +44,7 @@ def contact_sheet(drawn: DrawnSet, title: str, tone: str) -> h.Html:
     """The first images of each class of one set under a title."""
     shown = [c for c in range(min(CLASSES_SHOWN, len(drawn.counts))) if drawn.keys.get(c)]
     rows, names = [drawn.keys[c] for c in shown], [drawn.recipe.classes[c] for c in shown]
-    png, crisp = _sheet_png(drawn.pixels, rows)
+    png, crisp = sheet_png(drawn.pixels, rows)
     return h.sheet(names, png, f"Images of {title}", tone, max(map(len, rows), default=1), crisp, title)
 
 
@@ -57,7 +57,7 @@ def _forming(run: Run) -> list[h.Html]:
         first = [drawn.keys[c][0] for c in shown]
         rows = [[*(preview_key(key, share) for share in shares), key] for key in first]
         if rows:
-            png, crisp = _sheet_png({**drawn.pixels, **drawn.previews}, rows)
+            png, crisp = sheet_png({**drawn.pixels, **drawn.previews}, rows)
             at = ", ".join(h.percent(100 * share) for share in shares)
             alt = f"How {drawn.tone} images form: the clean latent at {at} of the run, and the finished image."
             sheets.append(h.sheet(names, png, alt, drawn.tone, len(rows[0]), crisp))
@@ -79,7 +79,7 @@ def _images_sentence(run: Run) -> str:
     return f"{run.main.total if run.main else 0:,} images were drawn; no independent network has read them."
 
 
-def _sheet_png(pixels: Mapping[str, NDArray[np.uint8]], rows: Sequence[Sequence[str]]) -> tuple[bytes, bool]:
+def sheet_png(pixels: Mapping[str, NDArray[np.uint8]], rows: Sequence[Sequence[str]]) -> tuple[bytes, bool]:
     """A contact sheet with transparent gaps, and whether it is so small that its pixels should stay square."""
     first = next(iter(pixels.values()), np.zeros((1, 1, 3), np.uint8))
     tall, wide = first.shape[:2]
@@ -124,7 +124,7 @@ def _pairs(run: Run, drawn: DrawnSet) -> list[tuple[bytes, str, str, bool]]:
     out = []
     for earlier, later, likeness in run.near_copies(drawn.tone)[:PAIRS_SHOWN]:
         if {earlier, later} <= drawn.copied.keys():
-            png, crisp = _sheet_png(drawn.copied, [[earlier, later]])
+            png, crisp = sheet_png(drawn.copied, [[earlier, later]])
             caption = f"{drawn.tone}, ids {int(earlier)} and {int(later)}, likeness {likeness:.3f}"
             out.append(
                 (png, f"Two {drawn.tone} images side by side, ids {int(earlier)} and {int(later)}.", caption, crisp)

@@ -6,9 +6,11 @@ is kept in the set's folder, and its digest is in the manifest.
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from synthkd.dfkd.cluster import draw_by_actors
 from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.progress import Progress, Silent
@@ -17,6 +19,7 @@ from synthkd.dfkd.student import Hooks, Stopped, TrainOptions, distill, save_stu
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
+from synthkd.engine.card import describe_set
 from synthkd.engine.index import (
     MANIFEST,
     checkpoint_digest,
@@ -27,13 +30,36 @@ from synthkd.engine.index import (
     round_folder,
 )
 from synthkd.engine.locks import settle_lock
+from synthkd.engine.ray_runner import ClusterSpec, Session, connected
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
-from synthkd.engine.shards import WriteSummary, write_shards
+from synthkd.engine.shards import write_shards
 from synthkd.engine.workers import default_workers, one_thread
+from synthkd.engine.writer import WriteSummary, Writing, note_run
 
 _log = logging.getLogger("synthkd")
 _LASTING = ("step", "loss", "lr", "agreement")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How a set is drawn; no image hangs on any of it.
+
+    shards: their order, all by default, or all of the part; part: which of several runs that share the folder this is;
+    deadline: seconds that a group may take (see `open_stream`); writing: encoder, its threads, groups under way;
+    cluster: draw on the actors of a Ray cluster instead of processes of this machine.
+    """
+
+    shards: Sequence[int] | None = None
+    part: Part | None = None
+    deadline: float | None = None
+    writing: Writing | None = None
+    cluster: ClusterSpec | None = None
+
+    def order(self, plan: Plan) -> Sequence[int]:
+        """The shards of a plan that are wanted, as they come."""
+        whole = range(plan.num_shards) if self.part is None else self.part.shards(plan.num_shards)
+        return whole if self.shards is None else self.shards
 
 
 def draw_set(
@@ -44,54 +70,77 @@ def draw_set(
     workers: int | None = None,
     progress: Progress | None = None,
     should_stop: Callable[[], bool] = lambda: False,
-    shards: Sequence[int] | None = None,
-    part: Part | None = None,
-    deadline: float | None = None,
+    how: DrawOptions = DrawOptions(),
 ) -> WriteSummary:
     """Draw a job's set into a folder, round by round, on several processes where the device is a CPU.
 
-    What is there already is kept. shards: their order, all by default, or all of the part; part: which of several runs
-    that share the folder this is; deadline: seconds that a group may take (see `open_stream`).
-    Raises SynthkdError where a round is asked for before the rounds that teach its student are there.
+    What is there already is kept; a complete set gets its table and card. Raises SynthkdError where a round is asked
+    for before the rounds that teach its student are there.
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
-    settled = settle_decoder(job, folder, request, told, should_stop, part)
+    settled = settle_decoder(job, folder, request, told, should_stop, how.part)
     if settled is None:
         return WriteSummary(0, 0, True)
-    job = settled
-    whole = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
-    order = whole if shards is None else shards
-    count = workers or default_workers(job.device)
+    job, order, summary = settled, how.order(plan), WriteSummary(0, 0, False)
     _say_what_gamma_does(job, plan)
     if not any(s in plan.round_shards(0) for s in order):
-        _claim(job, request, folder, part)
+        _claim(job, request, folder, how.part)
     told.begin(stage, sum(plan.shard_samples(s) for s in order), "images")
-    summary = WriteSummary(0, 0, False)
-    try:
-        for round_ in range(plan.num_rounds):
-            mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
-            if not mine:
-                continue
-            student = ensure_student(job, folder, round_, request, told, should_stop, part) if round_ else None
-            if round_ and student is None:
-                return replace(summary, stopped=True)
-            drawn = write_shards(
-                open_stream(job.at_round(round_, student).build, plan, count, deadline),
-                folder,
-                shards=mine,
-                part=part,
-                source=job.source(),
-                on_batch=lambda n: told.advance(stage, n),
-                on_present=lambda n: told.advance(stage, n),
-                should_stop=should_stop,
-            )
-            summary = WriteSummary(summary.drawn + drawn.drawn, summary.present + drawn.present, drawn.stopped)
-            if summary.stopped:
-                break
-    finally:
-        told.end(stage)
+    with ExitStack() as stack:
+        stack.callback(told.end, stage)
+        session = stack.enter_context(connected(how.cluster)) if how.cluster else None
+        drawing = _Drawing(plan, folder, stage, workers or default_workers(job.device), told, should_stop, how, session)
+        try:
+            for round_ in range(plan.num_rounds):
+                mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
+                if not mine:
+                    continue
+                student = ensure_student(job, folder, round_, request, told, should_stop, how.part) if round_ else None
+                if round_ and student is None:
+                    summary = replace(summary, stopped=True)
+                else:
+                    summary = summary.then(drawing.draw(job.at_round(round_, student), mine))
+                if summary.stopped:
+                    break
+        finally:
+            note_run(folder, summary, how.writing)
+    if not summary.stopped:
+        describe_set(folder)
     return summary
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """A set on its way, for the rounds of it."""
+
+    plan: Plan
+    folder: Path
+    stage: str
+    workers: int
+    told: Progress
+    should_stop: Callable[[], bool]
+    how: DrawOptions
+    session: Session | None
+
+    def draw(self, job: SynthJob, shards: Sequence[int]) -> WriteSummary:
+        """Draw some shards, all of one round, with the job of that round."""
+        told, stage, how = self.told, self.stage, self.how
+        if self.session is not None:
+            return draw_by_actors(
+                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part, how.writing
+            )
+        return write_shards(
+            open_stream(job.build, self.plan, self.workers, how.deadline),
+            self.folder,
+            shards=shards,
+            part=how.part,
+            source=job.source(),
+            writing=how.writing,
+            on_batch=lambda n: told.advance(stage, n),
+            on_present=lambda n: told.advance(stage, n),
+            should_stop=self.should_stop,
+        )
 
 
 def _claim(job: SynthJob, request: Request, folder: Path, part: Part | None) -> None:

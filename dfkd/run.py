@@ -22,7 +22,7 @@ from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.presets import Preset, unguided
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
-from synthkd.dfkd.rounds import draw_set
+from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.student import DistillSpec, distill, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher
@@ -104,7 +104,7 @@ class Run:
         folder = self.folder(name) / "shards"
         summary = draw_set(
             job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress,
-            self.should_stop, deadline=self.deadline,
+            self.should_stop, DrawOptions(deadline=self.deadline),
         )  # fmt: skip
         if summary.stopped or self.should_stop():
             raise Interrupted

@@ -1,21 +1,19 @@
 """A drawn group -> the members of its tar, and what its row says of it; in no order with other groups."""
 
-import io
 import json
 import math
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
-from PIL import Image
+from torch import Tensor
 
 from synthkd.engine.batch import Batch, Preview
+from synthkd.engine.encoders import PILLOW, Encoder
 from synthkd.engine.plan import preview_key
 
 BLOCK = tarfile.BLOCKSIZE
-_PIL_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,6 @@ class EncodedGroup:
     curves: dict[str, list[float]] = field(default_factory=dict)
 
 
-def encode_image(pixels: Any, image_format: str, quality: int) -> bytes:
-    """uint8 [H,W,3] array -> file bytes; the same bytes for the same pixels and Pillow version."""
-    buffer = io.BytesIO()
-    options = {} if image_format == "png" else {"quality": quality}
-    Image.fromarray(pixels).save(buffer, _PIL_FORMAT[image_format], **options)
-    return buffer.getvalue()
-
-
 def tar_member(name: str, data: bytes) -> bytes:
     """One tar member with a fixed header (mode 644, time 0, no owner), padded to whole blocks."""
     info = tarfile.TarInfo(name)
@@ -52,27 +42,79 @@ def tar_member(name: str, data: bytes) -> bytes:
     return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % BLOCK)
 
 
-def encode_group(batch: Batch, identity: Mapping[str, Any], environment: Mapping[str, Any]) -> EncodedGroup:
-    """All members of a group, and its figures."""
-    metas: list[dict[str, Any]] = []
-    return EncodedGroup(
-        group=batch.group,
-        attempt=batch.attempt,
-        kept=len(batch.ids),
-        per_sample=2 * (1 + len(batch.previews)),
-        members=list(sample_members(batch, identity, metas)),
-        table=_table(metas),
-        environment=batch.environment or environment,
-        seconds={k: round(v, 6) for k, v in batch.seconds.items()},
-        curves={name: [_mean(v) for v in curve] for name, curve in batch.curves.items()},
+@dataclass(frozen=True)
+class Draft:
+    """A group whose images are not files yet: any of its samples can be encoded on its own, on any thread.
+
+    pixels: uint8 [B,H,W,3] of the finished images, then of each preview; metas: the json of every sample of each.
+    """
+
+    batch: Batch
+    pixels: list[Tensor]
+    metas: list[list[dict[str, Any]]]
+    image_format: str
+    quality: int
+    environment: Mapping[str, Any]
+
+    def encode(self, samples: range, encoder: Encoder) -> list[tuple[str, bytes]]:
+        """(name, bytes) of the image and json of each of the samples, followed by those of its previews."""
+        views = []
+        for pixels, metas in zip(self.pixels, self.metas, strict=True):
+            images = encoder(pixels[samples.start : samples.stop], self.image_format, self.quality)
+            views.append(list(zip(metas[samples.start : samples.stop], images, strict=True)))
+        return [file for sample in zip(*views, strict=True) for view in sample for file in self._files(*view)]
+
+    def _files(self, meta: Mapping[str, Any], image: bytes) -> Iterator[tuple[str, bytes]]:
+        yield f"{meta['key']}.{self.image_format}", image
+        yield f"{meta['key']}.json", json.dumps(meta, sort_keys=True).encode()
+
+    def finish(self, members: list[tuple[str, bytes]]) -> EncodedGroup:
+        """The group from the members of all its samples, in order."""
+        batch = self.batch
+        return EncodedGroup(
+            group=batch.group,
+            attempt=batch.attempt,
+            kept=len(batch.ids),
+            per_sample=2 * len(self.metas),
+            members=members,
+            table=table_of(self.metas[0]),
+            environment=self.environment,
+            seconds={k: round(v, 6) for k, v in batch.seconds.items()},
+            curves={name: [_mean(v) for v in curve] for name, curve in batch.curves.items()},
+        )
+
+
+def draft_group(
+    batch: Batch, identity: Mapping[str, Any], environment: Mapping[str, Any], encoder: Encoder = PILLOW
+) -> Draft:
+    """What a group's files are made of; a row says where it was drawn, and which encoder it had where not Pillow's.
+
+    batch: in host memory, but for images that are encoded on the device.
+    """
+    recipe, views = identity["recipe"], (None, *batch.previews)
+    return Draft(
+        batch=batch,
+        pixels=[(batch if view is None else view).images.permute(0, 2, 3, 1).contiguous() for view in views],
+        metas=[list(_metas(batch, view, identity)) for view in views],
+        image_format=recipe["image_format"],
+        quality=recipe["image_quality"],
+        environment={**(batch.environment or environment), **({"encoder": encoder.name} if encoder.name else {})},
     )
+
+
+def encode_group(
+    batch: Batch, identity: Mapping[str, Any], environment: Mapping[str, Any], encoder: Encoder = PILLOW
+) -> EncodedGroup:
+    """All members of a group, and its figures."""
+    draft = draft_group(batch if encoder.on_device else batch.cpu(), identity, environment, encoder)
+    return draft.finish(draft.encode(range(len(batch.ids)), encoder))
 
 
 def _mean(value: Any) -> float:
     return sum(value) / len(value) if isinstance(value, list) else float(value)
 
 
-def _table(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
+def table_of(metas: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Columns of the samples' json, previews left out."""
     whole = [meta for meta in metas if "preview" not in meta]
     table: dict[str, list[Any]] = {name: [meta[name] for meta in whole] for name in ("key", "label")}
@@ -92,31 +134,15 @@ def _confidence(meta: Mapping[str, Any]) -> float | None:
     return round(math.exp(logits[meta["label"]] - top) / total, 6)
 
 
-def sample_members(
-    batch: Batch, identity: Mapping[str, Any], metas: list[dict[str, Any]] | None = None
-) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the image and json of each sample of a batch, followed by those of its previews.
-
-    metas: given the content of every json.
-    """
-    views = [_view_members(batch, preview, identity, metas) for preview in (None, *batch.previews)]
-    for sample in zip(*views, strict=True):
-        yield from chain.from_iterable(sample)
-
-
-def _view_members(
-    batch: Batch, preview: Preview | None, identity: Mapping[str, Any], metas: list[dict[str, Any]] | None
-) -> Iterator[tuple[tuple[str, bytes], tuple[str, bytes]]]:
-    """Image and json of each finished image, or of each sample's preview; that one says so, and of which sample."""
+def _metas(batch: Batch, preview: Preview | None, identity: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The json of each finished image, or of each sample's preview; that one says so, and of which sample."""
     recipe, shown = identity["recipe"], batch if preview is None else preview
-    pixels = shown.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     notes = {name: note.float().cpu().tolist() for name, note in shown.notes.items()}
-    labels, targets, suffix = shown.labels.tolist(), shown.targets.cpu().tolist(), recipe["image_format"]
+    labels, targets = shown.labels.tolist(), shown.targets.cpu().tolist()
     last = {name: curve[-1] for name, curve in batch.curves.items()}
     for i, sample in enumerate(batch.keys):
-        key = sample if preview is None else preview_key(sample, preview.share)
         meta: dict[str, Any] = {
-            "key": key,
+            "key": sample if preview is None else preview_key(sample, preview.share),
             "label": labels[i],
             "class": recipe["classes"][labels[i]],
             "prompt": batch.prompts[i],
@@ -135,7 +161,4 @@ def _view_members(
             meta["round"] = batch.round
         if recipe["cutmix"]["scope"] == "any" and recipe["cutmix"]["every"]:
             meta["targets"] = targets[i]
-        if metas is not None:
-            metas.append(meta)
-        image = encode_image(pixels[i], suffix, recipe["image_quality"])
-        yield (f"{key}.{suffix}", image), (f"{key}.json", json.dumps(meta, sort_keys=True).encode())
+        yield meta

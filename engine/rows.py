@@ -4,6 +4,7 @@ An index of a million images is a few hundred rows; digests and figures of singl
 shard, and are read when they are asked for.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -244,15 +245,31 @@ def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
         if not isinstance(row.sha256, str) or not isinstance(row.rows, str):
             raise TypeError("a digest is not a text")
     except (TypeError, KeyError) as error:
-        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error})") from error
+        again = f"run `synthkd repair {path.parent}`"
+        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error}); {again}") from error
     if row.file != shard_name(row.shard):
         raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r}; expected a shard name")
     return row
 
 
+def drop_bad_rows(folder: Path) -> int:
+    """Take rows that are not ours out of a set's index files; only under its lock. Returns how many there were."""
+    dropped = 0
+    for path in filter(Path.is_file, index_files(folder)):
+        lines, kept = path.read_bytes().splitlines(), []
+        for data in _lines(path):
+            with contextlib.suppress(SynthkdError):
+                kept.append(json.dumps(asdict(_shard_row(path, data)), sort_keys=True) + "\n")
+        if len(kept) < len(lines):
+            write_atomically(path, "".join(kept))
+        dropped += len(lines) - len(kept)
+    return dropped
+
+
 def gather_index(folder: Path) -> None:
     """Put the rows that parts have written into the set's own index; only under the folder's lock."""
     own, *parts = index_files(folder)
+    mend_tail(own)
     for path in parts:
         for data in _lines(path):
             append_line(own, data)

@@ -11,13 +11,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from synthkd.engine.batch import SampleStream
-from synthkd.engine.encoding import BLOCK, EncodedGroup, encode_group, tar_member
-from synthkd.engine.errors import SynthkdError, WorkerLostError
+from synthkd.engine.encoding import BLOCK, EncodedGroup, tar_member
+from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import claim_folder, note_environment
 from synthkd.engine.locks import claim_lock, folder_lock, shard_lock
 from synthkd.engine.plan import Plan, WorkUnit
@@ -38,19 +38,8 @@ from synthkd.engine.rows import (
     shard_name,
     write_atomically,
 )
+from synthkd.engine.writer import WriteSummary, Writing, write_groups
 from synthkd.export.artifacts import sync_folder
-
-
-@dataclass(frozen=True)
-class WriteSummary:
-    """What one call of `write_shards` did: samples drawn by it, samples in the set now, and whether it was stopped.
-
-    Here and in the index a preview is no sample of its own.
-    """
-
-    drawn: int
-    present: int
-    stopped: bool
 
 
 def short_digest(data: bytes) -> str:
@@ -276,22 +265,30 @@ class ShardFolder:
             return
         state = self.shard(shard)
         if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
-            row = state.seal()
-            commit(self.folder, row, self.part)
-            self._index[shard] = row
+            self.note(state.seal())
             self.release()
+
+    def note(self, row: ShardRow) -> None:
+        """Put a shard that another process has sealed into the index."""
+        commit(self.folder, row, self.part)
+        self._index[row.shard] = row
+
+    def row(self, shard: int) -> ShardRow | None:
+        """The row of a finished shard; None before that."""
+        return self._index.get(shard)
 
     def present(self) -> int:
         """Wanted samples that are safe on disk."""
-        found = 0
-        for shard in self.order:
-            wanted = self.plan.shard_samples(shard)
-            if self.settled(shard):
-                found += wanted
-            elif shard in self._index or self._begun(shard):
-                kept = self._kept(shard)
-                found += sum(min(u.kept, kept.get(u.group, 0)) for u in self.plan.shard_units(shard))
-        return found
+        return sum(self.samples(shard) for shard in self.order)
+
+    def samples(self, shard: int) -> int:
+        """Wanted samples of a shard that are safe on disk."""
+        if self.settled(shard):
+            return self.plan.shard_samples(shard)
+        if shard not in self._index and not self._begun(shard):
+            return 0
+        kept = self._kept(shard)
+        return sum(min(u.kept, kept.get(u.group, 0)) for u in self.plan.shard_units(shard))
 
 
 def write_shards(
@@ -301,6 +298,7 @@ def write_shards(
     shards: Sequence[int] | None = None,
     part: Part | None = None,
     source: Mapping[str, Any] | None = None,
+    writing: Writing | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
     on_present: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -308,9 +306,9 @@ def write_shards(
     """Write a stream to a folder; what is there already is kept, and only the rest is drawn.
 
     shards: order of shards; part: which of several runs that share the folder this is; source: what the command line
-    needs for a replay, kept in the manifest;
-    on_batch: called with the number of new samples after each group, on_present once with those already there;
-    should_stop: asked after each group.
+    needs for a replay, kept in the manifest; writing: encoder, threads and groups under way;
+    on_batch: called with the number of new samples when a group is safe, in the thread that appends; on_present once
+    with those already there; should_stop: asked after each group drawn, and at the end.
     Raises SynthkdError where the folder holds another set, is being written, or has no space left.
     """
     folder = Path(out)
@@ -321,7 +319,7 @@ def write_shards(
             state = ShardFolder(folder, stream.plan, shards, part)
             try:
                 on_present(state.present())
-                return _write(stream, state, on_batch, should_stop)
+                return _write(stream, state, writing, on_batch, should_stop)
             finally:
                 state.release()
 
@@ -335,24 +333,16 @@ def claim(folder: Path, stream: SampleStream, source: Mapping[str, Any], part: P
 
 
 def _write(
-    stream: SampleStream, state: ShardFolder, on_batch: Callable[[int], None], should_stop: Callable[[], bool]
+    stream: SampleStream,
+    state: ShardFolder,
+    writing: Writing | None,
+    on_batch: Callable[[int], None],
+    should_stop: Callable[[], bool],
 ) -> WriteSummary:
-    identity, drawn, stopped = stream.identity, 0, False
     for shard in state.order:  # renamed by a run that ended before it wrote the row
         state.close(shard)
-    try:
-        for batch in stream.draw(state.pending()):
-            new = state.append(encode_group(batch, identity, stream.environment))
-            drawn += new
-            on_batch(new)
-            if should_stop():
-                stopped = True
-                break
-    except WorkerLostError:
-        if not should_stop():
-            raise
-        stopped = True  # a stop that reached the workers too
-    return WriteSummary(drawn, state.present(), stopped)
+    summary = write_groups(stream, state.pending(), state.append, writing, on_batch, should_stop)
+    return replace(summary, present=state.present())
 
 
 @contextlib.contextmanager

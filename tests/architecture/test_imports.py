@@ -13,14 +13,16 @@ HEAVY = {
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
     "nvidia": ["dfkd/data_dali.py"],
+    "pyarrow": ["engine/table.py"],
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
-    "simplejpeg": ["dfkd/decode.py"],
+    "ray": ["engine/ray_runner.py"],
+    "simplejpeg": ["dfkd/decode.py", "engine/encoders.py"],  # decodes; encodes
     "tensorrt": ["export/tensorrt.py"],
     "timm": ["dfkd/model_zoo.py"],
     "torchao": ["export/fp8.py"],
-    "torchvision": ["dfkd/model_zoo.py"],
+    "torchvision": ["dfkd/model_zoo.py", "engine/encoders.py"],  # classifiers; nvJPEG
 }
 NEVER = ("webdataset", "datasets", "matplotlib", "pandas", "xformers")  # xformers: through diffusers alone
 

@@ -71,7 +71,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 def _file(pixels: Any, image_format: str) -> bytes:
     """An image file; JPEG at quality 90."""
-    from synthkd.engine.encoding import encode_image
+    from synthkd.engine.encoders import encode_image
 
     return encode_image(pixels, image_format, 90)
 

@@ -18,7 +18,7 @@ from synthkd.dfkd.fit_decoder import FitSpec
 from synthkd.dfkd.presets import unguided
 from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.report import write_report
-from synthkd.dfkd.rounds import draw_set
+from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import Request, SynthkdError, config, write_shards
 from synthkd.engine.index import read_manifest
@@ -48,7 +48,8 @@ def auto(tiny_job: Any) -> Any:
 
 def draw(job: Any, folder: Path, count: int = COUNT, **options: Any) -> Any:
     """Draw the set in this process."""
-    return draw_set(job, Request(num_samples=count, seed=5), folder, workers=options.pop("workers", 1), **options)
+    workers, how = options.pop("workers", 1), DrawOptions(shards=options.pop("shards", None))
+    return draw_set(job, Request(num_samples=count, seed=5), folder, workers=workers, how=how, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -157,7 +157,7 @@ def test_blocks_of_any_size_find_the_same(block: int) -> None:
 
 def test_the_count_is_the_loop_over_all_pairs() -> None:
     images = photos(25, seed=3)
-    vectors = metrics._shapes(images, 1024)
+    vectors = metrics.shapes(images, 1024)
     naive = sum(any(float(vectors[i] @ vectors[j]) >= 0.05 for j in range(i)) for i in range(25))
     assert near_duplicates(images, threshold=0.05).count == naive > 0
 

@@ -10,7 +10,7 @@ import torch
 
 from synthkd.dfkd.job import SynthJob
 from synthkd.engine import CutMixSpec, GuidanceSpec, Plan, Request, Synthesizer, SynthkdError, write_shards
-from synthkd.engine.encoding import encode_image
+from synthkd.engine.encoders import encode_image
 from synthkd.engine.index import read_environments
 from synthkd.engine.locks import folder_lock
 from synthkd.engine.rows import read_index

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from synthkd.engine import SynthkdError, write_shards
-from synthkd.engine.encoding import encode_image
+from synthkd.engine.encoders import encode_image
 from synthkd.engine.reading import decode_image, members, read_set
 
 Sets = Callable[..., Any]

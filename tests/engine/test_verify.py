@@ -1,5 +1,6 @@
 """verify names every kind of damage, and says nothing of a set that has none."""
 
+import hashlib
 import io
 import json
 import random
@@ -13,7 +14,7 @@ import pytest
 from synthkd.engine import SynthkdError, write_shards
 from synthkd.engine.reading import members, read_set
 from synthkd.engine.shards import tar_member
-from synthkd.engine.verify import verify_set
+from synthkd.engine.verify import NOTES, verify_set
 
 NAME = "000000007.png"
 
@@ -119,7 +120,7 @@ def test_an_empty_shard(folder: Path) -> None:
 def test_a_missing_shard_counts_its_samples(folder: Path) -> None:
     (folder / "shard-000001.tar").unlink()
     (problem,) = _problems(folder)
-    assert problem.startswith("shard 1: not finished (2 samples)")
+    assert problem == "shard-000001.tar: is missing (2 samples)"
 
 
 def test_an_unfinished_set(canned: Callable[..., Any], tmp_path: Path) -> None:
@@ -189,3 +190,124 @@ def test_a_tar_of_another_writer_is_read_or_refused(folder: Path) -> None:
     shard.write_bytes(buffer.getvalue())
     (problem,) = _problems(folder)
     assert "SHA-256 differs" in problem
+
+
+def test_in_processes_as_in_this_one(folder: Path, canned: Callable[..., Any], tmp_path: Path) -> None:
+    write_shards(canned(20, groups_per_shard=1), tmp_path / "b")
+    (tmp_path / "b/shard-000002.tar").unlink()
+    _flip(tmp_path / "b/shard-000001.tar", 700)
+    assert verify_set(tmp_path / "b", workers=2) == verify_set(tmp_path / "b")
+    assert verify_set(tmp_path / "b").found == 2
+
+
+def test_an_ended_check_goes_on(folder: Path, canned: Callable[..., Any], tmp_path: Path) -> None:
+    """What was found right is not read again; what has changed since, and what was wrong, is."""
+    out = tmp_path / "b"
+    write_shards(canned(20, groups_per_shard=1), out)
+    _flip(out / "shard-000000.tar", 700)
+    looked: list[int] = []
+    ended = verify_set(out, looked.append, resume=True, should_stop=lambda: len(looked) == 3)
+    assert ended.stopped
+    notes = out / NOTES
+    assert len([line for line in notes.read_text().splitlines() if line]) == 2
+    notes.write_text(notes.read_text() + '\n{"shard": 3, "torn')
+    _flip(out / "shard-000002.tar", 700)
+    report = verify_set(out, resume=True)
+    assert (report.resumed, report.found, report.stopped) == (1, 2, False)
+    assert not notes.exists()
+    assert verify_set(out, resume=True).resumed == 0
+
+
+def test_notes_under_another_manifest_count_for_nothing(folder: Path) -> None:
+    verify_set(folder, resume=True, should_stop=lambda: True)
+    assert (folder / NOTES).exists()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_samples": 19}))
+    report = verify_set(folder, resume=True)
+    assert report.resumed == 0
+    assert report.problems == ("shard-000001.tar: group 3 has 2 samples; the manifest counts 1",)
+
+
+def test_hostile_notes_end_in_no_traceback(folder: Path) -> None:
+    for text in ("[]", "{}", '{"shard": []}', '{"shard": 0, "environments": 3}', "[" * 9000, "\0" * 50):
+        (folder / NOTES).write_text(text + "\n")
+        assert verify_set(folder, resume=True).problems == ()
+
+
+def test_problems_are_bounded_and_counted(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_samples": 18 * 3000}))
+    report = verify_set(folder)
+    assert len(report.problems) == 1000
+    assert report.found == 3000 - 2 + 3  # group 3 lacks four, groups 4 and 5 all
+
+
+def _vouched(folder: Path, change: Callable[[list[dict[str, Any]]], None], tar: bytes | None = None) -> None:
+    """Other groups, or another tar, of the first shard, under an index that vouches for them."""
+    listed, index = folder / "rows/shard-000000.jsonl", folder / "index.jsonl"
+    groups = [json.loads(line) for line in listed.read_text().splitlines()]
+    change(groups)
+    listed.write_text("".join(json.dumps(group) + "\n" for group in groups))
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    rows[0]["rows"] = hashlib.sha256(listed.read_bytes()).hexdigest()
+    rows[0] |= {"groups": len(groups), "samples": sum(g["kept"] for g in groups)}
+    if tar is not None:
+        (folder / "shard-000000.tar").write_bytes(tar)
+        rows[0] |= {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
+    index.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda g: g[1]["table"]["label"].__setitem__(2, 9), "000000008 has another key, group or label in its json"),
+        (lambda g: g[1]["table"]["offset"].__setitem__(2, 512), "the image of 000000008 lies elsewhere in the tar"),
+        (lambda g: g[1]["table"]["key"].__setitem__(2, "000000007"), "has two rows for 000000007"),
+        (lambda g: g[1]["table"]["key"].__setitem__(2, [7]), "has a row for [7], which is none of its samples"),
+        (lambda g: g[1]["table"]["size"].pop(), "group 1 has 5 values of size for 6 samples"),
+        (lambda g: g[1]["table"].pop("key"), "group 1 has no column key"),
+        (lambda g: g[1].update(group=7), "group 7 is not of this shard"),
+        (lambda g: g.pop(), "group 2 has 0 of 6 samples"),
+        (lambda g: g[0]["members"].pop("000000003.png"), "group 0 does not list 000000003.png"),
+        (lambda g: g[0]["members"].update({"000000099.png": "0" * 16}), "group 0 lists 000000099.png, which is none"),
+        (lambda g: g[0].update(environment="feed"), "environments/feed.json: is missing or damaged"),
+        (lambda g: g[0].update(environment=["feed"]), "environments/['feed'].json: is missing or damaged"),
+    ],
+)
+def test_books_that_vouch_for_one_another_and_are_wrong(
+    folder: Path, change: Callable[[list[dict[str, Any]]], None], said: str
+) -> None:
+    _vouched(folder, change)
+    assert any(said in problem for problem in _problems(folder)), _problems(folder)
+
+
+def test_a_doubled_sample_that_the_index_vouches_for(folder: Path) -> None:
+    files = list(members(folder / "shard-000000.tar"))
+    tar = b"".join(tar_member(n, d) for n, d in [*files, *files[:2]]) + b"\0" * 1024
+    _vouched(folder, lambda groups: None, tar)
+    assert _problems(folder) == (
+        "shard-000000.tar: unexpected member 000000000.png, the second of its name",
+        "shard-000000.tar: unexpected member 000000000.json, the second of its name",
+    )
+
+
+def test_strange_names_and_leftovers(folder: Path) -> None:
+    for name in (
+        "shard-1.tar",
+        "shard-0000001.tar",
+        "shard-000000.tar.bak",
+        "shard-000007.tar",
+        "shard-000001.tar.part",
+    ):
+        (folder / name).touch()
+    (folder / "my notes.txt").touch()
+    (folder / "shard-000000.tar.lock").touch()
+    assert [p.partition(":")[0] for p in _problems(folder)] == [
+        "shard-000000.tar.bak", "shard-0000001.tar", "shard-000001.tar.part", "shard-000007.tar", "shard-1.tar",
+    ]  # fmt: skip
+
+
+def test_an_environment_that_is_not_its_digest(folder: Path) -> None:
+    (path,) = (folder / "environments").iterdir()
+    path.write_text(path.read_text().replace('"threads": 1', '"threads": 2'))
+    assert _problems(folder) == (f"environments/{path.name}: is not what its name is the digest of",)

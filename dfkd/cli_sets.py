@@ -1,0 +1,151 @@
+"""`synthkd verify`, `repair` and `merge`: sets that are checked, mended and put together."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.engine import SynthkdError
+from synthkd.engine.verify import VerifyReport
+
+out = Console()
+SetDir = Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]
+
+
+def verify(
+    set_dir: SetDir,
+    workers: Annotated[int | None, typer.Option(help="Processes that check (default: one; on large sets all).")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a check that was ended had found.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Check a set against its manifest and index; every damaged or missing member is named.
+
+    Ended, the same command goes on with the shards that it has not seen.
+    """
+    from synthkd.engine.index import read_manifest
+    from synthkd.engine.verify import drop_notes, verify_set
+
+    options.check_workers(workers)
+    total = int(read_manifest(set_dir)["num_samples"])
+    if fresh:
+        drop_notes(set_dir)
+    with Bars(Console(stderr=as_json)) as bars, StopFlag() as stop:
+        bars.begin("verify", total, "images")
+        report = verify_set(
+            set_dir,
+            lambda n: bars.advance("verify", n),
+            workers=workers,
+            resume=True,
+            should_stop=stop.is_set,
+        )
+    if as_json:
+        print(json.dumps({"set": str(set_dir), **asdict(report)}, indent=2))
+    if report.stopped:
+        hint = "the same command goes on from here"
+        raise typer.Exit(stop.exit_code(Console(stderr=as_json), hint, "shard"))
+    _refuse(set_dir, report)
+    if not as_json:
+        again = f" ({report.resumed} of them seen before)" if report.resumed else ""
+        text = f"{set_dir}: {report.samples} images in {report.shards} shards, all as written{again}"
+        out.print(text, soft_wrap=True, highlight=False)
+
+
+def _refuse(set_dir: Path, report: VerifyReport) -> None:
+    """Problems on standard error, and how to mend them."""
+    for problem in report.problems:
+        print(problem, file=sys.stderr)
+    if report.found > len(report.problems):
+        print(f"... and {report.found - len(report.problems)} more", file=sys.stderr)
+    if report.found:
+        raise SynthkdError(
+            f"{set_dir}: {report.found} problems in {report.shards} shards; run `synthkd repair {set_dir}`"
+        )
+
+
+def repair(
+    set_dir: SetDir,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    workers: options.Workers = None,
+    model: Annotated[str | None, typer.Option(help="Where the model lies now, if it moved.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Where the teacher card lies now, if it moved.")] = None,
+    allow_code: options.AllowCode = False,
+    fuse: Annotated[str | None, typer.Option(help="Fused modules (default: as the images were drawn).")] = None,
+    artifacts: options.Artifacts = None,
+    device: options.Device = None,
+) -> None:
+    """Draw again what is missing or damaged, from the manifest alone, and touch nothing else.
+
+    On other hardware the new images differ, and their rows say where they were drawn.
+    """
+    from synthkd.dfkd.repairing import repair_set
+    from synthkd.dfkd.replay import Again
+    from synthkd.engine.index import read_manifest
+
+    options.check_workers(workers)
+    where = options.pick_device(device)
+    total = int(read_manifest(set_dir)["num_samples"])
+    again = Again(set_dir, where, allow_code, fuse, artifacts, workers or 1, moved={"model": model, "teacher": teacher})
+    with Bars(out) as bars, StopFlag() as stop:
+        bars.begin("verify", total, "images")
+        done = repair_set(
+            again, dry_run=dry_run, checkers=workers, tell=_say,
+            on_shard=lambda n: bars.advance("verify", n), on_needs=lambda n: bars.begin("draw", n, "groups"),
+            on_group=lambda: bars.advance("draw", 1), should_stop=stop.is_set,
+        )  # fmt: skip
+    if done.stopped:
+        raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
+    for problem in done.left:
+        print(problem, file=sys.stderr)
+    if done.left:
+        raise SynthkdError(f"{set_dir}: {len(done.left)} problems that repair cannot mend; each line above says why")
+    words = "would be mended" if dry_run else "mended"
+    _say(f"{set_dir}: {done.mended} shards {words}" if done.mended else f"{set_dir}: nothing to mend")
+
+
+def _say(line: str) -> None:
+    out.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def merge(
+    sets: Annotated[list[Path], typer.Argument(help="Folders of one set, or one that several runs have shared.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the whole set; it may hold a part.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies (one file system).")] = False,
+) -> None:
+    """Put folders that hold shards of one set together; a lone set without --out gathers the index of its parts."""
+    from synthkd.engine.merge import gather_parts, merge_sets
+    from synthkd.engine.verify import open_state
+
+    if out_dir is None:
+        if len(sets) > 1 or link:
+            raise SynthkdError("merge of several sets, or with --link, needs --out, the folder of the whole set")
+        done, where = gather_parts(sets[0]), sets[0]
+    else:
+        total, where = sum(row.samples for folder in sets for row in open_state(folder).index.values()), out_dir
+        with Bars(out) as bars, StopFlag() as stop:
+            bars.begin("merge", total, "images")
+            done = merge_sets(
+                sets, out_dir, link=link, on_shard=lambda n: bars.advance("merge", n), should_stop=stop.is_set
+            )
+        if done.stopped:
+            raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "shard"))
+    _say(f"{where}: {done.samples} images in {done.shards} shards, {done.new} of them new; {_missing(done.missing)}")
+
+
+def _missing(shards: tuple[int, ...]) -> str:
+    """Which shards a set lacks, in words; runs of numbers in short."""
+    if not shards:
+        return "none is missing"
+    runs: list[list[int]] = []
+    for shard in shards:
+        if runs and shard == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], shard]
+        else:
+            runs.append([shard])
+    shown = ", ".join("-".join(map(str, run)) for run in runs[:10]) + (", ..." if len(runs) > 10 else "")
+    return f"{len(shards)} are missing or unfinished: {shown}"
