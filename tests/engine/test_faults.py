@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from synthkd.dfkd.cli_options import check_seconds
+from synthkd.dfkd.cli_options import Asked, check_seconds
 from synthkd.dfkd.cli_progress import StopFlag
 from synthkd.engine import Execution, GuidanceSpec, Plan, Request, Synthesizer, SynthkdError, pool, write_shards
 from synthkd.engine.errors import NonFiniteError, WorkerLostError
@@ -32,7 +32,7 @@ from synthkd.engine.index import read_environments
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.priors import StableDiffusion
 from synthkd.engine.rows import all_group_rows, read_journal
-from synthkd.engine.runner import PoolStream
+from synthkd.engine.runner import PoolStream, open_stream
 from synthkd.engine.verify import verify_set
 from synthkd.engine.watch import limited
 
@@ -318,6 +318,15 @@ def test_a_time_that_is_none_is_refused() -> None:
     for wrong in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(SynthkdError, match=r"^--grace is .*; expected seconds above 0"):
             check_seconds("--grace", wrong)
+
+
+def test_the_options_reach_what_draws(faulty: Callable[..., Any], synthesizer: Callable[..., Synthesizer]) -> None:
+    pooled = faulty({})
+    many = open_stream(pooled.factory, pooled.plan, workers=2, deadline=7.0)
+    one = open_stream(lambda: synthesizer(steps=2), pooled.plan, workers=1, deadline=7.0)
+    assert (type(many), many.deadline, one.deadline) == (PoolStream, 7.0, 7.0)
+    assert Asked(strict_bits=True).execution.strict_bits
+    assert not Asked().execution.strict_bits
 
 
 # Disks
