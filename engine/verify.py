@@ -44,6 +44,7 @@ from synthkd.engine.table import check_table
 from synthkd.engine.workers import cores
 
 NOTES = ".verify.jsonl"
+MOST_SHARDS, MOST_OF_A_SHARD = 10**7, 10**6  # above them a check would not end, or not fit
 _MUCH = 2 * 2**30, 200_000  # bytes or samples from which processes are worth their start
 _CONTEXT = "fork" if sys.platform == "linux" else "spawn"  # a fork starts at once, and its networks' code is shared
 _SHARD_FILE = re.compile(r"shard-(\d{6,})\.tar(\.part|\.journal|\.fresh|\.lock[\w.-]*)?")
@@ -80,6 +81,11 @@ def open_state(folder: Path) -> SetState:
     manifest = read_manifest(folder)
     recipe = Recipe.from_dict(manifest["recipe"])
     plan = Plan(recipe, Request(num_samples=manifest["num_samples"], seed=manifest["seed"]))
+    if plan.num_shards > MOST_SHARDS or plan.shard_samples(0) > MOST_OF_A_SHARD or recipe.group_size > MOST_OF_A_SHARD:
+        raise SynthkdError(
+            f"{folder}: its manifest plans {plan.num_shards} shards of {plan.shard_samples(0)} images in groups of "
+            f"{recipe.group_size}; expected at most {MOST_SHARDS} shards and {MOST_OF_A_SHARD} images in each"
+        )
     return SetState(folder, manifest, plan, read_index(folder, missing=True))
 
 
