@@ -155,7 +155,8 @@ def merge(
             raise SynthkdError("merge of several sets, or with --link, needs --out, the folder of the whole set")
         done, where = gather_parts(sets[0]), sets[0]
     else:
-        total, where = sum(row.samples for folder in sets for row in open_state(folder).index.values()), out_dir
+        samples = {row.shard: row.samples for folder in sets for row in open_state(folder).index.values()}
+        total, where = sum(samples.values()), out_dir
         with Bars(out) as bars, StopFlag() as stop:
             bars.begin("merge", total, "images")
             done = merge_sets(
