@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -169,7 +170,7 @@ def _summary(result: dict[str, object]) -> Table:
 
 @app.command(epilog="Example: synthkd synth --preset digits --num-samples 500 --out sets/digits --scale 0.3")
 def synth(
-    out_dir: options.Out,
+    out_dir: options.OutOrUrl,
     num_samples: Annotated[int, typer.Option(help="Images in the set; raise it later to grow the same set.")] = 1000,
     seed: options.Seed = 0,
     preset: Annotated[str | None, typer.Option(help="Start from a preset's recipe, model and teacher.")] = None,
@@ -192,6 +193,7 @@ def synth(
     shards: Annotated[str | None, typer.Option(help="Order or subset of shards, such as 2,0,1.")] = None,
     shard_index: options.ShardIndex = None,
     num_shards: options.NumShards = None,
+    spool: options.Spool = None,
     workers: options.Workers = None,
     deadline: options.GroupDeadline = None,
     grace: options.Grace = options.GRACE,
@@ -218,6 +220,7 @@ def synth(
     """Draw a guided, labelled set as WebDataset shards; killed or grown, the same command goes on."""
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.rounds import DrawOptions, draw_set
+    from synthkd.engine.remote import open_output
 
     writing = Writing(encoder, encoders)
     asked = options.Asked(
@@ -240,21 +243,28 @@ def synth(
     cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
     if cluster is not None and workers is not None:
         raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
-    how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster)
-    with Bars(out) as bars, StopFlag(options.check_seconds("--grace", grace)) as stop:
-        summary = draw_set(job, request, out_dir, "synthesize", workers, bars, stop.is_set, how)
-        if summary.drawn:
-            out.print(_rates(summary), soft_wrap=True, highlight=False)
-        if summary.stopped:
-            raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
+    options.check_seconds("--grace", grace)
+    folder, remote = open_output(out_dir, spool, part)
+    if remote is not None and cluster is not None:
+        raise SynthkdError("--ray writes to a folder that all nodes see; for a URL use --shard-index and --num-shards")
+    how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster, remote=remote)
+    ours = remote.held(part) if remote else nullcontext()
+    with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
+        summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, how)
+    if summary.drawn:
+        out.print(_rates(summary), soft_wrap=True, highlight=False)
+    if summary.stopped:
+        raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
 
 
 def _rates(summary: WriteSummary) -> str:
     """What `synth` says of its speed."""
-    size, beside = summary.bytes / 2**20, summary.encoding + summary.writing
+    rate, beside = f"{summary.images_per_second:.1f} images/s", summary.encoding + summary.writing
+    if not summary.bytes:  # written elsewhere, by actors
+        return rate
     return (
-        f"{summary.images_per_second:.1f} images/s, {size:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
+        f"{rate}, {summary.bytes / 2**20:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
         f"{summary.stalled:.2f} s ({summary.stall_percent:.1f} %) for the writing, which took {beside:.1f} s beside it"
     )
 

@@ -22,6 +22,12 @@ from synthkd.engine.rows import Part
 from synthkd.export import ExportError, Options
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to; made where it does not exist.")]
+OutOrUrl = Annotated[
+    str, typer.Option("--out", help="Folder to write to, or a URL such as s3://bucket/set; made where it is not there.")
+]
+Spool = Annotated[
+    Path | None, typer.Option(help="With a URL: folder where shards grow until they are published (default: a cache).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that draw (default: one per CPU core, one on a GPU).")]
 ShardIndex = Annotated[

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,10 +17,11 @@ from synthkd.engine.verify import VerifyReport
 
 out = Console()
 SetDir = Annotated[Path, typer.Argument(help="Folder of a synthetic set.")]
+SetOrUrl = Annotated[str, typer.Argument(help="Folder or URL of a synthetic set.")]
 
 
 def verify(
-    set_dir: SetDir,
+    place: SetOrUrl,
     workers: Annotated[int | None, typer.Option(help="Processes that check (default: one; on large sets all).")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what a check that was ended had found.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -29,9 +31,14 @@ def verify(
     Ended, the same command goes on with the shards that it has not seen.
     """
     from synthkd.engine.index import read_manifest
+    from synthkd.engine.stores import is_url
     from synthkd.engine.verify import drop_notes, verify_set
 
     options.check_workers(workers)
+    if is_url(place):
+        _verify_url(place, as_json)
+        return
+    set_dir = Path(place)
     total = int(read_manifest(set_dir)["num_samples"])
     if fresh:
         drop_notes(set_dir)
@@ -56,16 +63,31 @@ def verify(
         out.print(text, soft_wrap=True, highlight=False)
 
 
-def _refuse(set_dir: Path, report: VerifyReport) -> None:
+def _verify_url(url: str, as_json: bool) -> None:
+    """Shard by shard, each fetched into a temporary folder; what repair cannot reach is drawn by the run's command."""
+    from synthkd.engine.remote import verify_url
+
+    with tempfile.TemporaryDirectory(prefix="synthkd-") as name, Bars(Console(stderr=as_json)) as bars:
+        bars.begin("verify", 0, "images")
+        report = verify_url(url, Path(name), lambda n: bars.advance("verify", n))
+    if as_json:
+        print(json.dumps({"set": url, **asdict(report)}, indent=2))
+    _refuse(url, report)
+    if not as_json:
+        _say(f"{url}: {report.samples} images in {report.shards} shards, all as written")
+
+
+def _refuse(set_dir: Path | str, report: VerifyReport) -> None:
     """Problems on standard error, and how to mend them."""
     for problem in report.problems:
         print(problem, file=sys.stderr)
     if report.found > len(report.problems):
         print(f"... and {report.found - len(report.problems)} more", file=sys.stderr)
     if report.found:
-        raise SynthkdError(
-            f"{set_dir}: {report.found} problems in {report.shards} shards; run `synthkd repair {set_dir}`"
-        )
+        mend = f"run `synthkd repair {set_dir}`"
+        if isinstance(set_dir, str):
+            mend = "remove index/shard-NNNNNN.json of the shards named above and run the command that drew it again"
+        raise SynthkdError(f"{set_dir}: {report.found} problems in {report.shards} shards; {mend}")
 
 
 def repair(
@@ -113,14 +135,21 @@ def _say(line: str) -> None:
 
 
 def merge(
-    sets: Annotated[list[Path], typer.Argument(help="Folders of one set, or one that several runs have shared.")],
+    places: Annotated[
+        list[str], typer.Argument(help="Folders or URLs of one set, or one folder that several runs have shared.")
+    ],
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder of the whole set; it may hold a part.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies (one file system).")] = False,
 ) -> None:
     """Put folders that hold shards of one set together; a lone set without --out gathers the index of its parts."""
     from synthkd.engine.merge import gather_parts, merge_sets
+    from synthkd.engine.stores import is_url
     from synthkd.engine.verify import open_state
 
+    if any(map(is_url, places)):
+        _fetch(places, out_dir)
+        return
+    sets = [Path(place) for place in places]
     if out_dir is None:
         if len(sets) > 1 or link:
             raise SynthkdError("merge of several sets, or with --link, needs --out, the folder of the whole set")
@@ -135,6 +164,19 @@ def merge(
         if done.stopped:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "shard"))
     _say(f"{where}: {done.samples} images in {done.shards} shards, {done.new} of them new; {_missing(done.missing)}")
+
+
+def _fetch(places: list[str], out_dir: Path | None) -> None:
+    """A set at a URL into a folder."""
+    from synthkd.engine.remote import fetched
+    from synthkd.engine.verify import open_state
+
+    if len(places) > 1 or out_dir is None:
+        raise SynthkdError("merge of a URL takes that URL alone, and --out, a folder; merge the folders after that")
+    state = open_state(fetched(places[0], out_dir))
+    lost = tuple(shard for shard in range(state.plan.num_shards) if shard not in state.index)
+    samples = sum(row.samples for row in state.index.values())
+    _say(f"{out_dir}: {samples} images in {len(state.index)} shards, as at {places[0]}; {_missing(lost)}")
 
 
 def _missing(shards: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from synthkd.engine.errors import SynthkdError
-from synthkd.engine.reading import MAX_PIXELS, decode_image
+from synthkd.engine.reading import MAX_PIXELS, check_scans, decode_image
 
 _PNG, _JPEG, _RIFF = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF"
 
@@ -75,6 +75,7 @@ def decode(data: bytes, where: str, into: NDArray[np.uint8] | None = None) -> ND
     fast = _simplejpeg()
     if fast is None or not data.startswith(_JPEG):
         return decode_image(data, where)
+    check_scans(data, where)
     size = stored_size(data, where)
     try:
         if into is not None and into.shape[:2] == size:

@@ -6,7 +6,6 @@ A pool has no normalisation of its own: its pixels are [0,1] like all others, an
 import contextlib
 import hashlib
 import logging
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import MANIFEST
 from synthkd.engine.models import EMBEDDED
-from synthkd.engine.reading import MAX_MEMBER
+from synthkd.engine.tar import MAX_MEMBER, Member, foreign_members
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LABELS = "pool.safetensors"
@@ -238,17 +237,16 @@ def _from_tars(reference: str, paths: list[Path]) -> FileSource:
     files: list[_File] = []
     for i, path in enumerate(paths):
         try:
-            with tarfile.open(path, "r:") as tar:
-                files += [_File(i, m.offset_data, m.size, m.name) for m in tar if _is_image(m)]
-        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            files += [_File(i, m.offset, m.size, m.name) for m in foreign_members(path) if _is_image(m)]
+        except SynthkdError as error:
             raise SynthkdError(f"pool {path}: not a readable tar ({error})") from error
     if not files:
         raise SynthkdError(f"pool {reference!r}: its tars hold no {', '.join(SUFFIXES)} member")
     return FileSource(paths, files)
 
 
-def _is_image(member: tarfile.TarInfo) -> bool:
-    return member.isreg() and Path(member.name).suffix.lower() in SUFFIXES and 0 < member.size <= MAX_MEMBER
+def _is_image(member: Member) -> bool:
+    return Path(member.name).suffix.lower() in SUFFIXES and 0 < member.size <= MAX_MEMBER
 
 
 def _format(name: str) -> str:

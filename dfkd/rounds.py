@@ -4,8 +4,9 @@ The rounds of a set are fixed by its recipe, so a set can grow; each round's stu
 is kept in the set's folder, and its digest is in the manifest.
 """
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from synthkd.engine.index import (
 )
 from synthkd.engine.locks import settle_lock
 from synthkd.engine.ray_runner import ClusterSpec, Session, connected
+from synthkd.engine.remote import RemoteSet
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.runner import open_stream
 from synthkd.engine.shards import write_shards
@@ -47,7 +49,8 @@ class DrawOptions:
 
     shards: their order, all by default, or all of the part; part: which of several runs that share the folder this is;
     deadline: seconds that a group may take (see `open_stream`); writing: encoder, its threads, groups under way;
-    cluster: draw on the actors of a Ray cluster instead of processes of this machine.
+    cluster: draw on the actors of a Ray cluster instead of processes of this machine; remote: where finished shards go,
+    for which the folder is a spool then (see `engine.remote.open_output`).
     """
 
     shards: Sequence[int] | None = None
@@ -55,6 +58,7 @@ class DrawOptions:
     deadline: float | None = None
     writing: Writing | None = None
     cluster: ClusterSpec | None = None
+    remote: RemoteSet | None = None
 
     def order(self, plan: Plan) -> Sequence[int]:
         """The shards of a plan that are wanted, as they come."""
@@ -79,6 +83,8 @@ def draw_set(
     """
     job.check()
     plan, told = Plan(job.recipe, request), progress or Silent()
+    if how.remote is not None:
+        how.remote.prepare()
     settled = settle_decoder(job, folder, request, told, should_stop, how.part)
     if settled is None:
         return WriteSummary(0, 0, True)
@@ -96,7 +102,10 @@ def draw_set(
                 mine = order if plan.num_rounds == 1 else [s for s in order if s in plan.round_shards(round_)]
                 if not mine:
                     continue
-                student = ensure_student(job, folder, round_, request, told, should_stop, how.part) if round_ else None
+                student = None
+                with _rounds_before(how.remote, folder, plan, round_):
+                    if round_:
+                        student = ensure_student(job, folder, round_, request, told, should_stop, how.part)
                 if round_ and student is None:
                     summary = replace(summary, stopped=True)
                 else:
@@ -105,9 +114,27 @@ def draw_set(
                     break
         finally:
             note_run(folder, summary, how.writing)
-    if not summary.stopped:
+    if not summary.stopped and how.remote is not None:
+        how.remote.finish(plan.num_shards)
+    elif not summary.stopped:
         describe_set(folder)
     return summary
+
+
+@contextlib.contextmanager
+def _rounds_before(remote: RemoteSet | None, folder: Path, plan: Plan, round_: int) -> Iterator[None]:
+    """Within it the shards of the rounds before are in the spool, where a round's student has to be trained on them."""
+    if remote is None or round_ == 0:
+        yield
+        return
+    remote.prepare()  # other parts may have finished shards, or have trained the student
+    try:
+        student_card(folder, round_)
+        needed = range(0)
+    except SynthkdError:
+        needed = range(plan.round_shards(round_).start)
+    with remote.brought(needed):
+        yield
 
 
 @dataclass(frozen=True)
@@ -128,7 +155,7 @@ class _Drawing:
         told, stage, how = self.told, self.stage, self.how
         if self.session is not None:
             return draw_by_actors(
-                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part
+                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part, how.writing
             )
         return write_shards(
             open_stream(job.build, self.plan, self.workers, how.deadline),
@@ -140,6 +167,7 @@ class _Drawing:
             on_batch=lambda n: told.advance(stage, n),
             on_present=lambda n: told.advance(stage, n),
             should_stop=self.should_stop,
+            remote=how.remote,
         )
 
 
@@ -190,12 +218,12 @@ def ensure_student(
     Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
     the manifest names (another processor or library).
     """
-    count = _before(job, folder, round_, request)
     with settle_lock(folder, part):
         try:
             return student_card(folder, round_)
         except SynthkdError:
             known = checkpoint_digest(read_manifest(folder), round_)
+        count = _before(job, folder, round_, request)
         try:
             card = _train(job, folder, round_, count, request.seed, progress, should_stop)
         except Stopped:

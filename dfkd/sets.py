@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 from synthkd.dfkd.feed import Reader, ReadOptions, Rows
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_manifest
-from synthkd.engine.reading import MAX_MEMBER, decode_meta
+from synthkd.engine.reading import decode_meta
 from synthkd.engine.rows import ShardRow, group_rows, read_index
 from synthkd.engine.shards import short_digest
+from synthkd.engine.tar import Member, Window, scan
+from synthkd.engine.untrusted import open_plain
 
-_BLOCK = 512  # bytes of a tar header, and what members are padded to
-_NEAR, _FAR = 2**18, 2**13  # bytes read ahead where images are small, and where they are passed over
 _OPEN_FILES = 32
 
 
@@ -36,63 +36,6 @@ class _Entry(NamedTuple):
     offset: int
     size: int
     digest: int
-
-
-class _Member(NamedTuple):
-    name: str
-    offset: int
-    size: int
-
-
-class _Window:
-    """Bytes of a file by position, read ahead; `ahead` says how many at least."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._start, self._data, self.ahead = descriptor, 0, b"", _NEAR
-
-    def take(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset`, fewer at the end of the file."""
-        at = offset - self._start
-        if at < 0 or at + count > len(self._data):
-            self._start, at = offset, 0
-            self._data = os.pread(self._descriptor, max(count, self.ahead), offset)
-        return self._data[at : at + count]
-
-
-def _member(path: Path, header: bytes, offset: int, last: str) -> _Member:
-    """The plain file that a ustar header announces; raises SynthkdError for any other header."""
-    again = f"run `synthkd verify {path.parent}`"
-    try:
-        total = int(header[148:156].strip(b"\0 ") or b"0", 8)
-        size = int(header[124:136].strip(b"\0 ") or b"0", 8)
-    except ValueError as error:
-        raise SynthkdError(f"{path}: damaged after {last} (not a tar header); {again}") from error
-    if total != sum(header[:148]) + 8 * 32 + sum(header[156:]):
-        raise SynthkdError(f"{path}: damaged after {last} (a tar header does not match its checksum); {again}")
-    name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
-    plain = header[156:157] in b"\0000" and header[257:262] == b"ustar" and not header[345]  # prefix: a folder's name
-    if not plain or not name.isprintable() or not name or "/" in name or not 0 <= size <= MAX_MEMBER:
-        raise SynthkdError(f"{path}: member {name[:80]!r} is not a plain file of a sample")
-    return _Member(name, offset + _BLOCK, size)
-
-
-def _members(path: Path, window: _Window, length: int) -> Iterator[_Member]:
-    """Members of a shard of `length` bytes, in order; raises SynthkdError where the tar is damaged."""
-    offset, name = 0, "the first member"
-    while True:
-        header = window.take(offset, _BLOCK)
-        if len(header) < _BLOCK or not header.strip(b"\0"):
-            if offset == 0:
-                again = f"run `synthkd verify {path.parent}`"
-                raise SynthkdError(f"{path}: damaged after {name} (no tar header); {again}")
-            return
-        member = _member(path, header, offset, name)
-        name = member.name
-        offset = member.offset + -(-member.size // _BLOCK) * _BLOCK
-        if member.offset + member.size > length:
-            raise SynthkdError(f"{path}: truncated inside {name}; run `synthkd verify {path.parent}`")
-        window.ahead = _NEAR if member.size < _NEAR // 8 else _FAR
-        yield member
 
 
 def _number(digest: Any) -> int:
@@ -113,11 +56,11 @@ def _label(meta: Mapping[str, Any], classes: int, where: str) -> int:
 def _entries(path: Path, row: ShardRow, suffix: str, classes: int) -> Iterator[_Entry]:
     """The images of one shard, each when its json has been seen; the images' bytes are not looked at."""
     wanted = {name: digest for group in group_rows(path.parent, row) for name, digest in group.members.items()}
-    held: dict[str, dict[str, _Member]] = {}
+    held: dict[str, dict[str, Member]] = {}
     digests: dict[str, int] = {}
-    with path.open("rb", buffering=0) as file:
-        window = _Window(file.fileno())
-        for member in _members(path, window, os.fstat(file.fileno()).st_size):
+    with open(open_plain(path, path.parent), "rb", buffering=0) as file:  # noqa: PTH123
+        window = Window(file.fileno())
+        for member in scan(path, window):
             digest, (key, _, kind) = wanted.pop(member.name, None), member.name.partition(".")
             known = _number(digest)
             is_json = kind == "json"
@@ -167,7 +110,7 @@ class _Descriptor:
     """An open file, closed when the last read of it is done."""
 
     def __init__(self, path: Path) -> None:
-        self.number = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self.number = open_plain(path, path.parent)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -23,12 +23,18 @@ AUTO_PIXELS = 64  # a side; up to here a full VAE costs little beside a run of i
 
 def _check(ok: bool, where: str, found: object, expected: str) -> None:
     if not ok:
-        raise SynthkdError(f"recipe: {where} is {found!r}; expected {expected}")
+        raise SynthkdError(f"recipe: {where} is {_shown(found)}; expected {expected}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def _one_of(where: str, found: str, known: tuple[str, ...]) -> None:
     if found not in known:
-        raise SynthkdError(f"recipe: {where} is {found!r}; {suggest(str(found), known)}")
+        raise SynthkdError(f"recipe: {where} is {_shown(found)}; {suggest(str(found), known)}")
 
 
 def _check_decoder(decoder: str) -> None:
@@ -322,7 +328,7 @@ def _typed(cls: type, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in data.items():
         if name not in known:
-            raise SynthkdError(f"recipe: unknown field {prefix + name!r}; {suggest(name, known)}")
+            raise SynthkdError(f"recipe: unknown field {_shown(prefix + name)}; {suggest(name, known)}")
         out[name] = _coerce(prefix + name, value, hints[name])
     return out
 

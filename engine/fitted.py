@@ -24,6 +24,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import DECODER_FILES
 from synthkd.engine.models import EMBEDDED, weights_digest
 from synthkd.engine.rows import write_atomically
+from synthkd.engine.untrusted import parse_note, read_plain
 
 CARD, WEIGHTS = DECODER_FILES
 FORMAT = 1
@@ -192,7 +193,7 @@ def read_card(reference: str) -> tuple[FittedShape, dict[str, Any]]:
     """Shape and card of an artifact; reads no weights. Raises SynthkdError where there is none, or not a whole one."""
     path = fitted_path(reference) / CARD
     try:
-        card = json.loads(path.read_text())
+        card = parse_note(read_plain(path, None))
     except OSError as error:
         raise _refusal(reference, f"no readable {CARD} there; expected what `synthkd fit-decoder` wrote") from error
     except (ValueError, RecursionError) as error:

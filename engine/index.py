@@ -10,11 +10,14 @@ from typing import Any
 from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
+from synthkd.engine.untrusted import open_plain, parse_note, read_plain
 
 MANIFEST, ENVIRONMENTS = "manifest.json", "environments"
 CHECKPOINTS, CHECKPOINT_FILES = "checkpoints", ("student.toml", "student.safetensors")
 DECODER, DECODER_FILES = "decoder", ("decoder.json", "decoder.safetensors")
 FORMAT = 2
+MAX_SAMPLES = 10**12
+_MAX_ENVIRONMENT = 2**20  # bytes
 
 
 def note_environment(folder: Path, detail: Mapping[str, Any]) -> str:
@@ -31,8 +34,8 @@ def read_environments(folder: Path) -> dict[str, dict[str, Any]]:
     """What the keys in a folder's rows stand for; without those that cannot be read, since images do not hang on it."""
     found = {}
     for path in sorted((folder / ENVIRONMENTS).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            detail = json.loads(path.read_text())
+        with contextlib.suppress(OSError, ValueError, RecursionError, SynthkdError):
+            detail = parse_note(read_plain(path, folder, _MAX_ENVIRONMENT))
             if isinstance(detail, dict):
                 found[path.stem] = detail
     return found
@@ -46,16 +49,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise SynthkdError(f"{folder}: no {MANIFEST}; this is a run, its set is {folder / 'shards'}")
         raise SynthkdError(f"{folder}: no {MANIFEST} there; expected the folder of a set, written by `synthkd synth`")
     try:
-        data: dict[str, Any] = json.loads(path.read_text())
+        data: dict[str, Any] = parse_note(read_plain(path, folder))
         if data["format"] != FORMAT:
             raise SynthkdError(f"{path}: format {data['format']!r}; this version reads {FORMAT}")
-        _ = data["fingerprint"], data["recipe"]["image_format"], data["guidance"], data["model_sha256"]
+        texts = data["fingerprint"], data["recipe"]["image_format"], data["model_sha256"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(data["guidance"], dict):
+            raise TypeError("fingerprint, model_sha256 or image_format is no text, or guidance no table")
         if type(data["seed"]) is not int or type(data["num_samples"]) is not int:
             raise TypeError("seed or num_samples is not a whole number")
-        if not (0 <= data["seed"] < 2**63 and 1 <= data["num_samples"] < 2**63):
+        if not (0 <= data["seed"] < 2**63 and 1 <= data["num_samples"] <= MAX_SAMPLES):
             raise ValueError("seed or num_samples is out of its range")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SynthkdError(f"{path}: not a synthkd manifest ({error!r})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SynthkdError(f"{path}: not a synthkd manifest ({repr(error)[:300]})") from error
     return data
 
 
@@ -114,7 +119,8 @@ def _files_digest(where: Path, names: Iterable[str]) -> str | None:
     for name in names:
         if not (where / name).is_file():
             return None
-        digest.update(hashlib.sha256((where / name).read_bytes()).digest())
+        with open(open_plain(where / name, where), "rb") as f:  # noqa: PTH123
+            digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
 
 

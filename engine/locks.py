@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.errors import HeldError
 from synthkd.engine.lease import Lease
 from synthkd.engine.rows import Part, shard_name
+from synthkd.engine.untrusted import refuse_links
 from synthkd.engine.watch import TRY_AGAIN, end_process
 
 LOCK, CLAIM = ".lock", ".lock-claim"
@@ -38,6 +39,7 @@ def folder_lock(folder: Path, part: Part | None = None) -> Iterator[None]:
     The one writer removes what a killed run left half written. Raises SynthkdError, which names the owner, while
     another run holds it.
     """
+    refuse_links(folder)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_held(folder, LOCK, shared=part is not None))
         if part is not None:
@@ -219,8 +221,8 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _taken(folder: Path, note: bytes) -> SynthkdError:
-    return SynthkdError(f"{folder}: another run is writing there{owner_words(note)}; wait or choose another --out")
+def _taken(folder: Path, note: bytes) -> HeldError:
+    return HeldError(f"{folder}: another run is writing there{owner_words(note)}; wait or choose another --out")
 
 
 def _sign(descriptor: int) -> None:

@@ -4,7 +4,6 @@ import atexit
 import logging
 import multiprocessing as mp
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -75,12 +74,11 @@ def _serve(pipe: Any, start: Start) -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """An error with the worker's traceback as a note; one that cannot be pickled, in words."""
+    """An error with the worker's traceback as a note, of a type that crosses a pipe: others' may not."""
+    if not type(error).__module__.startswith(("builtins", "synthkd.")):
+        kind = OSError if isinstance(error, OSError) else RuntimeError
+        error = kind(f"{type(error).__name__}: {error}")
     error.add_note("in a worker process:\n" + traceback.format_exc())
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
 

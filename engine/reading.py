@@ -1,8 +1,6 @@
 """Shards -> samples, without trusting them: names, sizes and counts are checked, nothing is executed."""
 
 import io
-import json
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +15,14 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_manifest
 from synthkd.engine.rows import ShardRow, group_rows, read_index
 from synthkd.engine.shards import short_digest
+from synthkd.engine.tar import MAX_MEMBER, members
+from synthkd.engine.untrusted import parse_note
 
-MAX_MEMBER = 64 * 2**20
+__all__ = ["MAX_MEMBER", "MAX_PIXELS", "Sample", "decode_image", "decode_meta", "members", "read_set", "read_shard"]
+
 MAX_PIXELS = 64 * 2**20
+MAX_META = 4 * 2**20  # bytes of a sample's json
+MAX_SCANS = 100  # of a progressive JPEG: each costs a pass over all its pixels
 
 
 @dataclass(frozen=True)
@@ -43,39 +46,31 @@ class Sample:
         return decode_image(self.image, self.where)
 
 
-def members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of a shard's members, in order; raises SynthkdError where the tar is damaged."""
-    name = "the first member"
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                name = info.name
-                if not info.isreg() or "/" in name or not name.isprintable() or info.size > MAX_MEMBER:
-                    raise SynthkdError(f"{path}: member {name[:80]!r} is not a plain file of a sample")
-                f = tar.extractfile(info)
-                data = f.read() if f else b""
-                if len(data) != info.size:
-                    raise SynthkdError(f"{path}: truncated inside {name}; run `synthkd verify {path.parent}`")
-                yield name, data
-    except (tarfile.TarError, OSError, EOFError, ValueError, RecursionError) as error:
-        raise SynthkdError(f"{path}: damaged after {name} ({error}); run `synthkd verify {path.parent}`") from error
-
-
 def decode_image(data: bytes, where: str) -> NDArray[np.uint8]:
-    """File bytes -> uint8 [H,W,3]; raises SynthkdError for what is no image, or a giant one."""
+    """File bytes -> uint8 [H,W,3], the first frame; raises SynthkdError for what is no image, or a giant one."""
+    check_scans(data, where)
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise SynthkdError(f"{where}: {image.width}x{image.height} pixels; expected a training image")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise SynthkdError(f"{where}: not a readable image ({error})") from error
+            if image.width * image.height <= MAX_PIXELS:
+                return np.asarray(image.convert("RGB"))
+            size = f"{image.width}x{image.height}"
+    except Exception as error:  # a decoder raises whatever it stumbles over
+        raise SynthkdError(f"{where}: not a readable image ({' '.join(str(error).split())[:200]})") from error
+    raise SynthkdError(f"{where}: {size} pixels; expected a training image")
+
+
+def check_scans(data: bytes, where: str) -> None:
+    """Raise SynthkdError for a JPEG of so many scans that decoding it would take minutes."""
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > MAX_SCANS:
+        raise SynthkdError(f"{where}: a JPEG of {scans} scans; expected a training image")
 
 
 def decode_meta(data: bytes, where: str) -> dict[str, Any]:
     """A sample's json; raises SynthkdError for what is no table."""
+    if len(data) > MAX_META:
+        raise SynthkdError(f"{where}: {len(data)} bytes; expected a sample's json of at most {MAX_META}")
     try:
-        meta = json.loads(data)
+        meta = parse_note(data, finite=False)
     except (ValueError, RecursionError) as error:
         raise SynthkdError(f"{where}: not readable JSON ({error})") from error
     if not isinstance(meta, dict):

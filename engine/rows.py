@@ -9,15 +9,17 @@ import hashlib
 import json
 import os
 import secrets
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.untrusted import open_plain, read_plain
 
 INDEX, ROWS = "index.jsonl", "rows"
-MAX_LINE = 64 * 2**20
+MAX_LINE, MAX_ROWS = 16 * 2**20, 256 * 2**20  # bytes of a line, and of the groups of one shard
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,11 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """Whole JSON tables of a file, one a line; a torn last line, left by a killed run, is passed over."""
-    if not path.exists():
+    try:
+        descriptor = open_plain(path, path.parent.parent if path.parent.name == ROWS else path.parent)
+    except FileNotFoundError:
         return
-    with path.open("rb") as f:
+    with open(descriptor, "rb") as f:  # noqa: PTH123
         while line := f.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
                 raise SynthkdError(f"{path}: a line is above {MAX_LINE} bytes; expected rows of a synthkd set")
@@ -158,7 +162,24 @@ def group_row(data: Mapping[str, Any]) -> GroupRow:
         raise TypeError("members, table, seconds or curves is not a table")
     if not all(isinstance(column, list) for column in row.table.values()):
         raise TypeError("a column of the table is not a list")
+    _check_values(row)
     return row
+
+
+def _check_values(row: GroupRow) -> None:
+    """Digests and names are texts, figures are numbers that a float holds, places are whole numbers."""
+    texts = [*row.members.values(), *row.table.get("key", ())]
+    if not isinstance(row.environment, str) or not set(map(type, texts)) <= {str}:
+        raise TypeError("a digest, key or environment is not a text")
+    for name in ("label", "offset", "size"):
+        _check_counts(*row.table.get(name, ()))
+    figures = [column for name, column in row.table.items() if name == "confidence" or name.startswith("losses.")]
+    try:
+        array("d", row.seconds.values())
+        for column in (*row.curves.values(), *figures):
+            array("d", [value for value in column if value is not None])
+    except OverflowError as error:
+        raise TypeError("a figure is larger than any number") from error
 
 
 def _check_counts(*counts: Any) -> None:
@@ -171,7 +192,7 @@ def read_journal(path: Path) -> dict[int, GroupRow]:
     try:
         return merge_rows(group_row(d) for d in _lines(path))
     except (TypeError, KeyError) as error:
-        raise SynthkdError(f"{path}: a row is not a synthkd group's ({error})") from error
+        raise SynthkdError(f"{path}: a row is not a synthkd group's ({error!s:.200})") from error
 
 
 def merge_rows(rows: Iterable[GroupRow]) -> dict[int, GroupRow]:
@@ -195,7 +216,7 @@ def group_rows(folder: Path, row: ShardRow) -> list[GroupRow]:
     """
     path = rows_path(folder, row.shard)
     try:
-        data = path.read_bytes()
+        data = read_plain(path, folder, MAX_ROWS)
     except OSError as error:
         raise SynthkdError(f"{path}: cannot be read ({error.strerror}); run `synthkd repair {folder}`") from error
     if hashlib.sha256(data).hexdigest() != row.rows:
@@ -232,13 +253,14 @@ def read_index(folder: Path, missing: bool = False) -> dict[int, ShardRow]:
     out: dict[int, ShardRow] = {}
     for path in index_files(folder):
         for data in _lines(path):
-            row = _shard_row(path, data)
+            row = shard_row(path, data)
             if row.shard not in out or row.revision >= out[row.shard].revision:
                 out[row.shard] = row
     return out if missing else {shard: row for shard, row in out.items() if (folder / row.file).exists()}
 
 
-def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
+def shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
+    """An index row of a file; raises SynthkdError, which names the file, for one that is none of ours."""
     try:
         row = ShardRow(**data)
         _check_counts(row.shard, row.samples, row.bytes, row.groups, row.revision)
@@ -246,9 +268,9 @@ def _shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
             raise TypeError("a digest is not a text")
     except (TypeError, KeyError) as error:
         again = f"run `synthkd repair {path.parent}`"
-        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error}); {again}") from error
+        raise SynthkdError(f"{path}: a row is not a synthkd index row ({error!s:.200}); {again}") from error
     if row.file != shard_name(row.shard):
-        raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r}; expected a shard name")
+        raise SynthkdError(f"{path}: shard {row.shard} names file {row.file!r:.80}; expected a shard name")
     return row
 
 
@@ -259,7 +281,7 @@ def drop_bad_rows(folder: Path) -> int:
         lines, kept = path.read_bytes().splitlines(), []
         for data in _lines(path):
             with contextlib.suppress(SynthkdError):
-                kept.append(json.dumps(asdict(_shard_row(path, data)), sort_keys=True) + "\n")
+                kept.append(json.dumps(asdict(shard_row(path, data)), sort_keys=True) + "\n")
         if len(kept) < len(lines):
             write_atomically(path, "".join(kept))
         dropped += len(lines) - len(kept)

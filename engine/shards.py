@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from synthkd.engine.batch import SampleStream
 from synthkd.engine.encoding import BLOCK, EncodedGroup, tar_member
@@ -40,6 +40,29 @@ from synthkd.engine.rows import (
 )
 from synthkd.engine.writer import WriteSummary, Writing, write_groups
 from synthkd.export.artifacts import sync_folder
+
+
+class Elsewhere(Protocol):
+    """Where finished shards go from the folder they grow in (`remote.RemoteSet`)."""
+
+    def attach(self) -> None:
+        """Bring the folder up to what is there, before it is claimed."""
+
+    def note(self) -> None:
+        """Publish what the folder says of itself."""
+
+    def holds(self, row: ShardRow) -> bool:
+        """Whether a finished shard is there."""
+        ...
+
+    def publish(self, row: ShardRow) -> None:
+        """Put a sealed shard there."""
+
+    def drop(self, row: ShardRow) -> None:
+        """Let the tar of a published shard leave the folder."""
+
+    def bring(self, row: ShardRow) -> None:
+        """Put the tar of a published shard back into the folder."""
 
 
 def short_digest(data: bytes) -> str:
@@ -195,26 +218,37 @@ def commit(folder: Path, row: ShardRow, part: Part | None = None) -> None:
 class ShardFolder:
     """A set on disk: which samples of a plan are there, and where the next group goes. Holds one short row a shard."""
 
-    def __init__(self, folder: Path, plan: Plan, shards: Sequence[int] | None, part: Part | None = None) -> None:
-        """shards: the order in which shards are filled, all by default, or all of the part."""
-        self.folder, self.plan, self.part = folder, plan, part
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        shards: Sequence[int] | None,
+        part: Part | None = None,
+        remote: Elsewhere | None = None,
+    ) -> None:
+        """shards: the order in which shards are filled, all by default, or all of the part; remote: where they go."""
+        self.folder, self.plan, self.part, self.remote = folder, plan, part, remote
         mend_tail(folder / index_name(part))
         whole: Sequence[int] = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
         self.order = whole if shards is None else shards
-        rows = read_index(folder)  # a shard of another size is damaged, and drawn again
+        rows = read_index(folder, missing=remote is not None)  # a shard of another size is damaged, and drawn again
         self._index = {n: r for n, r in rows.items() if self._whole(r)}
         self._open: ShardFile | None = None
 
     def _whole(self, row: ShardRow) -> bool:
         """Whether the files of a finished shard are there."""
         path = self.folder / row.file
-        return path.stat().st_size == row.bytes and rows_path(self.folder, row.shard).is_file()
+        there = path.stat().st_size == row.bytes if self.remote is None else self.remote.holds(row)
+        return there and rows_path(self.folder, row.shard).is_file()
 
     def shard(self, shard: int) -> ShardFile:
         """The state of a shard, locked until another one is asked for."""
         if self._open is None or self._open.shard != shard:
             self.release()
-            self._open = ShardFile(self.folder, shard, self._index.get(shard))
+            row = self._index.get(shard)
+            if row is not None and self.remote is not None and not self._begun(shard):
+                self.remote.bring(row)
+            self._open = ShardFile(self.folder, shard, row)
         return self._open
 
     def release(self) -> None:
@@ -265,8 +299,13 @@ class ShardFolder:
             return
         state = self.shard(shard)
         if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
-            self.note(state.seal())
+            row = state.seal()
+            if self.remote is not None:
+                self.remote.publish(row)
+            self.note(row)
             self.release()
+            if self.remote is not None:
+                self.remote.drop(row)
 
     def note(self, row: ShardRow) -> None:
         """Put a shard that another process has sealed into the index."""
@@ -302,21 +341,27 @@ def write_shards(
     on_batch: Callable[[int], None] = lambda _: None,
     on_present: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
+    remote: Elsewhere | None = None,
 ) -> WriteSummary:
     """Write a stream to a folder; what is there already is kept, and only the rest is drawn.
 
     shards: order of shards; part: which of several runs that share the folder this is; source: what the command line
     needs for a replay, kept in the manifest; writing: encoder, threads and groups under way;
     on_batch: called with the number of new samples when a group is safe, in the thread that appends; on_present once
-    with those already there; should_stop: asked after each group drawn, and at the end.
+    with those already there; should_stop: asked after each group drawn, and at the end; remote: where finished shards
+    go, for which the folder is a spool then.
     Raises SynthkdError where the folder holds another set, is being written, or has no space left.
     """
     folder = Path(out)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, part):
+            if remote is not None:
+                remote.attach()
             claim(folder, stream, source or {}, part)
-            state = ShardFolder(folder, stream.plan, shards, part)
+            if remote is not None:
+                remote.note()
+            state = ShardFolder(folder, stream.plan, shards, part, remote)
             try:
                 on_present(state.present())
                 return _write(stream, state, writing, on_batch, should_stop)

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {
     "diffusers": ["engine/models.py"],
+    "fsspec": ["engine/stores.py"],
     "transformers": ["dfkd/model_zoo.py", "engine/models.py"],  # classifiers; text encoders
     "sklearn": ["dfkd/data.py"],
     "nvidia": ["dfkd/data_dali.py"],
@@ -17,6 +18,7 @@ HEAVY = {
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
+    "ray": ["engine/ray_runner.py"],
     "simplejpeg": ["dfkd/decode.py", "engine/encoders.py"],  # decodes; encodes
     "tensorrt": ["export/tensorrt.py"],
     "timm": ["dfkd/model_zoo.py"],

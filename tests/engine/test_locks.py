@@ -117,26 +117,31 @@ def test_without_flock_a_set_is_written_as_ever(canned: Callable[..., Any], tmp_
     assert not list(tmp_path.glob("*lease*"))
 
 
-class Stopped(FolderNotes):
-    """A folder whose readers meet before the first marker is made."""
+class Slow(FolderNotes):
+    """A folder in which a breaker is held up before its last step until another one has tried too."""
 
-    meet: threading.Barrier
+    tried, broke = 0, 0
+    both = threading.Event()
 
     def create_exclusive(self, name: str, data: bytes) -> bool:
-        """Both have seen the owner stand still by then."""
-        if ".broken-" in name and self.meet.n_waiting >= 0 and not self.meet.broken:
-            try:
-                self.meet.wait(5)
-                self.meet.abort()
-            except threading.BrokenBarrierError:
-                pass
-        return super().create_exclusive(name, data)
+        """A marker, of two watchers at the least."""
+        made = super().create_exclusive(name, data)
+        Slow.tried += ".broken-" in name
+        if Slow.tried == 2:
+            Slow.both.set()
+        return made
+
+    def replace(self, name: str, data: bytes) -> None:
+        """The first of an owner's notes."""
+        if b'"count": 0' in data:
+            Slow.broke += 1
+            Slow.both.wait(10)
+        super().replace(name, data)
 
 
 def test_of_two_that_break_a_lease_one_wins(tmp_path: Path) -> None:
-    Stopped.meet = threading.Barrier(2)
     (tmp_path / "x").write_bytes(b"left by a dead owner")
-    both = [Lease(Stopped(tmp_path), "x", {}, beat=0.05, patience=8) for _ in range(2)]
+    both = [Lease(Slow(tmp_path), "x", {}, beat=0.05, patience=8) for _ in range(2)]
     took: list[bool] = []
     threads = [threading.Thread(target=lambda each=each: took.append(each.take())) for each in both]
     with ExitStack() as stack:
@@ -146,6 +151,7 @@ def test_of_two_that_break_a_lease_one_wins(tmp_path: Path) -> None:
         for thread in threads:
             thread.join(30)
         assert sorted(took) == [False, True]
+    assert (Slow.tried >= 2, Slow.broke) == (True, 1)
     assert not list(tmp_path.iterdir())
 
 

@@ -179,17 +179,26 @@ def test_an_index_row_of_another_shape_is_one_line(folder: Path, change: dict[st
     assert "\n" not in str(caught.value)
 
 
-def test_a_tar_of_another_writer_is_read_or_refused(folder: Path) -> None:
-    """The members are what counts: rewritten by the standard library they are right, the digest of the file is not."""
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (tarfile.USTAR_FORMAT, "SHA-256 differs"),
+        (tarfile.PAX_FORMAT, "is not a plain file of a sample"),
+    ],
+)
+def test_a_tar_of_another_writer_is_read_or_refused(folder: Path, how: int, said: str) -> None:
+    """The members are what counts: rewritten with other times they are right, the digest of the file is not.
+
+    Extended headers, which a time of parts of a second needs, are refused.
+    """
     shard, buffer = folder / "shard-000001.tar", io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+    with tarfile.open(fileobj=buffer, mode="w", format=how) as tar:
         for name, data in members(shard):
             info = tarfile.TarInfo(name)
             info.size, info.mtime = len(data), 1e9 + 0.5  # type: ignore[assignment]
             tar.addfile(info, io.BytesIO(data))
     shard.write_bytes(buffer.getvalue())
-    (problem,) = _problems(folder)
-    assert "SHA-256 differs" in problem
+    assert any(said in problem for problem in _problems(folder))
 
 
 def test_in_processes_as_in_this_one(folder: Path, canned: Callable[..., Any], tmp_path: Path) -> None:
@@ -263,7 +272,7 @@ def _vouched(folder: Path, change: Callable[[list[dict[str, Any]]], None], tar: 
         (lambda g: g[1]["table"]["label"].__setitem__(2, 9), "000000008 has another key, group or label in its json"),
         (lambda g: g[1]["table"]["offset"].__setitem__(2, 512), "the image of 000000008 lies elsewhere in the tar"),
         (lambda g: g[1]["table"]["key"].__setitem__(2, "000000007"), "has two rows for 000000007"),
-        (lambda g: g[1]["table"]["key"].__setitem__(2, [7]), "has a row for [7], which is none of its samples"),
+        (lambda g: g[1]["table"]["key"].__setitem__(2, [7]), "a digest, key or environment is not a text"),
         (lambda g: g[1]["table"]["size"].pop(), "group 1 has 5 values of size for 6 samples"),
         (lambda g: g[1]["table"].pop("key"), "group 1 has no column key"),
         (lambda g: g[1].update(group=7), "group 7 is not of this shard"),
@@ -271,7 +280,7 @@ def _vouched(folder: Path, change: Callable[[list[dict[str, Any]]], None], tar: 
         (lambda g: g[0]["members"].pop("000000003.png"), "group 0 does not list 000000003.png"),
         (lambda g: g[0]["members"].update({"000000099.png": "0" * 16}), "group 0 lists 000000099.png, which is none"),
         (lambda g: g[0].update(environment="feed"), "environments/feed.json: is missing or damaged"),
-        (lambda g: g[0].update(environment=["feed"]), "environments/['feed'].json: is missing or damaged"),
+        (lambda g: g[0].update(environment=["feed"]), "a digest, key or environment is not a text"),
     ],
 )
 def test_books_that_vouch_for_one_another_and_are_wrong(
