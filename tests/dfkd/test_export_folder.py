@@ -137,7 +137,7 @@ def test_previews_come_when_asked(
     split = split_of("000000000", 5, SHARES)
     assert (tmp_path / f"a/{split}/dog/000000000-p50.png").read_bytes() == image
     assert export_images(copy, tmp_path / "b", SHARES).present == 30
-    for name, label in (("x\\y", 1), ("000000000-p50", 3), ("000000000-p50", -1)):
+    for name, label in (("xy-p50", 1), ("000000000-p50", 3), ("000000000-p50", -1)):
         with_preview(name, label=label)
         with pytest.raises(SynthkdError, match="not a preview's name and label"):
             export_images(copy, tmp_path / f"c{label}{len(name)}", SHARES, previews=True)

@@ -205,7 +205,7 @@ def _set(name: str, value: Any) -> Callable[[list[dict[str, Any]]], None]:
 def test_contradicting_rows_are_one_line(rows_only: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
     """Rows that no set has are refused by file, and no table is left behind."""
     amend(rows_only, 1, change)
-    with pytest.raises(SynthkdError, match=r"shard-000001\.jsonl: .*synthkd repair"):
+    with pytest.raises(SynthkdError, match=r"shard-000001\.jsonl: "):
         write_table(rows_only)
     assert not list(rows_only.glob("index.parquet*"))
 
