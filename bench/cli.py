@@ -17,6 +17,7 @@ from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.cli_backends import backends
 from synthkd.bench.cli_distill import distill
 from synthkd.bench.cli_methods import methods
+from synthkd.bench.cli_writing import writing
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
 from synthkd.bench.digits import run_seed
 from synthkd.bench.engine import EngineSpec, measure_engine, summary
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command(epilog="Example: synthkd bench backends --role unet --backend onnx --json")(backends)
 app.command(epilog="Example: synthkd bench distill --stage read --size 32 --json")(distill)
 app.command(epilog="Example: synthkd bench methods --methods mosaickd,pool --out out/methods --record")(methods)
+app.command(epilog="Example: synthkd bench writing --case cheap --format png --record")(writing)
 
 
 @app.command(epilog="Example: synthkd bench digits --seeds 0,1,2,3,4 --out out/bench --record")

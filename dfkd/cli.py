@@ -251,18 +251,20 @@ def synth(
     ours = remote.held(part) if remote else nullcontext()
     with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
         summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, how)
-        if summary.drawn:
-            out.print(_rates(summary), soft_wrap=True, highlight=False)
-        if summary.stopped:
-            raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
+    if summary.drawn:
+        out.print(_rates(summary), soft_wrap=True, highlight=False)
+    if summary.stopped:
+        raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
     out.print(f"{out_dir}: {summary.present} images, {summary.drawn} drawn now", soft_wrap=True, highlight=False)
 
 
 def _rates(summary: WriteSummary) -> str:
     """What `synth` says of its speed."""
-    size, beside = summary.bytes / 2**20, summary.encoding + summary.writing
+    rate, beside = f"{summary.images_per_second:.1f} images/s", summary.encoding + summary.writing
+    if not summary.bytes:  # written elsewhere, by actors
+        return rate
     return (
-        f"{summary.images_per_second:.1f} images/s, {size:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
+        f"{rate}, {summary.bytes / 2**20:.1f} MiB; of {summary.seconds:.1f} s the drawing waited "
         f"{summary.stalled:.2f} s ({summary.stall_percent:.1f} %) for the writing, which took {beside:.1f} s beside it"
     )
 

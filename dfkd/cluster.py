@@ -11,7 +11,7 @@ from synthkd.engine import Plan
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.ray_runner import Session
 from synthkd.engine.rows import Part
-from synthkd.engine.writer import WriteSummary
+from synthkd.engine.writer import WriteSummary, Writing
 
 
 def draw_by_actors(
@@ -24,6 +24,7 @@ def draw_by_actors(
     should_stop: Callable[[], bool],
     shards: Sequence[int] | None = None,
     part: Part | None = None,
+    writing: Writing | None = None,
 ) -> WriteSummary:
     """Draw a round of a job on the device that the cluster has; progress: told images, their rate and the actors."""
     began, drawn = time.monotonic(), 0
@@ -45,5 +46,5 @@ def draw_by_actors(
     told = Told(on_batch=on_batch, on_present=on_present, on_actors=on_actors, should_stop=should_stop)
     there = replace(job, device=session.device)
     return draw_on_cluster(
-        session, there.build, plan, folder, shards=shards, part=part, source=job.source(), told=told
+        session, there.build, plan, folder, shards=shards, part=part, source=job.source(), told=told, writing=writing
     )

@@ -172,7 +172,7 @@ def _listened(
 
 def _heard(job: MethodRun, progress: Progress, stages: dict[str, str], kind: str, said: Any) -> tuple[str, Any]:
     """Pass progress on under the method's name; what ends the run is returned."""
-    if kind not in ("begin", "advance", "end"):
+    if kind not in ("begin", "advance", "note", "end"):
         return kind, said
     stage, *rest = said
     name = f"{job.method} {job.seed}: {stage}"
@@ -181,6 +181,8 @@ def _heard(job: MethodRun, progress: Progress, stages: dict[str, str], kind: str
         progress.begin(name, *rest)
     elif kind == "advance":
         progress.advance(stages[stage], *rest)
+    elif kind == "note":
+        progress.note(stages[stage], *rest)
     elif kind == "end":
         progress.end(stages[stage])
     return "", ()

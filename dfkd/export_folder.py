@@ -100,7 +100,7 @@ def folder_names(classes: Sequence[str]) -> list[str]:
 def _safe(name: str) -> str:
     text = "".join(c if c.isalnum() or c in "-_+" or c == "." else "_" for c in unicodedata.normalize("NFC", name))
     text = text.encode()[:_LONGEST].decode("utf-8", "ignore").strip(".") or "class"
-    return f"{text}_" if text.partition(".")[0].lower() in _RESERVED else text
+    return f"_{text}" if text.partition(".")[0].lower() in _RESERVED or text[0] == "-" else text
 
 
 def export_images(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from synthkd.dfkd.metrics import NEAR_COPY, NearCopy, nearest_earlier
 
-EXACT = 20_000
+EXACT = 10_000
 _BANDS, _BITS, _NEIGHBOURS = 32, 24, 8
 
 

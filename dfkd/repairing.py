@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.replay import Again
+from synthkd.engine.card import describe_set
 from synthkd.engine.diagnosis import Diagnosis, Need, diagnose
+from synthkd.engine.encoders import encoder_of
 from synthkd.engine.encoding import EncodedGroup, encode_group
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_environments, read_manifest
@@ -15,7 +17,8 @@ from synthkd.engine.locks import folder_lock
 from synthkd.engine.repair import mend_set
 from synthkd.engine.rows import drop_bad_rows
 from synthkd.engine.shards import disk_errors
-from synthkd.engine.verify import SetState, drop_notes, open_state, table_module, table_problems
+from synthkd.engine.table import write_table
+from synthkd.engine.verify import SetState, drop_notes, open_state, table_problems
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,17 @@ def repair_set(
         left = mend_set(state, found, _Drawing(again, state), tell=tell, on_group=on_group, should_stop=should_stop)
         if left is None:
             return Repaired(0, (), stopped=True)
-        if not left and table_problems(folder):
-            table_module(folder).write_table(folder)
-            tell(f"{folder}: its table is written again")
+        if not left:
+            _describe(folder, bool(found.mends), tell)
     return Repaired(len(found.mends), (*found.left, *left))
+
+
+def _describe(folder: Path, mended: bool, tell: Callable[[str], None]) -> None:
+    """Table and card of a set that was mended, and a table that was damaged itself."""
+    written = [write_table(folder)] if table_problems(folder) else []
+    written += describe_set(folder) if mended else []
+    for name in sorted({path.name for path in written}):
+        tell(f"{name}: written again")
 
 
 def _tell(found: Diagnosis, tell: Callable[[str], None]) -> None:
@@ -92,10 +102,11 @@ class _Drawing:
         refuse_other_methods(self.again.set_dir, self.state.manifest)
         stream = self.again.stream(self.state.plan, round_, said)
         identity, here = stream.identity, stream.environment
+        encoder = encoder_of(said, self.state.plan.recipe.image_format, self.again.device)
         batches = stream.draw(need.unit for need in needs)
         try:
             for batch in batches:
-                yield encode_group(batch, identity, here)
+                yield encode_group(batch, identity, here, encoder)
         finally:
             if isinstance(batches, Generator):
                 batches.close()

@@ -155,7 +155,7 @@ class _Drawing:
         told, stage, how = self.told, self.stage, self.how
         if self.session is not None:
             return draw_by_actors(
-                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part
+                self.session, job, self.plan, self.folder, stage, told, self.should_stop, shards, how.part, how.writing
             )
         return write_shards(
             open_stream(job.build, self.plan, self.workers, how.deadline),

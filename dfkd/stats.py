@@ -256,7 +256,7 @@ def _count(stats: SetStats, columns: ShardColumns) -> None:
     stats.judged += np.bincount(labels[known], minlength=len(stats.counts))
     stats.confidence += np.bincount(labels[known], weights=sure[known], minlength=len(stats.counts))
     bins = np.clip((sure[known] * BINS).astype(np.int64), 0, BINS - 1)
-    np.add.at(stats.histogram, (labels[known], bins), 1)
+    stats.histogram += np.bincount(labels[known] * BINS + bins, minlength=stats.histogram.size).reshape(-1, BINS)
     stats.sizes.add(columns.size)
     for name, values in columns.losses.items():
         stats.losses.setdefault(name, Spread()).add(values)

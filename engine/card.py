@@ -90,7 +90,7 @@ def card_text(folder: Path, tally: Tally) -> str:
     recipe = set_plan(manifest).recipe.to_dict()
     licence = prior_licence(_source(manifest, "model"))
     parts = [
-        _front(folder, tally, licence, len(recipe["classes"])),
+        _front(tally, licence, len(recipe["classes"])),
         MARK,
         *_what(manifest, recipe, tally),
         *_origin(manifest, licence),
@@ -183,7 +183,7 @@ def size_category(count: int) -> str:
     return f"n>{names[-1]}" if last == len(names) - 1 else f"{names[last]}<n<{names[last + 1]}"
 
 
-def _front(folder: Path, tally: Tally, licence: str, classes: int) -> str:
+def _front(tally: Tally, licence: str, classes: int) -> str:
     total = tally.labels.total()
     lines = [
         "---",
@@ -193,9 +193,8 @@ def _front(folder: Path, tally: Tally, licence: str, classes: int) -> str:
         "annotations_creators:\n- machine-generated",
         f"size_categories:\n- {size_category(total)}",
         "tags:\n- synthetic\n- knowledge-distillation\n- webdataset",
-        'configs:\n- config_name: images\n  default: true\n  data_files: "shard-*.tar"',
+        'configs:\n- config_name: default\n  data_files: "shard-*.tar"',
     ]
-    lines += [f"- config_name: index\n  data_files: {TABLE}"] if (folder / TABLE).is_file() else []
     return "\n".join([*lines, "---"])
 
 
@@ -233,14 +232,22 @@ def _origin(manifest: Mapping[str, Any], licence: str) -> list[str]:
 
 def _use(manifest: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
     suffix, first = recipe["image_format"], "000000000"
-    load = f"""import webdataset
+    load = f"""import datasets
+
+images = datasets.load_dataset("SET")  # the folder, or its name on the hub
+
+import webdataset
 
 images = webdataset.WebDataset("shard-{{000000..LAST}}.tar").decode("pil").to_tuple("{suffix}", "json")
 
 from pathlib import Path
 from synthkd.dfkd import open_set  # labels and digests checked
 
-source = open_set(Path("SET"))"""
+source = open_set(Path("SET"))
+
+import pandas
+
+rows = pandas.read_parquet("SET/index.parquet")"""
     return [
         "## Intended use",
         "Training and distilling image classifiers where the teacher's training data cannot be had; research on "

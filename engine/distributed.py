@@ -6,7 +6,7 @@ This process alone holds the folder's lock and writes the index; each actor hold
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from synthkd.engine.rows import Part, gather_index
 from synthkd.engine.runner import Factory
 from synthkd.engine.shard_worker import Declared, Hello, Publish, ShardWorker, Step
 from synthkd.engine.shards import ShardFolder, disk_errors
-from synthkd.engine.writer import WriteSummary
+from synthkd.engine.writer import WriteSummary, Writing
 
 LOCK_WAIT = 120.0  # seconds until a shard that a lost actor still holds ends the run
 _BACK_OFF = 0.5, 8.0  # seconds between looks at such a lock: the first, the longest
@@ -45,16 +45,18 @@ def draw_on_cluster(
     part: Part | None = None,
     source: Mapping[str, Any] | None = None,
     told: Told | None = None,
+    writing: Writing | None = None,
     publish: Publish | None = None,
 ) -> WriteSummary:
     """Draw a plan into a folder that every machine of the cluster sees, as `write_shards` does in this process.
 
-    factory: picklable, makes a Synthesizer on the session's device; publish: picklable, called by the actor with the
+    factory: picklable, makes a Synthesizer on the session's device; writing: encoder, its threads, groups under way of
+    each actor; publish: picklable, called by the actor with the
     row of each shard that it has sealed. Raises SynthkdError as `write_shards` does, NonFiniteError as an actor does,
     WorkerLostError where one shard loses several actors in a row.
     """
     folder, told = Path(out).resolve(), told or Told()
-    worker = ShardWorker(factory, plan, folder, publish, str(Path.cwd()))
+    worker = ShardWorker(factory, plan, folder, publish, str(Path.cwd()), writing or Writing())
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, part):
@@ -92,6 +94,7 @@ class Drawing:
         self._safe: dict[int, int] = {}
         self._losses: dict[int, int] = {}
         self._unborn, self._drawn, self._stopped, self._said = 0, 0, False, False
+        self._tally, self._began, self._most = WriteSummary(0, 0, False), time.monotonic(), 1
 
     def run(self) -> WriteSummary:
         """Until all shards are finished, or a stop: then every actor ends its group and lets go of its shard."""
@@ -104,7 +107,16 @@ class Drawing:
             for member, asked, answer in self._crew.answers():
                 self._hear(member, asked, answer)
             self._told.on_actors(self._crew.ready)
-        return WriteSummary(self._drawn, self._state.present(), self._stopped)
+            self._most = max(self._most, self._crew.ready)
+        return self._summary()
+
+    def _summary(self) -> WriteSummary:
+        """Counts, and seconds: `drawing` and `stalled` of an actor on average, `encoding` and `writing` of all."""
+        tally, seconds, most = self._tally, time.monotonic() - self._began, self._most
+        return replace(
+            tally, drawn=self._drawn, present=self._state.present(), stopped=self._stopped, seconds=seconds,
+            drawing=tally.drawing / most, stalled=tally.stalled / most,
+        )  # fmt: skip
 
     def _busy(self) -> bool:
         """Whether there is something to wait for; an actor that has not started yet is not, once nothing is left."""
@@ -163,6 +175,7 @@ class Drawing:
             self._put_off(member, step)
             return
         self._later.pop(step.shard, None)
+        self._tally = self._tally.then(step.tally) if step.tally else self._tally
         new = step.kept - self._safe[step.shard]
         self._safe[step.shard] = step.kept
         if step.row is not None:

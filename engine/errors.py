@@ -20,6 +20,10 @@ class WorkerLostError(SynthkdError):
     """A worker process ended unasked; every finished group is safe."""
 
 
+class HeldError(SynthkdError):
+    """Another run writes there."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The tail of an unknown-name message: the nearest right name, then all of them."""
     names = sorted(known)

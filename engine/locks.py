@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.errors import HeldError
 from synthkd.engine.lease import Lease
 from synthkd.engine.rows import Part, shard_name
 from synthkd.engine.untrusted import refuse_links
@@ -221,8 +221,8 @@ def _started(pid: int) -> str:
         return ""
 
 
-def _taken(folder: Path, note: bytes) -> SynthkdError:
-    return SynthkdError(f"{folder}: another run is writing there{owner_words(note)}; wait or choose another --out")
+def _taken(folder: Path, note: bytes) -> HeldError:
+    return HeldError(f"{folder}: another run is writing there{owner_words(note)}; wait or choose another --out")
 
 
 def _sign(descriptor: int) -> None:

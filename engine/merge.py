@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from synthkd.engine.card import describe_set
 from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
@@ -112,7 +113,7 @@ def merge_sets(
                 on_shard(chosen[shard].row.samples)
                 if should_stop():
                     return replace(_summary(out, new), stopped=True)
-            return _summary(out, new)
+            return _described(out, new)
 
 
 def gather_parts(folder: Path) -> Merged:
@@ -120,7 +121,15 @@ def gather_parts(folder: Path) -> Merged:
     read_manifest(folder)
     with disk_errors(folder), folder_lock(folder):
         gather_index(folder)
-        return _summary(folder, 0)
+        return _described(folder, 0)
+
+
+def _described(folder: Path, new: int) -> Merged:
+    """A whole set gets its table and card."""
+    done = _summary(folder, new)
+    if not done.missing:
+        describe_set(folder)
+    return done
 
 
 def _summary(folder: Path, new: int) -> Merged:

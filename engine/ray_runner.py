@@ -1,4 +1,4 @@
-"""Draws a set on the actors of a Ray cluster: each fills whole shards, this process keeps the index.
+"""Draws a set on the actors of a Ray cluster: each fills whole shards in its folder, this process keeps the index.
 
 Pixels never pass through Ray: an actor answers every group with a few numbers, and a finished shard with its row.
 """

@@ -1,11 +1,12 @@
-"""Draws whole shards in a process of its own, on whatever machine: an actor without its cluster."""
+"""Draws whole shards in a process of its own, on whatever machine: what an actor does, without a cluster."""
 
+import contextlib
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 
 import synthkd.engine
 from synthkd.engine.batch import Batch
-from synthkd.engine.encoding import encode_group
+from synthkd.engine.encoders import encoder_for
+from synthkd.engine.encoding import Draft, EncodedGroup, draft_group
 from synthkd.engine.environment import environment_key
-from synthkd.engine.errors import SynthkdError
+from synthkd.engine.errors import HeldError
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import ShardRow
 from synthkd.engine.runner import Factory
 from synthkd.engine.shards import ShardFile, disk_errors
+from synthkd.engine.writer import GroupWriter, WriteSummary, Writing
 
 Publish = Callable[[ShardRow], None]
 _log = logging.getLogger("synthkd")
@@ -49,14 +52,15 @@ class Declared:
 class Step:
     """Where a shard stands after a call: samples that are safe in it, and its row once it is finished.
 
-    held: who else writes the shard, where that kept this worker from it; environment: key of what it draws under.
+    held: who else writes the shard, where that kept this worker from it; tally: what drawing and writing it took since
+    this worker took it up, told when it lets go of it.
     """
 
     shard: int
     kept: int = 0
     row: ShardRow | None = None
     held: str = ""
-    environment: str = ""
+    tally: WriteSummary | None = None
 
 
 @dataclass
@@ -64,8 +68,8 @@ class ShardWorker:
     """One process of several that fill a set: draws the missing groups of a shard, writes and seals its files.
 
     factory: makes its Synthesizer; folder: of the set, a path that every machine sees; publish: called with the row of
-    each finished shard before it is told; home: the caller's working directory, which relative paths are meant from.
-    The index is not its business. A group is encoded and written while the next one is drawn.
+    each finished shard before it is told; home: the caller's working directory, which relative paths are meant from;
+    writing: encoder, its threads, groups under way. The index is not its business.
     """
 
     factory: Factory
@@ -73,6 +77,12 @@ class ShardWorker:
     folder: Path
     publish: Publish | None = None
     home: str | None = None
+    writing: Writing = field(default_factory=Writing)
+    _synthesizer: Any = field(default=None, init=False)
+    _file: ShardFile | None = field(default=None, init=False)
+    _units: list[WorkUnit] = field(default_factory=list, init=False)
+    _writer: GroupWriter | None = field(default=None, init=False)
+    _tally: WriteSummary = field(default=WriteSummary(0, 0, False), init=False)
 
     def start(self) -> Hello:
         """Build the Synthesizer; on a CPU with one thread. Raises SynthkdError as the factory does."""
@@ -88,11 +98,6 @@ class ShardWorker:
             _log.setLevel(logging.ERROR)  # the driver says what was heard, once for all workers
         if self._synthesizer.model.device.type == "cpu":
             torch.set_num_threads(1)
-        self._file: ShardFile | None = None
-        self._units: list[WorkUnit] = []
-        self._writing: Future[None] | None = None
-        self._environment = ""
-        self._writer = ThreadPoolExecutor(1, "synthkd-writer")
         package = str(Path(str(synthkd.engine.__file__)).parent)
         return Hello(platform.node(), os.getpid(), package, tuple(heard.lines))
 
@@ -118,9 +123,8 @@ class ShardWorker:
                     self._open(shard, finished)
                 return self._advance(shard)
             except BaseException as error:
-                held = isinstance(error.__cause__, BlockingIOError)  # the lock's: another process still writes
                 self._close()
-                if held and isinstance(error, SynthkdError):
+                if isinstance(error, HeldError):  # a lost actor that is out of reach still writes
                     return Step(shard, held=str(error))
                 raise
 
@@ -131,7 +135,7 @@ class ShardWorker:
         with disk_errors(self.folder):
             try:
                 self._written()
-                return self._stands(self._file)
+                return replace(self._stands(self._file), tally=self._tally)
             finally:
                 self._close()
 
@@ -141,16 +145,30 @@ class ShardWorker:
 
     def _open(self, shard: int, finished: ShardRow | None) -> None:
         self._close()
-        self._file = ShardFile(self.folder, shard, finished)
-        self._units = [u for u in self.plan.shard_units(shard) if self._file.kept(u.group) < u.kept]
+        device, recipe = self._synthesizer.model.device.type, self.plan.recipe
+        encoder = encoder_for(self.writing.encoder, recipe.image_format, device)
+        file = self._file = ShardFile(self.folder, shard, finished)
+        self._units = [u for u in self.plan.shard_units(shard) if file.kept(u.group) < u.kept]
+
+        def draft(batch: Batch) -> Draft:
+            return draft_group(batch, self._identity, batch.environment, encoder)
+
+        def append(group: EncodedGroup) -> int:
+            before = file.kept(group.group)
+            file.append(group)
+            return group.kept - before
+
+        self._tally, threads = WriteSummary(0, 0, False), self.writing.threads_for(device)
+        self._writer = GroupWriter(append, draft, encoder, threads, self.writing.ring).__enter__()
 
     def _advance(self, shard: int) -> Step:
         assert self._file is not None
+        assert self._writer is not None
         if self._units:
+            started = time.monotonic()
             batch = self._synthesizer.run(self._units.pop(0), self.plan.request.seed)
-            self._written()
-            self._environment = self._environment or environment_key(batch.environment)
-            self._writing = self._writer.submit(self._write, self._file, batch)
+            self._tally = replace(self._tally, drawing=self._tally.drawing + time.monotonic() - started)
+            self._writer.put(batch)
         if self._units:
             return self._stands(self._file)
         self._written()
@@ -158,26 +176,25 @@ class ShardWorker:
         if self.publish is not None:
             self.publish(row)
         self._close()
-        return Step(shard, stands.kept, row, environment=self._environment)
-
-    def _write(self, file: ShardFile, batch: Batch) -> None:
-        file.append(encode_group(batch, self._identity, batch.environment))
+        return replace(stands, row=row, tally=self._tally)
 
     def _written(self) -> None:
-        """Wait for the group that is being written; raises what that raised."""
-        waiting, self._writing = self._writing, None
-        if waiting is not None:
-            waiting.result()
+        """Wait until every group is safe; raises what the writing raised."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            try:
+                writer.__exit__(None, None, None)
+            finally:
+                key = environment_key(dict(writer.environment)) if writer.environment else ""
+                self._tally = replace(writer.tally, drawing=self._tally.drawing, environment=key)
 
     def _stands(self, file: ShardFile) -> Step:
-        kept = sum(min(u.kept, file.kept(u.group)) for u in self.plan.shard_units(file.shard))
-        return Step(file.shard, kept, environment=self._environment)
+        return Step(file.shard, sum(min(u.kept, file.kept(u.group)) for u in self.plan.shard_units(file.shard)))
 
     def _close(self) -> None:
         """Let others write the shard, after what is under way has ended."""
-        waiting, self._writing = self._writing, None
-        if waiting is not None:
-            waiting.exception()
+        with contextlib.suppress(Exception):
+            self._written()
         if self._file is not None:
             self._file.release()
         self._file, self._units = None, []

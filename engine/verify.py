@@ -6,7 +6,6 @@ that is to be gone on with notes each shard that was found right in `.verify.jso
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import multiprocessing as mp
 import os
@@ -41,13 +40,14 @@ from synthkd.engine.plan import Plan
 from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import ShardRow, read_index, shard_name
 from synthkd.engine.shards import journal_path
+from synthkd.engine.table import check_table
 from synthkd.engine.workers import cores
 
 NOTES = ".verify.jsonl"
 MOST_SHARDS, MOST_OF_A_SHARD = 10**7, 10**6  # above them a check would not end, or not fit
 _MUCH = 2 * 2**30, 200_000  # bytes or samples from which processes are worth their start
 _CONTEXT = "fork" if sys.platform == "linux" else "spawn"  # a fork starts at once, and its networks' code is shared
-_SHARD_FILE = re.compile(r"shard-(\d{6,})\.tar(\.part|\.journal|\.lock|\.fresh)?")
+_SHARD_FILE = re.compile(r"shard-(\d{6,})\.tar(\.part|\.journal|\.fresh|\.lock[\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def verify_set(
                 notes.add(one)
             if should_stop():
                 return _report(state, problems, found, resumed, stopped=True)
-    rest = [*_environments(state, keys), *leftovers(state), *table_problems(folder)]
+    rest = [*_environments(state, keys), *leftovers(state)]
+    rest += table_problems(folder) if not found else []  # it is made of the rows, and mended after them
     if notes:
         notes.drop()
     return _report(state, problems + rest, found + len(rest), resumed)
@@ -322,7 +323,7 @@ def leftovers(state: SetState) -> list[str]:
 def _leftover(state: SetState, shard: int, kind: str) -> str | None:
     row, journal = state.index.get(shard), journal_path(state.folder, shard).exists()
     if shard >= state.plan.num_shards:
-        return None if kind == ".lock" or row else f"lies outside the set of {state.plan.num_shards} shards"
+        return None if kind.startswith(".lock") or row else f"lies outside the set of {state.plan.num_shards} shards"
     if kind == ".journal" and row is not None and row.samples >= state.plan.shard_samples(shard):
         return "left by a run that was killed; the shard is in the index"
     if kind in (".part", ".fresh") and not journal:
@@ -331,17 +332,8 @@ def _leftover(state: SetState, shard: int, kind: str) -> str | None:
 
 
 def table_problems(folder: Path) -> list[str]:
-    """Problems of the set's table, where it has one and this installation reads it."""
-    home = table_module(folder)
+    """Problems of the set's Parquet table, where it has one."""
     try:
-        return list(home.check_table(folder)) if home else []
+        return check_table(folder)
     except SynthkdError as error:
         return [str(error)]
-
-
-def table_module(folder: Path) -> Any:
-    """What reads and writes the table of a set that has one; None without it."""
-    home = "synthkd.engine.table"
-    if not (folder / "index.parquet").is_file() or importlib.util.find_spec(home) is None:
-        return None
-    return importlib.import_module(home)

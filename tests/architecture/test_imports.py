@@ -18,6 +18,7 @@ HEAVY = {
     "onnx": ["export/onnx.py"],
     "onnxruntime": ["export/onnx.py"],
     "onnxscript": ["export/onnx.py"],
+    "ray": ["bench/soak.py", "engine/ray_runner.py"],
     "simplejpeg": ["dfkd/decode.py", "engine/encoders.py"],  # decodes; encodes
     "tensorrt": ["export/tensorrt.py"],
     "timm": ["dfkd/model_zoo.py"],

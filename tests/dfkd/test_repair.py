@@ -93,3 +93,16 @@ def test_what_repair_leaves_is_told(call: Callable[..., Any], tiny_set: Path, tm
     assert "1 lines of its index are no rows of a set" in done.stdout
     assert "only a drawing there tells it" in done.stderr
     assert "environments/" in call("verify", folder).stderr
+
+
+def test_a_damaged_table_is_written_again(call: Callable[..., Any], tiny_set: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    folder = tmp_path / "set"
+    shutil.copytree(tiny_set, folder)
+    table = folder / "index.parquet"
+    table.write_bytes(table.read_bytes()[:-100])
+    assert "index.parquet" in call("verify", folder).stderr
+    done = call("repair", folder, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "index.parquet: written again" in done.stdout
+    assert call("verify", folder).returncode == 0

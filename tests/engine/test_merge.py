@@ -53,6 +53,7 @@ def test_halves_become_the_whole(
     assert verify_set(tmp_path / "c").problems == ()
     inodes = [(f / "shard-000000.tar").stat().st_ino for f in (halves[0], tmp_path / "c")]
     assert (inodes[0] == inodes[1]) == link
+    assert (tmp_path / "c/README.md").is_file()
     assert merge_sets(halves, tmp_path / "c").new == 0
 
 
@@ -137,7 +138,7 @@ def test_parts_of_one_folder_get_one_index(stream: Any, whole: dict[str, bytes],
     assert verify_set(out).problems == ()
     done = gather_parts(out)
     assert (done.samples, done.missing) == (20, ())
-    assert [p.name for p in out.glob("index*")] == ["index.jsonl"]
+    assert [p.name for p in out.glob("index*.jsonl")] == ["index.jsonl"]
     assert len((out / "index.jsonl").read_text().splitlines()) == len(read_index(out)) == 4
     assert _tars(out) == whole
     assert all(json.loads(line) for line in (out / "index.jsonl").read_text().splitlines())

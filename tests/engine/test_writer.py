@@ -158,9 +158,10 @@ def test_a_slow_disk_makes_the_drawing_wait(
 def test_an_error_beside_the_drawing_stops_it(
     stream: Any, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    failed, drawn = threading.Event(), list[int]()
+    failed, drawn, calls = threading.Event(), list[int](), list[str]()
 
     def fail(*_: Any) -> Any:
+        calls.append(at)
         failed.set()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -181,7 +182,33 @@ def test_an_error_beside_the_drawing_stops_it(
         with pytest.raises(SynthkdError, match="no space left; every finished group is safe"):
             write_shards(Watched(stream, seen), tmp_path / "set", on_batch=told)
     assert len(drawn) <= 4  # of six
+    assert calls == [at] or at == "encode"  # nothing is appended after it
     _agrees(stream, tmp_path / "set", whole)
+
+
+def test_an_error_in_the_last_group_is_heard(stream: Any, tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def told(new: int) -> None:
+        done.append(new)
+        if len(done) == GROUPS:
+            raise OSError(errno.EROFS, "")
+
+    with pytest.raises(SynthkdError, match="read-only file system"):
+        write_shards(stream, tmp_path, on_batch=told)
+
+
+def test_a_safe_group_is_let_go(stream: Any, tmp_path: Path) -> None:
+    """Before the next one is drawn, where the disk is fast enough."""
+
+    def seen(_: int) -> None:
+        until = time.monotonic() + 2
+        while watched.living() and time.monotonic() < until:
+            time.sleep(0.001)
+        assert watched.living() == 0
+
+    watched = Watched(stream, seen)
+    write_shards(watched, tmp_path)
 
 
 @pytest.mark.parametrize(("error", "safe"), [(ValueError, 3), (KeyboardInterrupt, 0)])
@@ -382,9 +409,11 @@ def test_the_ring_copies_every_tensor_once(side: int) -> None:
     for seed, kept in ((0, 4), (1, 4), (2, 3)):
         source = _batch(side, seed, kept)
         held = ring._copied(source)
+        assert held._source is source
         assert cuda.log[-4:] == ["wait drawing", "begin", "record", "end"]
         batch = held.batch()
         assert cuda.log[-1] == "synchronize"
+        assert held._source is None  # what was copied may go
         _same(batch, source)
         buffers.add(batch.images.untyped_storage().data_ptr())
         assert batch.targets.untyped_storage().data_ptr() in buffers
