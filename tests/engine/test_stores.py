@@ -443,3 +443,27 @@ def test_one_run_at_a_time_writes_a_store(url: str, tmp_path: Path) -> None:
     Store(url).write("locks/writer.json", b'{"host": "gone"}')
     with other.held(beat=0.02):
         assert b"gone" not in (Store(url).read("locks/writer.json") or b"gone")
+
+
+def test_a_row_is_the_last_that_is_published(
+    stream: Any, url: str, flaky: Callable[..., Flaky], tmp_path: Path
+) -> None:
+    """Whatever call is the last that arrives: a row that is there has its whole tar and its rows beside it."""
+    write_shards(stream, tmp_path / "set")
+    row, point = read_index(tmp_path / "set")[0], 1
+    while True:
+        wrapped = flaky(lambda count, point=point: count >= point)
+        publish, done = Publisher(Store(url, tries=1), tmp_path / "set"), True
+        try:
+            publish(row)
+        except SynthkdError:
+            done = False
+        wrapped.fails = lambda count: False
+        sizes = Store(url).sizes()
+        assert row_name(0) not in sizes or (sizes.get(row.file), "rows/shard-000000.jsonl" in sizes) == (row.bytes, True)
+        if done:
+            break
+        for name in sizes:
+            Store(url).remove(name)
+        point += 1
+    assert point > 5
