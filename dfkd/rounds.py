@@ -233,6 +233,8 @@ def ensure_student(
     Raises SynthkdError where those are not finished, or where training anew gives another student than the one that
     the manifest names (another processor or library).
     """
+    if not folder.exists():
+        _before(job, folder, round_, request)
     with settle_lock(folder, part):
         try:
             return student_card(folder, round_)

@@ -85,8 +85,8 @@ def small(clean: Path, canned: Callable[..., Any]) -> tuple[Path, Any]:
     """Twenty images: one finished shard, one that is under way; and their stream."""
     stream = canned(20, groups_per_shard=2)
     if not clean.exists():
-        groups: list[int] = []
-        write_shards(stream, clean, on_batch=groups.append, should_stop=lambda: len(groups) == 3)
+        asked = iter(range(1, 9))
+        write_shards(stream, clean, should_stop=lambda: next(asked) == 3)
         assert (clean / "shard-000001.tar.journal").exists()
     return clean, stream
 

@@ -89,8 +89,8 @@ def test_nothing_is_drawn_twice_on_a_new_machine(
     stream: Any, url: str, tmp_path: Path, whole: dict[str, bytes]
 ) -> None:
     """An empty spool goes on from the store: the group that was under way is lost, no finished shard is."""
-    groups: list[int] = []
-    _drawn(stream, _remote(url, tmp_path / "one"), on_batch=groups.append, should_stop=lambda: len(groups) == 3)
+    groups, asked = [], iter(range(1, 9))
+    _drawn(stream, _remote(url, tmp_path / "one"), on_batch=groups.append, should_stop=lambda: next(asked) == 3)
     again = _drawn(stream, _remote(url, tmp_path / "two"))
     assert (sum(groups), again.drawn, again.present) == (18, COUNT - 12, COUNT)
     assert _drawn(stream, _remote(url, tmp_path / "three")).drawn == 0
@@ -443,3 +443,28 @@ def test_one_run_at_a_time_writes_a_store(url: str, tmp_path: Path) -> None:
     Store(url).write("locks/writer.json", b'{"host": "gone"}')
     with other.held(beat=0.02):
         assert b"gone" not in (Store(url).read("locks/writer.json") or b"gone")
+
+
+def test_a_row_is_the_last_that_is_published(
+    stream: Any, url: str, flaky: Callable[..., Flaky], tmp_path: Path
+) -> None:
+    """Whatever call is the last that arrives: a row that is there has its whole tar and its rows beside it."""
+    write_shards(stream, tmp_path / "set")
+    row, point = read_index(tmp_path / "set")[0], 1
+    while True:
+        wrapped = flaky(lambda count, point=point: count >= point)
+        publish, done = Publisher(Store(url, tries=1), tmp_path / "set"), True
+        try:
+            publish(row)
+        except SynthkdError:
+            done = False
+        wrapped.fails = lambda count: False
+        sizes = Store(url).sizes()
+        whole = sizes.get(row.file) == row.bytes and "rows/shard-000000.jsonl" in sizes
+        assert whole or row_name(0) not in sizes
+        if done:
+            break
+        for name in sizes:
+            Store(url).remove(name)
+        point += 1
+    assert point > 5
