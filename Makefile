@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= out/digits
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-backends lint bench gpu assets clean
+.PHONY: demo test test-backends lint bench soak gpu assets clean
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -40,8 +40,14 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 	$(BIN)/synthkd bench distill --record
 	$(BIN)/synthkd bench ablation --seeds 0 --num-images 400 --record
 	$(BIN)/synthkd bench methods --seeds 0,1,2 --out out/methods --record
+	$(BIN)/synthkd bench writing --record
+	$(BIN)/python -m synthkd.bench.table --record
+	$(BIN)/python -m synthkd.bench.scale --record
 	$(BIN)/python -m pytest tests/bench/benchmark_kernels.py --benchmark-only -q
 	$(BIN)/python -m synthkd.bench.resources
+
+soak: $(VENV)/.ready ## 20,000 images by a Ray cluster under 20 SIGKILLs, a lost actor, a lost node and a full disk
+	$(BIN)/python -m synthkd.bench.soak --record
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd
