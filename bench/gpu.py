@@ -27,7 +27,10 @@ from synthkd.bench.distill_variants import END, READ, STEP, WAIT_BAR, DistillBen
 from synthkd.bench.engine import EngineSpec, measure_engine
 from synthkd.bench.kernels import measure, workloads
 from synthkd.bench.methods import measure_methods
-from synthkd.bench.record import append_row
+from synthkd.bench.million import measure_million
+from synthkd.bench.rates import measured, record
+from synthkd.bench.record import append_row, stamped
+from synthkd.bench.writing import WritingSpec, measure_writing
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
 from synthkd.dfkd.training import Stopped
@@ -228,6 +231,32 @@ def _is_here(preset: str) -> bool:
     return True
 
 
+def million_part() -> None:
+    """As many images as the time allows, up to a million, its row appended; a set that was begun goes on."""
+    row = measure_million("cuda", STATE.parent / "million", MINUTES)
+    append_row("million", stamped(row))
+    _tell(
+        f"million: {row['images']} images, {row['images_per_second']} images/s, waited {row['stall_percent']} % of the "
+        f"time, {row['peak_mb']} MB, {row['peak_device_mb']} MB on the GPU, {row['problems']} problems"
+    )
+
+
+def scale_parts() -> Parts:
+    """The large set, and what `synthkd plan` reckons with."""
+    return {
+        "million": million_part,
+        "rates": lambda: record(measured(load_preset("digits").on("cuda"), 2000)),
+        "writing": writing_part,
+    }
+
+
+def writing_part() -> None:
+    """Drawing with writing over drawing alone, every format; rows appended."""
+    for row in measure_writing(WritingSpec(), load_preset("digits").on("cuda")):
+        append_row("writing", row)
+        _tell(f"writing, {row['case']}, {row['image_format']}: {row['ratio']} of drawing alone")
+
+
 def _tell(line: str) -> None:
     print(line, flush=True)
 
@@ -241,7 +270,7 @@ def parts() -> Parts:
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     found |= {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
-    return found | methods_parts()  # the longest training last
+    return found | scale_parts() | methods_parts()  # the longest training last
 
 
 def apart(name: str) -> None:

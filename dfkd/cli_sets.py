@@ -169,14 +169,19 @@ def merge(
 
 def _fetch(places: list[str], out_dir: Path | None) -> None:
     """A set at a URL into a folder."""
+    from synthkd.engine.card import describe_set
     from synthkd.engine.remote import fetched
     from synthkd.engine.verify import open_state
 
     if len(places) > 1 or out_dir is None:
         raise SynthkdError("merge of a URL takes that URL alone, and --out, a folder; merge the folders after that")
-    state = open_state(fetched(places[0], out_dir))
+    with Bars(out) as bars:
+        fetched(places[0], out_dir, lambda n: bars.begin("fetch", n, "images"), lambda n: bars.advance("fetch", n))
+    state = open_state(out_dir)
     lost = tuple(shard for shard in range(state.plan.num_shards) if shard not in state.index)
     samples = sum(row.samples for row in state.index.values())
+    if not lost:
+        describe_set(out_dir)
     _say(f"{out_dir}: {samples} images in {len(state.index)} shards, as at {places[0]}; {_missing(lost)}")
 
 

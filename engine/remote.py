@@ -384,18 +384,26 @@ def open_output(out: str, spool: Path | None = None, part: Part | None = None) -
     return where, RemoteSet(Store(url), where)
 
 
-def fetched(url: str, folder: Path) -> Path:
+def fetched(
+    url: str,
+    folder: Path,
+    on_known: Callable[[int], None] = lambda _: None,
+    on_shard: Callable[[int], None] = lambda _: None,
+) -> Path:
     """Copy a set at a URL into a folder; goes on where an earlier call ended, every shard checked by its digest.
 
-    Returns the folder. Raises SynthkdError where there is no set, or a shard is damaged.
+    on_known: told how many images there are, on_shard: those of each shard that is here. Returns the folder. Raises
+    SynthkdError where there is no set, or a shard is damaged.
     """
     remote = RemoteSet(Store(checked_url(url)), folder)
     folder.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         remote.gather()
         read_manifest(folder)
+        on_known(sum(row.samples for row in remote.rows()))
         for row in remote.rows():
             remote.bring(row)
+            on_shard(row.samples)
     return folder
 
 

@@ -70,21 +70,21 @@ SOURCES = [
         ("source.round_student", {"stepz": 3}, "source.round_student: unknown field 'stepz'; did you mean 'steps'"),
         ("source.round_student", {"steps": 2.5}, "source.round_student: steps is 2.5; expected a whole number >= 1"),
         ("source.round_student", {"arch_args": 3}, "source.round_student: arch_args is 3; expected a table"),
-        ("guidance", 3, "guidance is 3; expected a table"),
-        ("guidance", [], "guidance is []; expected a table"),
+        ("guidance", 3, "guidance no table"),
+        ("guidance", [], "guidance no table"),
         ("guidance.alpha", None, "guidance.alpha is None; expected a number >= 0"),
         ("guidance.alpha", True, "guidance.alpha is True; expected a number >= 0"),
-        ("guidance.beta", float("nan"), "guidance.beta is nan; expected a number >= 0"),
+        ("guidance.beta", float("nan"), "NaN is no number of JSON"),
         ("guidance.gamma", "x", "guidance.gamma is 'x'; expected a number >= 0"),
         ("guidance.entropy", [1], "guidance.entropy is [1]; expected a number >= 0"),
-        ("guidance.head", 10**400, "guidance.head is 1000"),
+        ("guidance.head", 10**400, "a whole number of 401 digits"),
         ("guidance.divergence", 3, "guidance.divergence is 3; expected a text"),
         ("guidance.kind", 3, "names no model and teacher"),
     ],
 )
 def test_replay(call: Any, damaged: Damage, name: str, value: Any, message: str) -> None:
     found = one_line(call("replay", damaged(name, value), "--id", 0))
-    assert found.startswith("manifest.json") and message in found, found  # noqa: PT018
+    assert "manifest.json" in found and message in found, found  # noqa: PT018
     assert len(found) < 400
 
 
