@@ -139,7 +139,7 @@ def actor_processes() -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::") and not title.startswith("ray::IDLE"):
+        if title.startswith("ray::Actor"):
             found.append(process)
     return found
 
@@ -220,8 +220,10 @@ class Disturbed:
         return None
 
     def _actor(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
-        for found in actor_processes()[:1]:
-            found.kill()
+        """SIGKILL to an actor that holds a shard."""
+        writers = {json.loads(lock.read_text())["pid"] for lock in self.out.glob("shard-*.lock")}
+        found = [actor for actor in actor_processes() if actor.pid in writers]
+        found[0].kill()
         return process
 
     def _node(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
