@@ -108,11 +108,13 @@ def repair(
     from synthkd.dfkd.repairing import repair_set
     from synthkd.dfkd.replay import Again
     from synthkd.engine.index import read_manifest
+    from synthkd.engine.workers import default_workers
 
     options.check_workers(workers)
     where = options.pick_device(device)
     total = int(read_manifest(set_dir)["num_samples"])
-    again = Again(set_dir, where, allow_code, fuse, artifacts, workers or 1, moved={"model": model, "teacher": teacher})
+    moved = {"model": model, "teacher": teacher}
+    again = Again(set_dir, where, allow_code, fuse, artifacts, workers or default_workers(where), moved=moved)
     with Bars(out) as bars, StopFlag() as stop:
         bars.begin("verify", total, "images")
         done = repair_set(

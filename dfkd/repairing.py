@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.replay import Again
-from synthkd.engine.card import describe_set
+from synthkd.engine.card import card_problems, describe_set, write_card
 from synthkd.engine.diagnosis import Diagnosis, Need, diagnose
 from synthkd.engine.encoders import encoder_of
 from synthkd.engine.encoding import EncodedGroup, encode_group
@@ -72,9 +72,11 @@ def repair_set(
 
 
 def _describe(folder: Path, mended: bool, tell: Callable[[str], None]) -> None:
-    """Table and card of a set that was mended, and a table that was damaged itself."""
+    """Table and card of a set that was mended, and those that were damaged or stale themselves."""
     written = [write_table(folder)] if table_problems(folder) else []
     written += describe_set(folder) if mended else []
+    if card_problems(folder):
+        written += [path for path in [write_card(folder)] if path]
     for name in sorted({path.name for path in written}):
         tell(f"{name}: written again")
 

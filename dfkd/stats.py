@@ -26,6 +26,7 @@ from synthkd.engine.plan import sample_key
 from synthkd.engine.reading import MAX_MEMBER, decode_image, decode_meta
 from synthkd.engine.rows import read_index
 from synthkd.engine.shards import short_digest
+from synthkd.engine.untrusted import open_plain
 
 SHEET_CLASSES, SHEET_COLUMNS, BINS, PAIRS = 20, 8, 20, 6
 MAX_SAMPLE = 100_000  # three kilobytes each
@@ -372,7 +373,7 @@ def read_place(folder: Path, place: Place, suffix: str) -> tuple[NDArray[np.uint
     path = folder / place.shard
     where, after = f"{path}: {sample_key(place.id)}.{suffix}", -(-place.size // _BLOCK) * _BLOCK
     try:
-        with path.open("rb", buffering=0) as f:
+        with open(open_plain(path, folder), "rb", buffering=0) as f:  # noqa: PTH123
             image = os.pread(f.fileno(), place.size, place.offset)
             header = os.pread(f.fileno(), _BLOCK, place.offset + after)
             size = int(header[124:136].strip(b"\0 ") or b"0", 8) if len(header) == _BLOCK else 0

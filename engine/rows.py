@@ -148,6 +148,14 @@ def mend_tail(path: Path) -> None:
         f.truncate(end)
 
 
+def first_row(folder: Path, shard: int) -> GroupRow:
+    """The first group that a finished shard's file lists, which is not compared with its digest.
+
+    Raises OSError or SynthkdError where the file cannot be read, TypeError or StopIteration where it holds no such row.
+    """
+    return group_row(next(_lines(rows_path(folder, shard))))
+
+
 def lines_of(rows: Iterable[GroupRow]) -> str:
     """Group rows as JSON lines."""
     return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)

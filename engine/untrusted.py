@@ -46,6 +46,21 @@ def read_plain(path: Path, home: Path | None, limit: int = MAX_NOTE) -> bytes:
     return data
 
 
+def append_plain(path: Path) -> int:
+    """A descriptor of a plain file, made where there is none, for adding to its end; follows no link, never waits.
+
+    Raises OSError where it cannot be opened, SynthkdError for a pipe, a device or a folder.
+    """
+    more = getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | more, 0o666)
+    try:
+        _check_kind(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def parse_note(data: bytes | str, finite: bool = True) -> Any:
     """JSON without what parsers disagree on; raises ValueError or RecursionError for anything else.
 
