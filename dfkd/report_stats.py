@@ -235,7 +235,8 @@ def _times(stats: SetStats) -> h.Section:
     body.append(h.table("Attempts until a group was finite", ["attempt", "", "groups"], tried))
     sentence = f"An image took {h.duration(total)} of one process. " if total > 0 else "No times were recorded. "
     again = sum(count for n, count in stats.attempts.items() if n)
-    sentence += f"{again:,} of {stats.groups:,} groups needed another attempt, {stats.repaired:,} were repaired."
+    sentence += f"{again:,} of {stats.groups:,} groups needed another attempt; "
+    sentence += f"{stats.repaired:,} images were drawn again by `synthkd repair`."
     return h.Section("times", "Times", sentence, body)
 
 

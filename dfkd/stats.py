@@ -132,6 +132,7 @@ class SetStats:
     """All that `synthkd stats` says of a set.
 
     counts: images [K]; confidence: sums over the `judged` images [K]; histogram: of it, BINS shares of [0,1] [K,BINS];
+    repaired: images that were drawn again by `synthkd repair`;
     equal: files that are byte for byte an earlier one, and ids of some; near: positions in `sample`.
     """
 
@@ -264,7 +265,7 @@ def _count(stats: SetStats, columns: ShardColumns) -> None:
     for group in columns.groups:
         stats.attempts[group.attempt] += 1
         stats.environments[group.environment] += group.kept
-        stats.repaired += group.repaired
+        stats.repaired += group.kept * group.repaired
         stats.seconds.update({name: value for name, value in group.seconds.items() if isinstance(value, (int, float))})
     stats.groups += len(columns.groups)
     for i in np.flatnonzero(labels < SHEET_CLASSES).tolist() if _wants_more(stats) else ():
