@@ -40,7 +40,7 @@ def open_plain(path: Path, home: Path | None) -> int:
 def read_plain(path: Path, home: Path | None, limit: int = MAX_NOTE) -> bytes:
     """All bytes of a plain file in `home`; raises SynthkdError where it has more than `limit`. See `open_plain`."""
     with open(open_plain(path, home), "rb") as f:
-        data = f.read(limit + 1)
+        data = f.read(min(limit, os.fstat(f.fileno()).st_size) + 1)  # memory for all that is asked for is taken first
     if len(data) > limit:
         raise SynthkdError(f"{path}: is above {limit} bytes; expected a file of a synthkd set")
     return data
