@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synthkd.dfkd.cli_options import recipe_fields
+from synthkd.dfkd.cli_progress import Bars
 from synthkd.dfkd.distill_spec import spec_from
 from synthkd.dfkd.planning import Planned, plan_cost
 from synthkd.dfkd.presets import load_preset
@@ -63,7 +64,7 @@ def plan(
     for name, value in {"--student-steps": student_steps, "--batch-size": batch_size, "--views": views}.items():
         if value < 0:
             raise SynthkdError(f"{name} is {value}; expected a whole number >= 0")
-    rates, chosen = rates_of_set(from_set) if from_set else recorded_rates(case), preset or _preset_of(case)
+    rates, chosen = _measured(from_set) if from_set else recorded_rates(case), preset or _preset_of(case)
     whole = Plan(_recipe(from_set, chosen, recipe), request)
     between = _round_images(from_set, chosen) if whole.num_rounds > 1 else 0
     if from_set and (views or student_steps or between):
@@ -73,6 +74,13 @@ def plan(
         print(json.dumps({**planned.to_dict(), "case": rates.case, "measured": rates.measured}))
         return
     _show(planned, rates, price, images_per_second is not None)
+
+
+def _measured(from_set: Path) -> Rates:
+    """Rates of a set, whose rows are read under a bar."""
+    with Bars(Console(stderr=True)) as bars:
+        bars.begin("rates", int(read_manifest(from_set)["num_samples"]), "images")
+        return rates_of_set(from_set, lambda n: bars.advance("rates", n))
 
 
 def _preset_of(case: str) -> str:

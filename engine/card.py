@@ -11,7 +11,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,27 +50,29 @@ class Tally:
         return _digest([sorted(self.labels.items()), sorted(self.environments.items()), self.repaired])
 
     @classmethod
-    def of(cls, folder: Path) -> "Tally":
-        """Count the finished images of a set."""
+    def of(cls, folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> "Tally":
+        """Count the finished images of a set; on_shard: given those of each shard."""
         out = cls()
         for columns in shard_columns(folder):
             out.labels.update(columns.label)
             for group in columns.groups:
                 out.environments[group.environment] += group.kept
                 out.repaired += group.kept * group.repaired
+            on_shard(len(columns))
         return out
 
 
-def describe_set(folder: Path) -> list[Path]:
+def describe_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> list[Path]:
     """Write table and card of a complete set, each where it is not there or not of its index; returns what was written.
 
     Nothing is written where shards are missing. Without pyarrow there is no table, and a line in the log says so.
+    on_shard: given the images of each shard for the table.
     """
     if not is_complete(folder):
         return []
     with disk_errors(folder):
         if has_parquet():
-            written = [] if is_fresh(folder) else [write_table(folder)]
+            written = [] if is_fresh(folder) else [write_table(folder, on_shard)]
         else:
             written = []
             _log.info("no %s is written: %s", TABLE, MISSING)
@@ -115,14 +117,17 @@ def _state(folder: Path) -> tuple[str, ...]:
     return tuple(part.decode() for part in found.groups()) if found else ()
 
 
-def write_card(folder: Path) -> Path | None:
-    """Write a set's card as a whole; None where README.md is the user's own, which stays as it is."""
+def write_card(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Path | None:
+    """Write a set's card as a whole; None where README.md is the user's own, which stays as it is.
+
+    on_shard: given the images of each shard; what it raises ends the writing.
+    """
     path = folder / CARD
     if os.path.lexists(path) and not _is_ours(folder):
         return None
     if not read_index(folder):
         raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
-    write_atomically(path, card_text(folder, Tally.of(folder)), shared=True)
+    write_atomically(path, card_text(folder, Tally.of(folder, on_shard)), shared=True)
     return path
 
 

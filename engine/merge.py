@@ -117,19 +117,22 @@ def merge_sets(
             return _described(out, new)
 
 
-def gather_parts(folder: Path) -> Merged:
-    """Put the rows of runs that shared a folder into the set's own index; raises SynthkdError while one still runs."""
+def gather_parts(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Merged:
+    """Put the rows of runs that shared a folder into the set's own index; raises SynthkdError while one still runs.
+
+    on_shard: given the images of each shard of a whole set, whose table is written.
+    """
     read_manifest(folder)
     with disk_errors(folder), folder_lock(folder):
         gather_index(folder)
-        return _described(folder, 0)
+        return _described(folder, 0, on_shard)
 
 
-def _described(folder: Path, new: int) -> Merged:
+def _described(folder: Path, new: int, on_shard: Callable[[int], None] = lambda _: None) -> Merged:
     """A whole set gets its table and card."""
     done = _summary(folder, new)
     if not done.missing:
-        describe_set(folder)
+        describe_set(folder, on_shard)
     return done
 
 

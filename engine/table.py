@@ -80,7 +80,10 @@ def _fields(losses: Sequence[str]) -> dict[str, str]:
 class _Source:
     """A set's rows as Arrow tables of GROUP_ROWS rows: what is written, and what a file is compared with."""
 
-    def __init__(self, folder: Path, losses: set[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, losses: set[str] | None = None, on_shard: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.on_shard = on_shard
         self.pa, self.folder, self.index = _pyarrow(), folder, read_index(folder)
         self.manifest = read_manifest(folder)
         self.losses = sorted(first_losses(folder, self.index) if losses is None else losses)
@@ -102,6 +105,7 @@ class _Source:
         for columns in shard_columns(self.folder, self.index):
             held.append(self._table(columns))
             count += len(columns)
+            self.on_shard(len(columns))
             while count >= GROUP_ROWS:
                 whole = self.pa.concat_tables(held)
                 yield whole.slice(0, GROUP_ROWS).combine_chunks()
@@ -138,13 +142,14 @@ def _rounds(recipe: Mapping[str, Any], columns: ShardColumns) -> list[int]:
     return [r for g in columns.groups for r in [min(g.group // size, last)] * g.kept]
 
 
-def write_table(folder: Path) -> Path:
+def write_table(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Path:
     """Write `index.parquet` of a set's finished shards, as a whole or not at all; returns its path.
 
-    A row a finished image, by id; a loss that a group does not have is null. Raises SynthkdError where pyarrow is
+    A row a finished image, by id; a loss that a group does not have is null. on_shard: given the images of each shard;
+    what it raises ends the writing. Raises SynthkdError where pyarrow is
     missing, no shard is finished, or rows are damaged.
     """
-    source = _Source(folder)
+    source = _Source(folder, on_shard=on_shard)
     if not source.index:
         raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
     temporary = folder / f"{TABLE}.{secrets.token_hex(4)}.tmp"

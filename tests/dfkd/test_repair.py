@@ -121,3 +121,16 @@ def test_a_damaged_table_is_written_again(call: Callable[..., Any], tiny_set: Pa
     assert done.returncode == 0, done.stderr
     assert "index.parquet: written again" in done.stdout
     assert call("verify", folder).returncode == 0
+
+
+def test_a_stale_card_is_written_again(call: Callable[..., Any], tiny_set: Path, tmp_path: Path) -> None:
+    """As after a kill between the last shard and the card; the table is right."""
+    folder = Path(shutil.copytree(tiny_set, tmp_path / "set"))
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace(", counts ", ", counts 0")[:-1])
+    assert "README.md: stale" in call("verify", folder).stderr
+    done = call("repair", folder, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert "README.md: written again" in done.stdout
+    assert (folder / "README.md").read_text() == card
+    assert call("verify", folder).returncode == 0
