@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from synthkd.dfkd.cli_options import recipe_fields
+from synthkd.dfkd.cli_progress import Bars
+from synthkd.dfkd.distill_spec import spec_from
 from synthkd.dfkd.planning import Planned, plan_cost
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.rates import Rates, rates_of_set, recorded_rates
@@ -62,18 +64,47 @@ def plan(
     for name, value in {"--student-steps": student_steps, "--batch-size": batch_size, "--views": views}.items():
         if value < 0:
             raise SynthkdError(f"{name} is {value}; expected a whole number >= 0")
-    rates = rates_of_set(from_set) if from_set else recorded_rates(case)
-    whole = Plan(_recipe(from_set, preset or _preset_of(case), recipe), request)
-    planned = plan_cost(whole, _at(rates, images_per_second), gpus, price, student_steps * batch_size, views)
+    rates, chosen = _measured(from_set) if from_set else recorded_rates(case), preset or _preset_of(case)
+    whole = Plan(_recipe(from_set, chosen, recipe), request)
+    between = _round_images(from_set, chosen) if whole.num_rounds > 1 else 0
+    if from_set and (views or student_steps or between):
+        rates = _with_recorded(rates, case)
+    planned = plan_cost(whole, _at(rates, images_per_second), gpus, price, student_steps * batch_size, views, between)
     if json_output:
         print(json.dumps({**planned.to_dict(), "case": rates.case, "measured": rates.measured}))
         return
     _show(planned, rates, price, images_per_second is not None)
 
 
+def _measured(from_set: Path) -> Rates:
+    """Rates of a set, whose rows are read under a bar."""
+    with Bars(Console(stderr=True)) as bars:
+        bars.begin("rates", int(read_manifest(from_set)["num_samples"]), "images")
+        return rates_of_set(from_set, lambda n: bars.advance("rates", n))
+
+
 def _preset_of(case: str) -> str:
     """The preset whose recipe a recorded case was drawn with."""
     return case.partition(" ")[0]
+
+
+def _with_recorded(rates: Rates, case: str) -> Rates:
+    """A set tells how fast it was drawn, not how fast a teacher labels or a student learns: these two are recorded."""
+    known = recorded_rates(case)
+    about = f"{rates.measured}; labels and student as recorded for case {case!r} ({known.measured})"
+    return replace(rates, measured=about, labels=known.labels, student=known.student)
+
+
+def _round_images(from_set: Path | None, preset: str) -> int:
+    """Images that the student of a round is shown; 0 where no student is trained between rounds, or none is told."""
+    if from_set is None:
+        job = load_preset(preset).job
+        spec = job.round_student if job.gamma > 0 else None
+    else:
+        source = read_manifest(from_set).get("source")
+        told = source.get("round_student") if isinstance(source, Mapping) else None
+        spec = None if told is None else spec_from(told, f"{from_set}: source.round_student")
+    return 0 if spec is None else spec.steps * spec.batch_size
 
 
 def _recipe(from_set: Path | None, preset: str, changes: Path | None) -> Recipe:

@@ -7,6 +7,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -49,8 +50,8 @@ class Bars:
         """Leave them on the screen."""
         self._bars.stop()
 
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        """A stage of `total` units starts."""
+    def begin(self, stage: str, total: int | None, unit: str) -> None:
+        """A stage of `total` units starts; None where nobody knows how many."""
         self._tasks[stage] = self._bars.add_task(stage.replace("_", " "), total=total, unit=unit, note="")
 
     def advance(self, stage: str, count: int) -> None:
@@ -64,6 +65,21 @@ class Bars:
     def end(self, stage: str) -> None:
         """The stage is over."""
         self._bars.stop_task(self._tasks[stage])
+
+
+class StoppableBars(Bars):
+    """Bars of a command that writes all or nothing: where a stop was asked for, it ends at the next step."""
+
+    def __init__(self, console: Console, stop: "StopFlag") -> None:
+        """stop: asked at every step."""
+        super().__init__(console)
+        self._console, self._stop = console, stop
+
+    def advance(self, stage: str, count: int) -> None:
+        """`count` more units are done; raises typer.Exit (75 or 130) where a stop was asked for."""
+        super().advance(stage, count)
+        if self._stop.is_set():
+            raise typer.Exit(self._stop.exit_code(self._console, "the same command begins again", "step"))
 
 
 class StopFlag:

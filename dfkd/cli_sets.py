@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
-from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.cli_progress import Bars, StopFlag, StoppableBars
 from synthkd.engine import SynthkdError
 from synthkd.engine.verify import VerifyReport
 
@@ -68,7 +68,7 @@ def _verify_url(url: str, as_json: bool) -> None:
     from synthkd.engine.remote import verify_url
 
     with tempfile.TemporaryDirectory(prefix="synthkd-") as name, Bars(Console(stderr=as_json)) as bars:
-        bars.begin("verify", 0, "images")
+        bars.begin("verify", None, "images")
         report = verify_url(url, Path(name), lambda n: bars.advance("verify", n))
     if as_json:
         print(json.dumps({"set": url, **asdict(report)}, indent=2))
@@ -108,17 +108,25 @@ def repair(
     from synthkd.dfkd.repairing import repair_set
     from synthkd.dfkd.replay import Again
     from synthkd.engine.index import read_manifest
+    from synthkd.engine.workers import default_workers
 
     options.check_workers(workers)
     where = options.pick_device(device)
     total = int(read_manifest(set_dir)["num_samples"])
-    again = Again(set_dir, where, allow_code, fuse, artifacts, workers or 1, moved={"model": model, "teacher": teacher})
+    moved = {"model": model, "teacher": teacher}
+    again = Again(set_dir, where, allow_code, fuse, artifacts, workers or default_workers(where), moved=moved)
+
+    def begin(groups: int) -> None:
+        bars.begin("draw", groups, "groups")
+        bars.begin("check", None, "images")
+
     with Bars(out) as bars, StopFlag() as stop:
         bars.begin("verify", total, "images")
         done = repair_set(
             again, dry_run=dry_run, checkers=workers, tell=_say,
-            on_shard=lambda n: bars.advance("verify", n), on_needs=lambda n: bars.begin("draw", n, "groups"),
+            on_shard=lambda n: bars.advance("verify", n), on_needs=begin,
             on_group=lambda: bars.advance("draw", 1), should_stop=stop.is_set,
+            on_mended=lambda n: bars.advance("check", n) if n else None,
         )  # fmt: skip
     if done.stopped:
         raise typer.Exit(stop.exit_code(out, "the same command goes on from here"))
@@ -142,6 +150,7 @@ def merge(
     link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies (one file system).")] = False,
 ) -> None:
     """Put folders that hold shards of one set together; a lone set without --out gathers the index of its parts."""
+    from synthkd.engine.index import read_manifest
     from synthkd.engine.merge import gather_parts, merge_sets
     from synthkd.engine.stores import is_url
     from synthkd.engine.verify import open_state
@@ -153,7 +162,9 @@ def merge(
     if out_dir is None:
         if len(sets) > 1 or link:
             raise SynthkdError("merge of several sets, or with --link, needs --out, the folder of the whole set")
-        done, where = gather_parts(sets[0]), sets[0]
+        with StopFlag() as stop, StoppableBars(out, stop) as stoppable:
+            stoppable.begin("table", int(read_manifest(sets[0])["num_samples"]), "images")
+            done, where = gather_parts(sets[0], lambda n: stoppable.advance("table", n)), sets[0]
     else:
         samples = {row.shard: row.samples for folder in sets for row in open_state(folder).index.values()}
         total, where = sum(samples.values()), out_dir

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from synthkd.dfkd.cli_progress import Bars, StopFlag
+from synthkd.dfkd.cli_progress import Bars, StopFlag, StoppableBars
 from synthkd.engine.errors import SynthkdError
 
 out = Console()
@@ -25,10 +25,15 @@ def index(
 ) -> None:
     """Write the table index.parquet and the card README.md of a set, or with --where list images of its table."""
     from synthkd.engine.card import write_card
+    from synthkd.engine.index import read_manifest
     from synthkd.engine.table import parse_condition, select, table_columns, write_table
 
     if not where:
-        table, card = write_table(set_dir), write_card(set_dir)
+        with StopFlag() as stop, StoppableBars(Console(stderr=True), stop) as bars:
+            for stage in ("table", "card"):
+                bars.begin(stage, int(read_manifest(set_dir)["num_samples"]), "images")
+            table = write_table(set_dir, lambda n: bars.advance("table", n))
+            card = write_card(set_dir, lambda n: bars.advance("card", n))
         told = {"table": str(table), "card": str(card) if card else None}
         text = f"{table}{f', {card.name}' if card else '; README.md is your own and stays as it is'}"
         out.print(json.dumps(told) if json_output else text, soft_wrap=True, highlight=False, markup=False)
@@ -50,7 +55,7 @@ def stats(
     from synthkd.dfkd.stats import measure_set, sample_size
 
     count = sample_size(sample)
-    with Bars(Console(stderr=True)) as bars:
+    with StopFlag() as stop, StoppableBars(Console(stderr=True), stop) as bars:
         found = measure_set(set_dir, count, seed, bars)
     if json_output:
         print(json.dumps(found.figures(), sort_keys=True))

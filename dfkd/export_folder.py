@@ -1,6 +1,7 @@
 """A set as folders by class, for loaders that know nothing of tars: `train/CLASS/KEY.png`, labels.csv, classes.json.
 
-Files are whole or absent, so that a killed export goes on; every image is compared with its digest on the way.
+Files are whole or absent, so that a killed export goes on; every image is compared with its digest on the way, those
+that are there already too. In labels.csv a text that a spreadsheet would take for a formula stands after a '.
 """
 
 import csv
@@ -23,6 +24,7 @@ from synthkd.engine.locks import folder_lock
 from synthkd.engine.reading import Sample, read_shard
 from synthkd.engine.rows import read_index, write_atomically
 from synthkd.engine.shards import disk_errors, short_digest
+from synthkd.engine.untrusted import open_plain
 
 MARKER, CLASSES, LABELS, PARTIAL = "export.json", "classes.json", "labels.csv", ".partial"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
@@ -30,6 +32,7 @@ _PREVIEW = re.compile(r"([0-9]{9,19})-p[0-9]{2}")
 _LONGEST = 80  # bytes of a folder's name
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(1, 10))}
 _HEAD = ("file", "key", "split", "class", "label", "confidence")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _log = logging.getLogger("synthkd")
 
 
@@ -43,13 +46,14 @@ class Exported:
 
 
 class _Image(NamedTuple):
-    """One image file to be: its name without its ending, its class, its size in bytes, and where to get it."""
+    """One image file to be: its name without its ending, its class, size in bytes, digest, and where to get it."""
 
     key: str
     sample: str
     label: int
     confidence: float | None
     size: int
+    digest: str
     read: Callable[[], bytes]
 
 
@@ -171,6 +175,9 @@ class _Export:
     def run(self, progress: Progress, should_stop: Callable[[], bool]) -> Exported:
         """Images first, then the lists that say what is there."""
         index = read_index(self.folder)
+        if changed := [name for name in self.classes if as_text(name) != name]:
+            _log.warning("class %r stands after a ' in %s, where a spreadsheet would take it for a formula; %s has "
+                         "the name itself", changed[0], LABELS, CLASSES)  # fmt: skip
         progress.begin("export", sum(row.samples for row in index.values()), "images")
         temporary = self.out / PARTIAL / LABELS
         try:
@@ -195,14 +202,16 @@ class _Export:
     def _images(self, columns: ShardColumns) -> Iterator[_Image]:
         """The images of a shard, previews after them."""
         path, end = self.folder / columns.file, f".{self.suffix}"
-        place = zip(columns.key, columns.label, columns.confidence, columns.offset, columns.size, strict=True)
-        with path.open("rb", buffering=0) as f:
-            for key, label, confidence, offset, size in place:
+        place = zip(
+            columns.key, columns.label, columns.confidence, columns.offset, columns.size, columns.digest, strict=True
+        )
+        with open(open_plain(path, self.folder), "rb", buffering=0) as f:  # noqa: PTH123
+            for key, label, confidence, offset, size, digest in place:
 
-                def read(offset: int = offset, size: int = size, name: str = key + end) -> bytes:
-                    return _checked(path, os.pread(f.fileno(), size, offset), columns.members[name], name)
+                def read(offset: int = offset, size: int = size, name: str = key + end, digest: str = digest) -> bytes:
+                    return _checked(path, os.pread(f.fileno(), size, offset), digest, name)
 
-                yield _Image(key, key, label, confidence, size, read)
+                yield _Image(key, key, label, confidence, size, digest, read)
         for sample in read_shard(self.folder, columns.shard) if self.previews else ():
             if sample.preview is not None:
                 yield self._preview(sample)
@@ -211,13 +220,14 @@ class _Export:
         label, named = sample.meta.get("label"), _PREVIEW.fullmatch(sample.key)
         if named is None or type(label) is not int or not 0 <= label < len(self.names):
             raise SynthkdError(f"{sample.where}: not a preview's name and label; run `synthkd verify {self.folder}`")
-        return _Image(sample.key, named[1], label, None, len(sample.image), lambda: sample.image)
+        digest = short_digest(sample.image)
+        return _Image(sample.key, named[1], label, None, len(sample.image), digest, lambda: sample.image)
 
     def _put(self, image: _Image) -> tuple[object, ...]:
         """Write an image where it is not there yet; returns its line of labels.csv."""
         split = split_of(image.sample, self.seed, self.shares)
         target = self.out / split / self.names[image.label] / f"{image.key}.{self.suffix}"
-        if not (target.is_file() and target.stat().st_size == image.size):
+        if not _holds(target, image):
             temporary = self.out / PARTIAL / target.name
             data = image.read()
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +238,7 @@ class _Export:
         self.seen[split].add(image.label)
         confidence = "" if image.confidence is None else image.confidence
         name = target.relative_to(self.out).as_posix()
-        return name, image.key, split, self.classes[image.label], image.label, confidence
+        return name, image.key, split, as_text(self.classes[image.label]), image.label, confidence
 
     def _write_classes(self) -> None:
         order = {name: i for i, name in enumerate(sorted(self.names))}
@@ -244,6 +254,18 @@ class _Export:
                     "split %s has no image of class %r: loaders that number the folders they find would number others "
                     "than in the other splits; take numbers from %s", split, self.classes[missing[0]], LABELS,
                 )  # fmt: skip
+
+
+def as_text(value: str) -> str:
+    """A cell that spreadsheets show as it is: after a ' where it would be a formula (OWASP, "CSV Injection")."""
+    return f"'{value}" if value[:1] in _FORMULA else value
+
+
+def _holds(path: Path, image: _Image) -> bool:
+    """Whether an image's file is there, byte for byte."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != image.size:
+        return False
+    return short_digest(path.read_bytes()) == image.digest
 
 
 def _checked(path: Path, data: bytes, digest: str, name: str) -> bytes:

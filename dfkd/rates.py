@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,10 @@ class _Sums:
     environments: Counter[str] = field(default_factory=Counter)
 
 
-def rates_of_set(folder: Path) -> Rates:
+def rates_of_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Rates:
     """The rates of a set that was drawn; compiling is left out, since it is done once.
 
+    on_shard: given the images of each shard that was read.
     Raises SynthkdError where no shard of it is finished, or its rows tell no times.
     """
     manifest, sums = read_manifest(folder), _Sums()
@@ -76,6 +77,7 @@ def rates_of_set(folder: Path) -> Rates:
             sums.seconds.update({stage: s for stage, s in group.seconds.items() if stage != "compile"})
             sums.environments[group.environment] += 1
             sums.groups, sums.samples = sums.groups + 1, sums.samples + group.kept
+        on_shard(index[shard].samples)
     drawn = sums.groups * recipe.group_size
     if not sums.samples or not sums.seconds:
         raise SynthkdError(f"{folder}: no finished shard tells how long it took; draw some with `synthkd synth` first")

@@ -1,6 +1,5 @@
 """`synthkd stats` as one self-contained page."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from synthkd.dfkd.report_images import sheet_png
 from synthkd.dfkd.stats import BINS, SHEET_CLASSES, SetStats, Spread
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.plan import sample_key
+from synthkd.engine.rows import write_atomically
 
 _STAGES = {"guide": "guided", "denoise": "rest"}
 _ROWS = 40  # classes that a table lists one by one
@@ -25,11 +25,9 @@ def write_stats(stats: SetStats, path: Path) -> Path:
     tone = _tone(stats)
     colours = h.legend([(tone, f"this set, {tone}"), ("teacher", "teacher")])
     text = h.page(f"{stats.total:,} images in {len(stats.counts):,} classes", lead, colours, sections(stats))
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(text.encode("utf-8", "replace"))
-        os.replace(temporary, path)  # noqa: PTH105
+        write_atomically(path, text.encode("utf-8", "replace").decode(), shared=True)
     except OSError as error:
         raise SynthkdError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     return path
@@ -237,7 +235,8 @@ def _times(stats: SetStats) -> h.Section:
     body.append(h.table("Attempts until a group was finite", ["attempt", "", "groups"], tried))
     sentence = f"An image took {h.duration(total)} of one process. " if total > 0 else "No times were recorded. "
     again = sum(count for n, count in stats.attempts.items() if n)
-    sentence += f"{again:,} of {stats.groups:,} groups needed another attempt, {stats.repaired:,} were repaired."
+    sentence += f"{again:,} of {stats.groups:,} groups needed another attempt; "
+    sentence += f"{stats.repaired:,} images were drawn again by `synthkd repair`."
     return h.Section("times", "Times", sentence, body)
 
 

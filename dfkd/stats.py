@@ -26,6 +26,7 @@ from synthkd.engine.plan import sample_key
 from synthkd.engine.reading import MAX_MEMBER, decode_image, decode_meta
 from synthkd.engine.rows import read_index
 from synthkd.engine.shards import short_digest
+from synthkd.engine.untrusted import open_plain
 
 SHEET_CLASSES, SHEET_COLUMNS, BINS, PAIRS = 20, 8, 20, 6
 MAX_SAMPLE = 100_000  # three kilobytes each
@@ -131,6 +132,7 @@ class SetStats:
     """All that `synthkd stats` says of a set.
 
     counts: images [K]; confidence: sums over the `judged` images [K]; histogram: of it, BINS shares of [0,1] [K,BINS];
+    repaired: images that were drawn again by `synthkd repair`;
     equal: files that are byte for byte an earlier one, and ids of some; near: positions in `sample`.
     """
 
@@ -263,7 +265,7 @@ def _count(stats: SetStats, columns: ShardColumns) -> None:
     for group in columns.groups:
         stats.attempts[group.attempt] += 1
         stats.environments[group.environment] += group.kept
-        stats.repaired += group.repaired
+        stats.repaired += group.kept * group.repaired
         stats.seconds.update({name: value for name, value in group.seconds.items() if isinstance(value, (int, float))})
     stats.groups += len(columns.groups)
     for i in np.flatnonzero(labels < SHEET_CLASSES).tolist() if _wants_more(stats) else ():
@@ -372,7 +374,7 @@ def read_place(folder: Path, place: Place, suffix: str) -> tuple[NDArray[np.uint
     path = folder / place.shard
     where, after = f"{path}: {sample_key(place.id)}.{suffix}", -(-place.size // _BLOCK) * _BLOCK
     try:
-        with path.open("rb", buffering=0) as f:
+        with open(open_plain(path, folder), "rb", buffering=0) as f:  # noqa: PTH123
             image = os.pread(f.fileno(), place.size, place.offset)
             header = os.pread(f.fileno(), _BLOCK, place.offset + after)
             size = int(header[124:136].strip(b"\0 ") or b"0", 8) if len(header) == _BLOCK else 0

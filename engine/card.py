@@ -3,29 +3,33 @@
 Names and prompts come from files: they stand in fences and code spans, never as Markdown, HTML or YAML.
 """
 
+import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from synthkd.engine.columns import is_complete, set_plan, shard_columns
+from synthkd.engine.columns import index_digest, is_complete, set_plan, shard_columns
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import flatten, read_environments, read_manifest
 from synthkd.engine.models import EMBEDDED
 from synthkd.engine.rows import read_index, write_atomically
 from synthkd.engine.shards import disk_errors
 from synthkd.engine.table import MISSING, TABLE, has_parquet, is_fresh, write_table
+from synthkd.engine.untrusted import open_plain
 
 CARD = "README.md"
 MARK = "<!-- This card is written by synthkd, anew with the set; without this line it is yours and is left alone. -->"
 UNKNOWN = "unknown: ask the prior's authors"
 _CLASSES_SHOWN = 1000
+_STATE = re.compile(rb"<!-- of index ([0-9a-f]{16}), counts ([0-9a-f]{16}) -->")
 _READ = 2**16  # bytes of another project's file that are looked at
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # Unicode categories that show nothing, or break a line
 _LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,39}")
@@ -40,47 +44,90 @@ class Tally:
     environments: Counter[str] = field(default_factory=Counter)
     repaired: int = 0
 
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of what was counted."""
+        return _digest([sorted(self.labels.items()), sorted(self.environments.items()), self.repaired])
+
     @classmethod
-    def of(cls, folder: Path) -> "Tally":
-        """Count the finished images of a set."""
+    def of(cls, folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> "Tally":
+        """Count the finished images of a set; on_shard: given those of each shard."""
         out = cls()
         for columns in shard_columns(folder):
             out.labels.update(columns.label)
             for group in columns.groups:
                 out.environments[group.environment] += group.kept
                 out.repaired += group.kept * group.repaired
+            on_shard(len(columns))
         return out
 
 
-def describe_set(folder: Path) -> list[Path]:
-    """Write table and card of a complete set, where they are not there or not of its index; returns what was written.
+def describe_set(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> list[Path]:
+    """Write table and card of a complete set, each where it is not there or not of its index; returns what was written.
 
     Nothing is written where shards are missing. Without pyarrow there is no table, and a line in the log says so.
+    on_shard: given the images of each shard for the table.
     """
     if not is_complete(folder):
         return []
     with disk_errors(folder):
         if has_parquet():
-            fresh = is_fresh(folder)
-            written = [] if fresh else [write_table(folder)]
+            written = [] if is_fresh(folder) else [write_table(folder, on_shard)]
         else:
-            fresh, written = False, []
+            written = []
             _log.info("no %s is written: %s", TABLE, MISSING)
-        if not fresh or not (folder / CARD).exists():
+        if _state(folder)[:1] != (_digest_of_index(folder),):
             written += [path for path in [write_card(folder)] if path]
     return written
 
 
-def write_card(folder: Path) -> Path | None:
-    """Write a set's card as a whole; None where README.md is the user's own, which stays as it is."""
+def card_problems(folder: Path) -> list[str]:
+    """A line where a set's card is ours, and tells of another state of the set: of other shards, or other counts."""
+    if not _is_ours(folder) or not read_index(folder):
+        return []
+    if _state(folder) == (_digest_of_index(folder), Tally.of(folder).digest):
+        return []
+    return [f"{CARD}: stale, it tells of another state of the set; run `synthkd index {folder}`"]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _digest_of_index(folder: Path) -> str:
+    return index_digest(read_index(folder))[:16]
+
+
+def _card_head(folder: Path) -> bytes:
+    """The first bytes of README.md; empty where it is no plain file of the set."""
+    try:
+        with open(open_plain(folder / CARD, folder), "rb") as f:  # noqa: PTH123
+            return f.read(_READ)
+    except (OSError, SynthkdError):
+        return b""
+
+
+def _is_ours(folder: Path) -> bool:
+    return MARK.encode() in _card_head(folder)
+
+
+def _state(folder: Path) -> tuple[str, ...]:
+    """Digests of the index and the counts that the card was made of; () where it names none."""
+    found = _STATE.search(_card_head(folder))
+    return tuple(part.decode() for part in found.groups()) if found else ()
+
+
+def write_card(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Path | None:
+    """Write a set's card as a whole; None where README.md is the user's own, which stays as it is.
+
+    on_shard: given the images of each shard; what it raises ends the writing.
+    """
     path = folder / CARD
-    if path.exists():
-        with path.open("rb") as f:
-            if MARK.encode() not in f.read(_READ):
-                return None
+    if os.path.lexists(path) and not _is_ours(folder):
+        return None
     if not read_index(folder):
         raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
-    write_atomically(path, card_text(folder, Tally.of(folder)), shared=True)
+    write_atomically(path, card_text(folder, Tally.of(folder, on_shard)), shared=True)
     return path
 
 
@@ -91,7 +138,7 @@ def card_text(folder: Path, tally: Tally) -> str:
     licence = prior_licence(_source(manifest, "model"))
     parts = [
         _front(tally, licence, len(recipe["classes"])),
-        MARK,
+        f"{MARK}\n<!-- of index {_digest_of_index(folder)}, counts {tally.digest} -->",
         *_what(manifest, recipe, tally),
         *_origin(manifest, licence),
         *_use(manifest, recipe),
@@ -130,9 +177,9 @@ def _head(model: str, name: str) -> str:
     if not model:
         return ""
     try:
-        with (Path(model) / name).open("rb") as f:
+        with open(open_plain(Path(model) / name, None), "rb") as f:  # noqa: PTH123
             return f.read(_READ).decode("utf-8", "replace")
-    except (OSError, ValueError):
+    except (OSError, ValueError, SynthkdError):
         return ""
 
 
@@ -223,7 +270,7 @@ def _origin(manifest: Mapping[str, Any], licence: str) -> list[str]:
         "seed": manifest["seed"],
         "fingerprint": manifest["fingerprint"],
         "format": manifest["format"],
-        **{f"guidance {name}": value for name, value in flatten(guidance).items() if name != "teacher_sha256"},
+        **{f"guidance {code(name)}": value for name, value in flatten(guidance).items() if name != "teacher_sha256"},
     }
     note = "The licence is the prior's, as its own folder states it. Whether it, or the teacher's terms, bind these "
     note += "images is for you to find out before you pass them on."

@@ -109,24 +109,35 @@ def check_shard(folder: Path, row: ShardRow, groups: list[GroupRow]) -> list[str
     path = folder / row.file
     if path.stat().st_size == row.bytes and file_digest(path) == row.sha256:
         with opened(path) as data:
-            found = [(name, at, data[at : at + size]) for name, at, size in walk(data)]
-        twice = [
-            f"{row.file}: unexpected member {name}, the second of its name" for name in _doubled(n for n, *_ in found)
-        ]
-        return twice or _compared(row, groups, {name: (at, content) for name, at, content in found})
+            found = list(walk(data))
+            twice = [
+                f"{row.file}: unexpected member {name}, the second of its name"
+                for name in _doubled(n for n, *_ in found)
+            ]
+            return twice or _compared(row, groups, {name: (at, size) for name, at, size in found}, data)
     return _differences(path, row, groups)
 
 
-def _compared(row: ShardRow, groups: list[GroupRow], placed: Mapping[str, tuple[int, bytes]]) -> list[str]:
-    """Problems of a tar that is the one that was sealed: against the digests and the table of its groups."""
+def _compared(
+    row: ShardRow, groups: list[GroupRow], placed: Mapping[str, tuple[int, int]], data: bytes | mmap.mmap
+) -> list[str]:
+    """Problems of a tar that is the one that was sealed: against the digests and the table of its groups.
+
+    placed: (offset, size) of its members by name.
+    """
     listed = [name for g in groups for name in g.members]
     problems = [f"{row.file}: {name} is listed twice" for name in _doubled(listed)]
     problems += [f"{row.file}: unexpected member {name}" for name in sorted(placed.keys() - set(listed))]
     problems += [f"{row.file}: {name} is missing" for name in sorted(set(listed) - placed.keys())]
     for group in groups:
-        wrong = [n for n, d in group.members.items() if n in placed and short_digest(placed[n][1]) != d]
+        wrong = [n for n, d in group.members.items() if n in placed and short_digest(_cut(data, placed[n])) != d]
         problems += [f"{row.file}: {name} does not match its digest" for name in wrong]
-    return problems or [p for g in groups for p in check_columns(row, g, placed)]
+    return problems or [p for g in groups for p in check_columns(row, g, placed, data)]
+
+
+def _cut(data: bytes | mmap.mmap, place: tuple[int, int]) -> bytes:
+    """A member's bytes, copied when they are looked at: a shard's members may be more than memory holds."""
+    return data[place[0] : sum(place)]
 
 
 def _doubled(names: Iterable[str]) -> list[str]:
@@ -135,8 +146,13 @@ def _doubled(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
 
 
-def check_columns(row: ShardRow, group: GroupRow, placed: Mapping[str, tuple[int, bytes]]) -> list[str]:
-    """Problems of a group's table: a value for each sample, those of its json, and images where it says they are."""
+def check_columns(
+    row: ShardRow, group: GroupRow, placed: Mapping[str, tuple[int, int]], data: bytes | mmap.mmap
+) -> list[str]:
+    """Problems of a group's table: a value for each sample, those of its json, and images where it says they are.
+
+    placed: (offset, size) of the members of the tar `data` by name.
+    """
     table, where = group.table, f"{rows_path(Path(), row.shard)}: group {group.group}"
     if not table:
         return []
@@ -150,10 +166,9 @@ def check_columns(row: ShardRow, group: GroupRow, placed: Mapping[str, tuple[int
         if not isinstance(key, str) or key not in images or f"{key}.json" not in placed:
             problems.append(f"{where} has a row for {key!r:.40}, which is none of its samples")
             continue
-        at, image = images[key]
-        if [table["offset"][i], table["size"][i]] != [at, len(image)]:
+        if (table["offset"][i], table["size"][i]) != images[key]:
             problems.append(f"{where} says that the image of {key} lies elsewhere in the tar")
-        if _label(placed[f"{key}.json"][1]) != (key, group.group, table["label"][i]):
+        if _label(_cut(data, placed[f"{key}.json"])) != (key, group.group, table["label"][i]):
             problems.append(f"{where}: {key} has another key, group or label in its json")
     return problems + [f"{where} has two rows for {key}" for key in _doubled(map(str, keys))]
 

@@ -13,7 +13,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import read_manifest
 from synthkd.engine.plan import Plan
 from synthkd.engine.reading import MAX_MEMBER
-from synthkd.engine.rows import GroupRow, ShardRow, group_rows, read_index, rows_path
+from synthkd.engine.rows import GroupRow, ShardRow, first_row, group_rows, read_index, rows_path
 
 LOSSES = "losses."
 _OWN = ("key", "label", "confidence", "offset", "size")
@@ -92,9 +92,8 @@ def first_losses(folder: Path, index: Mapping[int, ShardRow]) -> set[str]:
     names: set[str] = set()
     for shard in index:
         try:
-            with rows_path(folder, shard).open("rb") as f:
-                names |= {n.removeprefix(LOSSES) for n in json.loads(f.readline())["table"] if n.startswith(LOSSES)}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            names |= {n.removeprefix(LOSSES) for n in first_row(folder, shard).table if n.startswith(LOSSES)}
+        except (OSError, TypeError, StopIteration) as error:
             raise _wrong(folder, shard, f"its first group is not readable ({error!r:.80})") from error
     return names
 

@@ -1,6 +1,7 @@
 """What would mend a set: what is right is kept, what can be told from the rest is told, and only the others drawn."""
 
-from collections.abc import Callable, Iterable, Mapping
+import heapq
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from synthkd.engine.rows import GroupRow, ShardRow, group_rows, read_journal, ro
 from synthkd.engine.shards import file_digest, journal_path, journalled, part_path
 from synthkd.engine.verify import SetState, checked, leftovers, settled
 
+_SHOWN = 8  # groups that a line names
+
 
 @dataclass(frozen=True)
 class Need:
@@ -37,8 +40,9 @@ class Mend:
     """What is to be done for a shard.
 
     how: "list" its groups again from its tar; "index" it again, "clear" what a killed run left; "rebuild" its tar, from
-    the groups `keep` of `listed` and those of `needs`, without its journal where `discard` says so.
-    why: its first problem; row: of the index, if there is one; needs: what is to be drawn.
+    the groups `keep` of those that its file lists, and drawn ones, without its journal where `discard` says so.
+    why: its first problem; row: of the index, if there is one; count: groups to be drawn; first: the first of them;
+    done: groups that its journal has whole; usual: the environment of groups of unknown origin.
     """
 
     shard: int
@@ -47,8 +51,11 @@ class Mend:
     row: ShardRow | None
     listed: bool = False
     keep: frozenset[int] = frozenset()
-    needs: tuple[Need, ...] = ()
+    count: int = 0
+    first: tuple[int, ...] = ()
+    done: frozenset[int] = frozenset()
     discard: bool = False
+    usual: str = ""
 
     def said(self) -> str:
         """What will be done, in one line."""
@@ -56,22 +63,86 @@ class Mend:
             "list": "its groups are listed again from its tar (its seconds and curves are lost)",
             "index": "it is put back into the index",
             "clear": "what a killed run left of it is removed",
-            "rebuild": f"{len(self.keep)} groups are kept, {len(self.needs)} drawn: {_short(self.needs)}",
+            "rebuild": f"{len(self.keep)} groups are kept, {self.count} drawn: {self._shown()}",
         }[self.how]
-        return f"{shard_name(self.shard)}: {what if self.needs or self.how != 'rebuild' else 'written again'}"
+        return f"{shard_name(self.shard)}: {what if self.count or self.how != 'rebuild' else 'written again'}"
 
+    def _shown(self) -> str:
+        return ", ".join(map(str, self.first)) + (", ..." if self.count > len(self.first) else "")
 
-def _short(needs: tuple[Need, ...]) -> str:
-    shown = ", ".join(str(n.unit.group) for n in needs[:8])
-    return shown + (", ..." if len(needs) > 8 else "")
+    def needs(self, state: SetState) -> Iterator[Need]:
+        """What is to be drawn, in order; told from the plan and the shard's file of groups, so that nothing is held."""
+        have = {g.group: g for g in vouched(state.folder, self.shard, self.row)} if self.count and self.listed else {}
+        for unit in state.plan.shard_units(self.shard) if self.count else ():
+            listed = have.get(unit.group)
+            whole = listed is not None and unit.group in self.keep and listed.kept >= unit.kept
+            if not whole and unit.group not in self.done:
+                yield Need(unit, (listed.environment if listed else "") or self.usual)
+
+    def counted(self, state: SetState) -> "Mend":
+        """The same, with the number of its needs."""
+        first, count = [], 0
+        for need in replace(self, count=1).needs(state):
+            first += [need.unit.group] if count < _SHOWN else []
+            count += 1
+        return replace(self, count=count, first=tuple(first))
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is to be done for a set, shard by shard, and the problems that a repair leaves alone."""
+    """What is to be done for a set, shard by shard, and the problems that a repair leaves alone.
 
+    absent: runs of shards of which nothing is there; what they need is told when it is asked for.
+    """
+
+    state: SetState
     mends: tuple[Mend, ...]
+    absent: tuple[range, ...]
     left: tuple[str, ...]
+    usual: str = ""
+
+    @property
+    def shards(self) -> int:
+        """How many have to be mended or drawn."""
+        return len(self.mends) + sum(map(len, self.absent))
+
+    @property
+    def groups(self) -> int:
+        """How many have to be drawn."""
+        return sum(m.count for m in self.mends) + sum(_groups(self.state, run) for run in self.absent)
+
+    def in_order(self) -> Iterator[Mend]:
+        """What needs no drawing first, then shard by shard."""
+        yield from (m for m in self.mends if not m.count)
+        drawn = (m for m in self.mends if m.count)
+        lost = (_lost(self.state, shard, self.usual) for run in self.absent for shard in run)
+        yield from heapq.merge(drawn, lost, key=lambda mend: mend.shard)
+
+    def said(self) -> Iterator[str]:
+        """A line for each shard that is to be mended, and for each run of shards of which nothing is there."""
+        for mend in self.mends:
+            yield f"{mend.why} -> {mend.said()}"
+        for run in self.absent:
+            if len(run) == 1:
+                mend = _lost(self.state, run[0], self.usual)
+                yield f"{mend.why} -> {mend.said()}"
+            else:
+                about = f"{_groups(self.state, run)} groups are drawn"
+                yield f"shards {run[0]} to {run[-1]}: not begun ({len(run)} shards) -> {about}"
+
+
+def _groups(state: SetState, run: range) -> int:
+    size, most = state.plan.recipe.groups_per_shard, state.plan.num_groups
+    return min((run[-1] + 1) * size, most) - run[0] * size
+
+
+def _lost(state: SetState, shard: int, usual: str) -> Mend:
+    """All of a shard of which nothing is there."""
+    run = range(shard, shard + 1)
+    start, count = shard * state.plan.recipe.groups_per_shard, _groups(state, run)
+    first = tuple(range(start, start + min(count, _SHOWN)))
+    why = f"shard {shard}: not finished ({state.plan.shard_samples(shard)} samples)"
+    return Mend(shard, "rebuild", why, None, count=count, first=first, discard=True, usual=usual)
 
 
 @dataclass
@@ -91,7 +162,7 @@ class _Seen:
 
 def diagnose(state: SetState, workers: int | None = 1, on_shard: Callable[[int], None] = lambda _: None) -> Diagnosis:
     """Check a set, and say what would mend it; nothing is changed. on_shard: as in `verify_set`."""
-    mends, left, seen = [], settled(state), _Seen()
+    mends, absent, left, seen = list[Mend](), list[range](), settled(state), _Seen()
     with closing(checked(state, workers)) as verdicts:
         for one in verdicts:
             row = state.index.get(one.shard)
@@ -99,6 +170,9 @@ def diagnose(state: SetState, workers: int | None = 1, on_shard: Callable[[int],
                 on_shard(one.samples)
             if one.shard >= state.plan.num_shards:
                 left += one.problems
+            elif row is None and _is_absent(state.folder, one.shard):
+                start = absent.pop().start if absent and absent[-1].stop == one.shard else one.shard
+                absent.append(range(start, one.shard + 1))
             elif one.found:
                 mends.append(_mend(state, one.shard, row, one.problems[0]))
             else:
@@ -109,12 +183,13 @@ def diagnose(state: SetState, workers: int | None = 1, on_shard: Callable[[int],
     left += [f"environments/{key}.json: is missing or damaged, and only a drawing there tells it" for key in
              sorted(seen.environments.keys() - known.keys())]  # fmt: skip
     left += [line for line in leftovers(state) if "no file of a set" in line or "outside the set" in line]
-    return Diagnosis(tuple(_usual(m, seen.usual()) for m in mends), tuple(left))
+    usual = seen.usual()  # groups of unknown origin are drawn as most of the set was
+    return Diagnosis(state, tuple(replace(m, usual=usual) for m in mends), tuple(absent), tuple(left), usual)
 
 
-def _usual(mend: Mend, key: str) -> Mend:
-    """The same, its groups of unknown origin drawn as most of the set was."""
-    return replace(mend, needs=tuple(replace(n, environment=n.environment or key) for n in mend.needs))
+def _is_absent(folder: Path, shard: int) -> bool:
+    """Whether there is nothing of a shard that anything vouches for."""
+    return not (folder / shard_name(shard)).exists() and not journal_path(folder, shard).exists()
 
 
 def _mend(state: SetState, shard: int, row: ShardRow | None, why: str) -> Mend:
@@ -136,14 +211,9 @@ def _rebuilt(
     state: SetState, shard: int, row: ShardRow | None, why: str, listed: list[GroupRow], found: Mapping[str, Any]
 ) -> Mend:
     """Groups whose members were all found are kept, the others drawn."""
-    units, have = {u.group: u for u in state.plan.shard_units(shard)}, {g.group: g for g in listed}
+    units = {u.group: u for u in state.plan.shard_units(shard)} if listed else {}
     keep = {g.group for g in listed if g.group in units and _whole(state, units[g.group], g, found)}
-    needs = [
-        Need(u, have[u.group].environment if u.group in have else "")
-        for u in units.values()
-        if u.group not in keep or have[u.group].kept < u.kept
-    ]
-    return Mend(shard, "rebuild", why, row, bool(listed), frozenset(keep), tuple(needs), discard=True)
+    return Mend(shard, "rebuild", why, row, bool(listed), frozenset(keep), discard=True).counted(state)
 
 
 def _whole(state: SetState, unit: WorkUnit, group: GroupRow, found: Mapping[str, Any]) -> bool:
@@ -164,8 +234,7 @@ def _gone_on(state: SetState, shard: int, row: ShardRow | None, why: str) -> Men
     done = {u.group for u in planned.values() if u.group in begun and begun[u.group].kept >= u.kept}
     if not sound or not (part.exists() or done == planned.keys()):
         return mend
-    needs = tuple(n for n in mend.needs if n.unit.group not in done)
-    return replace(mend, keep=mend.keep - begun.keys(), needs=needs, discard=False)
+    return replace(mend, keep=mend.keep - begun.keys(), done=frozenset(done), discard=False).counted(state)
 
 
 def _begun(folder: Path, shard: int) -> dict[int, GroupRow]:
@@ -208,8 +277,8 @@ def _agree(state: SetState, shard: int, listed: list[GroupRow]) -> bool:
     with opened(tar) as data:
         if not is_canonical(data, order):
             return False
-        placed = {name: (at, data[at : at + size]) for name, at, size in walk(data)}
-    return not [p for g in listed for p in check_columns(row, g, placed)]
+        placed = {name: (at, size) for name, at, size in walk(data)}
+        return not [p for g in listed for p in check_columns(row, g, placed, data)]
 
 
 def row_of(folder: Path, shard: int, listed: list[GroupRow], before: ShardRow | None) -> ShardRow:

@@ -5,7 +5,6 @@ A shard is in the new set when the index says so; a merge that was killed goes o
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,6 @@ from synthkd.engine.index import (
     CHECKPOINTS,
     DECODER,
     DECODER_FILES,
-    ENVIRONMENTS,
     MANIFEST,
     checkpoint_digest,
     claim_folder,
@@ -33,12 +31,14 @@ from synthkd.engine.index import (
     note_checkpoint,
     note_decoder,
     note_environment,
+    read_environments,
     read_manifest,
     round_folder,
 )
 from synthkd.engine.locks import folder_lock
 from synthkd.engine.rows import (
     INDEX,
+    MAX_ROWS,
     ShardRow,
     append_line,
     gather_index,
@@ -48,7 +48,8 @@ from synthkd.engine.rows import (
     rows_path,
     write_atomically,
 )
-from synthkd.engine.shards import disk_errors, journal_path, part_path
+from synthkd.engine.shards import disk_errors, journal_path, journalled, part_path
+from synthkd.engine.untrusted import read_plain
 from synthkd.engine.verify import SetState, open_state
 from synthkd.export.artifacts import sync_folder
 
@@ -116,19 +117,22 @@ def merge_sets(
             return _described(out, new)
 
 
-def gather_parts(folder: Path) -> Merged:
-    """Put the rows of runs that shared a folder into the set's own index; raises SynthkdError while one still runs."""
+def gather_parts(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Merged:
+    """Put the rows of runs that shared a folder into the set's own index; raises SynthkdError while one still runs.
+
+    on_shard: given the images of each shard of a whole set, whose table is written.
+    """
     read_manifest(folder)
     with disk_errors(folder), folder_lock(folder):
         gather_index(folder)
-        return _described(folder, 0)
+        return _described(folder, 0, on_shard)
 
 
-def _described(folder: Path, new: int) -> Merged:
+def _described(folder: Path, new: int, on_shard: Callable[[int], None] = lambda _: None) -> Merged:
     """A whole set gets its table and card."""
     done = _summary(folder, new)
     if not done.missing:
-        describe_set(folder)
+        describe_set(folder, on_shard)
     return done
 
 
@@ -191,8 +195,19 @@ def _chosen(states: Sequence[SetState]) -> dict[int, _Place]:
 
 
 def _refuse_conflicts(out: Path, have: dict[int, ShardRow], chosen: dict[int, _Place]) -> None:
+    """Keep what is in the new folder already where it is as large; raise SynthkdError where its bytes are others."""
     for shard in chosen.keys() & have.keys():
-        chosen[shard] = _larger(_Place(out, have[shard]), chosen[shard])
+        if not _begun(chosen[shard].row, have[shard], out):
+            chosen[shard] = _larger(_Place(out, have[shard]), chosen[shard])
+
+
+def _begun(row: ShardRow, have: ShardRow, out: Path) -> bool:
+    """Whether a merge that was killed had begun to put a larger state of a shard into `out`: its groups came first."""
+    if row.samples <= have.samples or have.rows == row.rows:
+        return False
+    with contextlib.suppress(OSError, SynthkdError):
+        return hashlib.sha256(read_plain(rows_path(out, row.shard), out, MAX_ROWS)).hexdigest() == row.rows
+    return False
 
 
 def _larger(a: _Place, b: _Place) -> _Place:
@@ -220,8 +235,9 @@ def _claim(states: Sequence[SetState], out: Path) -> None:
         _same_note(first, open_state(out))
     claim_folder(out, identity, most, _table(first.manifest.get("source")))
     for state in states:
-        for path in sorted((state.folder / ENVIRONMENTS).glob("*.json")):
-            _environment(path, out)
+        for key, detail in read_environments(state.folder).items():
+            if environment_key(detail) == key:
+                note_environment(out, detail)
         for round_ in range(1, state.plan.num_rounds):
             _student(state, out, round_)
         _decoder(state, out)
@@ -229,13 +245,6 @@ def _claim(states: Sequence[SetState], out: Path) -> None:
 
 def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _environment(path: Path, out: Path) -> None:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        detail = json.loads(path.read_text())
-        if isinstance(detail, dict) and environment_key(detail) == path.stem:
-            note_environment(out, detail)
 
 
 def _student(state: SetState, out: Path, round_: int) -> None:
@@ -278,6 +287,8 @@ def _brought(place: _Place, out: Path, have: ShardRow | None, link: bool) -> int
     there = have is not None and have.sha256 == row.sha256 and tar.stat().st_size == row.bytes
     if place.folder == out or (there and rows_path(out, row.shard).is_file()):
         return 0
+    if _under_way(out, row.shard) > row.samples:
+        return 0  # a run has drawn more of it here, and goes on
     group_rows(place.folder, row)  # whose digest is that of the index
     for path in (journal_path(out, row.shard), part_path(out, row.shard)):  # of a shard that was not finished here
         path.unlink(missing_ok=True)
@@ -292,6 +303,13 @@ def _brought(place: _Place, out: Path, have: ShardRow | None, link: bool) -> int
     revision = row.revision if have is None else max(row.revision, have.revision + 1)
     append_line(out / INDEX, asdict(replace(row, revision=revision)))
     return 1
+
+
+def _under_way(out: Path, shard: int) -> int:
+    """Samples of a shard that grows in `out`, and that no index row counts yet."""
+    with contextlib.suppress(SynthkdError, OSError):
+        return sum(group.kept for group in journalled(out, shard).values())
+    return 0
 
 
 def _tar(place: _Place, target: Path, link: bool) -> None:

@@ -41,37 +41,38 @@ def mend_set(
     *,
     tell: Callable[[str], None] = lambda _: None,
     on_group: Callable[[], None] = lambda: None,
+    on_shard: Callable[[int], None] = lambda _: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[str] | None:
     """Do what a diagnosis says, under the folder's lock; returns the problems that are left, None where it was stopped.
 
     draw: groups in the order in which they are needed; tell: given a line for every shard; on_group: called for each
-    that was drawn; should_stop: asked after each group. What needs no drawing is mended first.
+    that was drawn; on_shard: samples of each shard that is checked at the end; should_stop: asked after each group.
+    What needs no drawing is mended first.
     """
     mend_tail(state.folder / INDEX)
-    mends = sorted(diagnosis.mends, key=lambda m: (bool(m.needs), m.shard))
-    with closing(draw(need for mend in mends for need in mend.needs)) as drawn:
-        for mend in mends:
+    with closing(draw(need for mend in diagnosis.in_order() for need in mend.needs(state))) as drawn:
+        for mend in diagnosis.in_order():
             told = _done(state, mend, drawn, on_group, should_stop)
             if told is None:
                 return None
             for line in told:
                 tell(line)
-    return _still_wrong(state, mends)
+    return _still_wrong(state, diagnosis.in_order(), on_shard)
 
 
-def _still_wrong(state: SetState, mends: list[Mend]) -> list[str]:
+def _still_wrong(state: SetState, mends: Iterable[Mend], on_shard: Callable[[int], None]) -> list[str]:
     """Problems of shards that were mended: of damage to a part file that a killed run had begun."""
-    index = read_index(state.folder)
-    return [
-        line
-        for mend in mends
-        for line in (
-            check_finished(state.folder, state.plan, index[mend.shard]).problems
-            if mend.shard in index
-            else [f"{shard_name(mend.shard)}: is not finished yet"]
-        )
-    ]
+    index, out = read_index(state.folder), list[str]()
+    for mend in mends:
+        row = index.get(mend.shard)
+        out += check_finished(state.folder, state.plan, row).problems if row else [_unfinished(mend.shard)]
+        on_shard(row.samples if row else 0)
+    return out
+
+
+def _unfinished(shard: int) -> str:
+    return f"{shard_name(shard)}: is not finished yet"
 
 
 def _done(
@@ -129,7 +130,7 @@ class _Rebuild:
         mend, told = self._mend, [self._mend.said()]
         if mend.discard:
             _clear(self._folder, mend.shard)
-        needed, file = {n.unit.group for n in mend.needs}, ShardFile(self._folder, mend.shard, None)
+        needed, file = {n.unit.group for n in mend.needs(self._state)}, ShardFile(self._folder, mend.shard, None)
         file.finished = mend.row
         try:
             with opened(file.final) as data:

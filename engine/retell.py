@@ -1,5 +1,6 @@
 """The groups of a shard told again from its tar, where the file that listed them is lost."""
 
+import mmap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,27 +20,29 @@ def retold(path: Path, suffix: str, environment: str, remembered: Iterable[Group
     Raises SynthkdError for a member that is not a sample's.
     """
     known, out = {row.group: row for row in remembered}, []
-    for group, files in _by_group(path, suffix).items():
-        row = _row(path, group, files, suffix, environment)
-        before = known.get(group)
-        same = before is not None and (before.members, before.end, before.table) == (row.members, row.end, row.table)
-        out.append(before if before is not None and same else row)
+    with opened(path) as data:
+        for group, places in _by_group(path, data, suffix).items():
+            files = [(name, at, data[at : at + size]) for name, at, size in places]
+            row = _row(path, group, files, suffix, environment)
+            before = known.get(group)
+            told = (row.members, row.end, row.table)
+            same = before is not None and (before.members, before.end, before.table) == told
+            out.append(before if before is not None and same else row)
     return sorted(out, key=lambda row: row.group)
 
 
-def _by_group(path: Path, suffix: str) -> dict[int, list[tuple[str, int, bytes]]]:
-    """(name, offset, bytes) of each group's members; an image belongs to the json that follows it."""
-    out: dict[int, list[tuple[str, int, bytes]]] = {}
-    with opened(path) as data:
-        held: list[tuple[str, int, bytes]] = []
-        for name, at, size in walk(data):
-            held.append((name, at, data[at : at + size]))
-            if name.endswith(".json"):
-                group = decode_meta(held[-1][2], f"{path}: {name}").get("group")
-                if type(group) is not int:
-                    raise SynthkdError(f"{path}: {name} names no group; expected the json of a sample")
-                out.setdefault(group, []).extend(held)
-                held = []
+def _by_group(path: Path, data: bytes | mmap.mmap, suffix: str) -> dict[int, list[tuple[str, int, int]]]:
+    """(name, offset, size) of each group's members; an image belongs to the json that follows it."""
+    out: dict[int, list[tuple[str, int, int]]] = {}
+    held: list[tuple[str, int, int]] = []
+    for name, at, size in walk(data):
+        held.append((name, at, size))
+        if name.endswith(".json"):
+            group = decode_meta(data[at : at + size], f"{path}: {name}").get("group")
+            if type(group) is not int:
+                raise SynthkdError(f"{path}: {name} names no group; expected the json of a sample")
+            out.setdefault(group, []).extend(held)
+            held = []
     if held:
         raise SynthkdError(f"{path}: {held[0][0]} has no json after it; expected {suffix} and json in turn")
     return out

@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,14 @@ def mend_tail(path: Path) -> None:
         f.truncate(end)
 
 
+def first_row(folder: Path, shard: int) -> GroupRow:
+    """The first group that a finished shard's file lists, which is not compared with its digest.
+
+    Raises OSError or SynthkdError where the file cannot be read, TypeError or StopIteration where it holds no such row.
+    """
+    return group_row(next(_lines(rows_path(folder, shard))))
+
+
 def lines_of(rows: Iterable[GroupRow]) -> str:
     """Group rows as JSON lines."""
     return "".join(json.dumps(asdict(row), sort_keys=True) + "\n" for row in rows)
@@ -274,14 +282,18 @@ def shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
     return row
 
 
-def drop_bad_rows(folder: Path) -> int:
-    """Take rows that are not ours out of a set's index files; only under its lock. Returns how many there were."""
+def drop_rows(folder: Path, shards: Container[int] = ()) -> int:
+    """Take rows that are not ours, and those of some shards, out of a set's index files; only under its lock.
+
+    Returns how many there were.
+    """
     dropped = 0
     for path in filter(Path.is_file, index_files(folder)):
         lines, kept = path.read_bytes().splitlines(), []
         for data in _lines(path):
             with contextlib.suppress(SynthkdError):
-                kept.append(json.dumps(asdict(shard_row(path, data)), sort_keys=True) + "\n")
+                row = shard_row(path, data)
+                kept += [] if row.shard in shards else [json.dumps(asdict(row), sort_keys=True) + "\n"]
         if len(kept) < len(lines):
             write_atomically(path, "".join(kept))
         dropped += len(lines) - len(kept)

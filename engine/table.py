@@ -8,6 +8,7 @@ import logging
 import math
 import operator
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -32,6 +33,7 @@ _log = logging.getLogger("synthkd")
 OPERATORS: Mapping[str, Callable[[Any, Any], Any]] = {
     ">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip
+_OPERATOR = re.compile("|".join(OPERATORS))  # the leftmost one; longer ones come first
 
 
 class Condition(NamedTuple):
@@ -78,7 +80,10 @@ def _fields(losses: Sequence[str]) -> dict[str, str]:
 class _Source:
     """A set's rows as Arrow tables of GROUP_ROWS rows: what is written, and what a file is compared with."""
 
-    def __init__(self, folder: Path, losses: set[str] | None = None) -> None:
+    def __init__(
+        self, folder: Path, losses: set[str] | None = None, on_shard: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.on_shard = on_shard
         self.pa, self.folder, self.index = _pyarrow(), folder, read_index(folder)
         self.manifest = read_manifest(folder)
         self.losses = sorted(first_losses(folder, self.index) if losses is None else losses)
@@ -100,6 +105,7 @@ class _Source:
         for columns in shard_columns(self.folder, self.index):
             held.append(self._table(columns))
             count += len(columns)
+            self.on_shard(len(columns))
             while count >= GROUP_ROWS:
                 whole = self.pa.concat_tables(held)
                 yield whole.slice(0, GROUP_ROWS).combine_chunks()
@@ -136,13 +142,14 @@ def _rounds(recipe: Mapping[str, Any], columns: ShardColumns) -> list[int]:
     return [r for g in columns.groups for r in [min(g.group // size, last)] * g.kept]
 
 
-def write_table(folder: Path) -> Path:
+def write_table(folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> Path:
     """Write `index.parquet` of a set's finished shards, as a whole or not at all; returns its path.
 
-    A row a finished image, by id; a loss that a group does not have is null. Raises SynthkdError where pyarrow is
+    A row a finished image, by id; a loss that a group does not have is null. on_shard: given the images of each shard;
+    what it raises ends the writing. Raises SynthkdError where pyarrow is
     missing, no shard is finished, or rows are damaged.
     """
-    source = _Source(folder)
+    source = _Source(folder, on_shard=on_shard)
     if not source.index:
         raise SynthkdError(f"{folder}: holds no finished shard; finish the set with the command that began it")
     temporary = folder / f"{TABLE}.{secrets.token_hex(4)}.tmp"
@@ -308,18 +315,6 @@ def table_columns(folder: Path) -> dict[str, str]:
     return {field.name: str(field.type) for field in _File(folder).schema}
 
 
-def read_table(folder: Path, columns: Sequence[str] | None = None) -> Iterator[dict[str, list[Any]]]:
-    """A table's columns (all by default) as lists, a row group at a time.
-
-    Raises SynthkdError for a column that is not there, and for a damaged file.
-    """
-    file = _File(folder)
-    for name in columns or ():
-        _known(file, name)
-    for number in range(file.groups):
-        yield file.group(number, columns).to_pydict()
-
-
 def select(
     folder: Path,
     where: Sequence[Condition] = (),
@@ -327,10 +322,13 @@ def select(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a table that meet all conditions, in id order; a row group is held at a time.
 
-    By default where each image lies: `size` bytes from `offset` in the file `shard`. A null meets no condition.
+    By default where each image lies: `size` bytes from `offset` in the file `shard`. A null meets no condition; the log
+    says so where the table is not of the set's index.
     Raises SynthkdError for an unknown column, or a value of another type than its column's.
     """
     file = _File(folder)
+    if not is_fresh(folder):
+        _log.warning("%s: stale, it tells of another state of the set; run `synthkd index %s`", file.path, folder)
     for name in (*columns, *(c.column for c in where)):
         _known(file, name)
     needed = list(dict.fromkeys((*columns, *(c.column for c in where))))
@@ -360,17 +358,16 @@ def _mask(file: _File, table: Any, condition: Condition) -> Any:
 
 def parse_condition(text: str, kinds: Mapping[str, str]) -> Condition:
     """`COLUMN OP VALUE` as a condition on a table of these column types; raises SynthkdError for anything else."""
-    for name in OPERATORS:
-        column, found, value = (part.strip() for part in text.partition(name))
-        if not found:
-            continue
-        if column not in kinds:
-            raise SynthkdError(f"--where {text!r}: no column {column!r}; {suggest(column, kinds)}")
-        try:
-            return Condition(column, name, _value(value, kinds[column]))
-        except (ValueError, KeyError) as error:
-            raise SynthkdError(f"--where {text!r}: expected a value of type {kinds[column]}") from error
-    raise SynthkdError(f"--where {text!r}: expected COLUMN OP VALUE, OP one of {', '.join(OPERATORS)}")
+    found = _OPERATOR.search(text)
+    if found is None:
+        raise SynthkdError(f"--where {text!r}: expected COLUMN OP VALUE, OP one of {', '.join(OPERATORS)}")
+    column, value = text[: found.start()].strip(), text[found.end() :].strip()
+    if column not in kinds:
+        raise SynthkdError(f"--where {text!r}: no column {column!r}; {suggest(column, kinds)}")
+    try:
+        return Condition(column, found[0], _value(value, kinds[column]))
+    except (ValueError, KeyError) as error:
+        raise SynthkdError(f"--where {text!r}: expected a value of type {kinds[column]}") from error
 
 
 def _value(text: str, kind: str) -> str | int | float | bool:

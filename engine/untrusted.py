@@ -40,10 +40,25 @@ def open_plain(path: Path, home: Path | None) -> int:
 def read_plain(path: Path, home: Path | None, limit: int = MAX_NOTE) -> bytes:
     """All bytes of a plain file in `home`; raises SynthkdError where it has more than `limit`. See `open_plain`."""
     with open(open_plain(path, home), "rb") as f:
-        data = f.read(limit + 1)
+        data = f.read(min(limit, os.fstat(f.fileno()).st_size) + 1)  # memory for all that is asked for is taken first
     if len(data) > limit:
         raise SynthkdError(f"{path}: is above {limit} bytes; expected a file of a synthkd set")
     return data
+
+
+def append_plain(path: Path) -> int:
+    """A descriptor of a plain file, made where there is none, for adding to its end; follows no link, never waits.
+
+    Raises OSError where it cannot be opened, SynthkdError for a pipe, a device or a folder.
+    """
+    more = getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | more, 0o666)
+    try:
+        _check_kind(path, os.fstat(descriptor).st_mode)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def parse_note(data: bytes | str, finite: bool = True) -> Any:

@@ -19,8 +19,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from synthkd.engine.card import card_problems
 from synthkd.engine.checking import MOST_PROBLEMS, Stamp, Verdict, check_finished, stamp_of, verdict
 from synthkd.engine.config import Recipe, Request
 from synthkd.engine.environment import environment_key
@@ -41,9 +42,11 @@ from synthkd.engine.pool import follow_parent
 from synthkd.engine.rows import ShardRow, read_index, shard_name
 from synthkd.engine.shards import journal_path
 from synthkd.engine.table import check_table
+from synthkd.engine.untrusted import append_plain, open_plain, read_plain
 from synthkd.engine.workers import cores
 
 NOTES = ".verify.jsonl"
+_MAX_STAMP = 2**20  # bytes of a line of it
 MOST_SHARDS, MOST_OF_A_SHARD = 10**7, 10**6  # above them a check would not end, or not fit
 _MUCH = 2 * 2**30, 200_000  # bytes or samples from which processes are worth their start
 _CONTEXT = "fork" if sys.platform == "linux" else "spawn"  # a fork starts at once, and its networks' code is shared
@@ -122,7 +125,7 @@ def verify_set(
             if should_stop():
                 return _report(state, problems, found, resumed, stopped=True)
     rest = [*_environments(state, keys), *leftovers(state)]
-    rest += table_problems(folder) if not found else []  # it is made of the rows, and mended after them
+    rest += told_problems(folder) if not found else []  # they are made of the rows, and mended after them
     if notes:
         notes.drop()
     return _report(state, problems + rest, found + len(rest), resumed)
@@ -223,17 +226,17 @@ def _processes(workers: int | None, work: list[ShardRow]) -> int:
 
 
 class _Notes:
-    """Shards that were found right, in the set's folder; where that cannot be written, nothing is noted."""
+    """Shards that were found right, in the set's folder; where that is no plain file of it, nothing is noted."""
 
     def __init__(self, state: SetState) -> None:
         self._state, self._path = state, state.folder / NOTES
-        self._manifest = hashlib.sha256((state.folder / MANIFEST).read_bytes()).hexdigest()
+        self._manifest = hashlib.sha256(read_plain(state.folder / MANIFEST, state.folder)).hexdigest()
 
     def right(self) -> dict[int, Stamp]:
         """Stamps of shards that are as they were when they were found right, under the same manifest."""
         out: dict[int, Stamp] = {}
-        with contextlib.suppress(OSError), self._path.open("rb") as f:
-            for line in f:
+        with contextlib.suppress(OSError, SynthkdError), _opened(self._path, self._state.folder) as f:
+            while line := f.readline(_MAX_STAMP):
                 said = _stamp(line)
                 row = self._state.index.get(said.get("shard", -1))
                 if row is None or said.get("manifest") != self._manifest:
@@ -246,12 +249,16 @@ class _Notes:
     def add(self, one: Verdict) -> None:
         """Note a shard; a line is whole or it does not count."""
         line = {**one.stamp, "manifest": self._manifest, "environments": sorted(one.environments)}
-        with contextlib.suppress(OSError), self._path.open("a") as f:
+        with contextlib.suppress(OSError, SynthkdError), os.fdopen(append_plain(self._path), "a") as f:
             f.write("\n" + json.dumps(line) + "\n")
 
     def drop(self) -> None:
         """The check came to its end."""
         drop_notes(self._state.folder)
+
+
+def _opened(path: Path, home: Path) -> IO[bytes]:
+    return open(open_plain(path, home), "rb")  # noqa: PTH123
 
 
 def _stamp(line: bytes) -> Stamp:
@@ -331,9 +338,18 @@ def _leftover(state: SetState, shard: int, kind: str) -> str | None:
     return None
 
 
+def told_problems(folder: Path) -> list[str]:
+    """Problems of the set's Parquet table and of its card, where it has them."""
+    return table_problems(folder) + _said(card_problems, folder)
+
+
 def table_problems(folder: Path) -> list[str]:
     """Problems of the set's Parquet table, where it has one."""
+    return _said(check_table, folder)
+
+
+def _said(look: Callable[[Path], list[str]], folder: Path) -> list[str]:
     try:
-        return check_table(folder)
+        return look(folder)
     except SynthkdError as error:
         return [str(error)]

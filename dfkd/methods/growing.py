@@ -148,9 +148,10 @@ class GrowingSet:
         return self.groups == self.plan.num_groups
 
     def on_disk(self) -> int:
-        """Groups that are safe, from the first on."""
+        """Groups that are safe, from the first on; a shard of another size than its row's is not."""
         folder = self._stream.job.shards
-        done = read_index(folder).keys() if folder.exists() else set()  # one group a shard
+        rows = read_index(folder).items() if folder.exists() else ()
+        done = {n for n, row in rows if (folder / row.file).stat().st_size == row.bytes}  # one group a shard
         return next(i for i in range(self.plan.num_groups + 1) if i not in done)
 
     def add(self, batch: Batch) -> None:

@@ -37,6 +37,24 @@ def exported(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in found}
 
 
+def test_a_changed_file_is_written_again(tiny_set: Path, tmp_path: Path) -> None:
+    """One of the right size, and a link; cells that a spreadsheet would reckon out stand after a '."""
+    out = tmp_path / "out"
+    export_images(tiny_set, out, SHARES)
+    first, second = sorted(out.rglob("*.png"))[:2]
+    kept = second.read_bytes()
+    first.write_bytes(bytes(len(first.read_bytes())))
+    second.rename(tmp_path / "away")
+    second.symlink_to(tmp_path / "away")
+    assert export_images(tiny_set, out, SHARES).written == 2
+    assert exported(out) == stored(tiny_set)
+    assert not second.is_symlink()
+    assert (tmp_path / "away").read_bytes() == kept
+    assert [module.as_text(t) for t in ("=1+1", "+a", "-a", "@a", "\ta", "a=1")] == [
+        "'=1+1", "'+a", "'-a", "'@a", "'\ta", "a=1",
+    ]  # fmt: skip
+
+
 def test_every_image_once_under_its_class(tiny_set: Path, tmp_path: Path) -> None:
     """Bytes are the set's; labels.csv and classes.json say where each lies; a second call writes nothing."""
     done = export_images(tiny_set, tmp_path / "out", SHARES)

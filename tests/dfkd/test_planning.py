@@ -4,6 +4,7 @@ import json
 import math
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,24 @@ def test_what_the_plan_says_of_a_cut_that_idles(recipe: Callable[..., Any]) -> N
     assert any("idle" in line for line in few.advice)
     many = plan_cost(Plan(recipe(), Request(num_samples=10**8)), RATES, 8)
     assert any("groups_per_shard" in line and "instead of 5,555,556" in line for line in many.advice)
+
+
+def test_rounds_wait_for_one_another(recipe: Callable[..., Any]) -> None:
+    """1,000 images: 56 shards, rounds of 4, 4 and 48, for 5 processes; a student before two of them."""
+    plan = Plan(recipe(rounds=3, groups_per_round=12), Request(num_samples=1000))
+    found = plan_cost(plan, RATES, 5, round_images=10_000)
+    assert found.shards_per_process == 1 + 1 + 10
+    assert found.wall_hours == pytest.approx(((1 + 1 + 10) * 18 * 0.04 + 2 * 20) / 3600)
+    assert {s.stage: s.hours for s in found.stages}["round students"] == pytest.approx(40 / 3600)
+    assert any("2 students between rounds" in line for line in plan_cost(plan, RATES, 5).advice)
+
+
+def test_stored_labels_take_room_and_what_has_no_rate_is_told(recipe: Callable[..., Any]) -> None:
+    plan = Plan(recipe(), Request(num_samples=1000))
+    found = plan_cost(plan, replace(RATES, labels=0.0, student=0.0), 1, student_images=9, views=4)
+    assert found.bytes["labels"] == 1000 * 4 * (2 * 3 + 45)
+    assert [line.partition(":")[0] for line in found.advice] == ["not counted"] * 2
+    assert plan_cost(plan, RATES, 1).advice == ()  # nothing to share out
 
 
 def test_a_billion_images_are_arithmetic() -> None:
@@ -89,6 +108,10 @@ def test_rates_of_a_set(recipe: Callable[..., Any], tmp_path: Path) -> None:
     told = json.loads(done.stdout)
     assert told["samples"] == 2000
     assert told["stages"][0]["hours"] == pytest.approx(2004 * 0.2 / 3600)
+    done = CALL.invoke(app, ["plan", "--from", str(tmp_path), "--views", "4", "--student-steps", "100", "--json"])
+    told = json.loads(done.stdout)
+    assert [stage["stage"] for stage in told["stages"]][-2:] == ["labels", "student"]
+    assert "labels and student as recorded for case 'digits'" in told["measured"]
 
 
 def test_the_recorded_rates_are_whole() -> None:

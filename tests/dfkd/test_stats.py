@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -132,6 +133,27 @@ def test_the_page_holds_hostile_names_as_text(tiny_set: Path, tmp_path: Path) ->
     assert "<img src=http" not in text
     for name in ("summary", "images", "balance", "confidence", "losses", "files", "pixels", "copies", "times"):
         assert f'<section id="{name}"' in text
+
+
+@pytest.mark.parametrize("command", ["index", "stats"])
+def test_a_stop_writes_nothing(
+    tiny_set: Path, tmp_path: Path, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """SIGTERM between two shards: exit code 75, and no file that was not there before."""
+    from synthkd.dfkd import cli_progress
+
+    folder, inner = tmp_path / "set", cli_progress.Bars.advance
+    shutil.copytree(tiny_set, folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+    def advance(bars: Any, stage: str, count: int) -> None:
+        inner(bars, stage, count)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(cli_progress.Bars, "advance", advance)
+    done = call(command, folder)
+    assert done.returncode == 75, done.stderr
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
 
 
 def test_cli(tiny_set: Path, tmp_path: Path, call: Callable[..., Any]) -> None:

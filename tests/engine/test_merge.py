@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +107,53 @@ def test_a_merge_that_is_killed_goes_on(
     """At every rename."""
     for point in range(100):
         out = tmp_path / f"c-{point}"
-
-        def work(out: Path = out, point: int = point) -> None:
-            calls, inner = iter(range(10**6)), Path.replace
-
-            def dying(*args: Any) -> Any:
-                done = inner(*args)
-                if next(calls) == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return done
-
-            Path.replace = dying  # type: ignore[method-assign, assignment]
-            merge_sets(halves, out)
-
-        if not killed(work):
+        if not killed(lambda out=out, point=point: _dying_merge(halves, out, point)):
             break
         merge_sets(halves, out)
         assert _tars(out) == whole
         assert verify_set(out).problems == ()
     assert point >= 8
+
+
+def _dying_merge(sources: Sequence[Path], out: Path, point: int) -> None:
+    """A merge that is killed after its `point`-th rename."""
+    calls, inner = iter(range(10**6)), Path.replace
+
+    def dying(*args: Any) -> Any:
+        done = inner(*args)
+        if next(calls) == point:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    Path.replace = dying  # type: ignore[method-assign, assignment]
+    merge_sets(sources, out)
+
+
+def test_a_merge_into_a_smaller_state_that_is_killed_goes_on(
+    canned: Callable[..., Any], killed: Callable[..., bool], tmp_path: Path
+) -> None:
+    """The groups of a grown shard come first, then its tar, then its row."""
+    write_shards(canned(20), tmp_path / "whole")
+    write_shards(canned(7), tmp_path / "small")
+    for point in range(100):
+        out = shutil.copytree(tmp_path / "small", tmp_path / f"c-{point}")
+        if not killed(lambda out=out, point=point: _dying_merge([tmp_path / "whole"], out, point)):
+            break
+        assert merge_sets([tmp_path / "whole"], out).samples == 20
+        assert _tars(out) == _tars(tmp_path / "whole")
+        assert verify_set(out).problems == ()
+    assert point >= 4
+
+
+def test_what_a_run_has_drawn_beyond_the_source_is_kept(canned: Callable[..., Any], tmp_path: Path) -> None:
+    out, asked = tmp_path / "c", iter(range(9))
+    write_shards(canned(7), tmp_path / "small")
+    write_shards(canned(20), out, should_stop=lambda: next(asked) == 1)
+    grown = (out / "shard-000000.tar.part").read_bytes()
+    assert merge_sets([tmp_path / "small"], out).missing == (0, 1)
+    assert (out / "shard-000000.tar.part").read_bytes() == grown
+    assert write_shards(canned(20), out).drawn == 8
+    assert verify_set(out).problems == ()
 
 
 def test_parts_of_one_folder_get_one_index(stream: Any, whole: dict[str, bytes], tmp_path: Path) -> None:

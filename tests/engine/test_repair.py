@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,22 @@ def test_a_damaged_shard_grows(mender: Mender, canned: Callable[..., Any], folde
     assert mender(small) == []
     assert mender.drawn == [0, 1, 2, 3]
     assert _tars(small) == _tars(folder)
+
+
+def test_a_plan_of_many_shards_fits_into_memory(canned: Callable[..., Any], folder: Path) -> None:
+    """What is not begun is told by its ends, and counted by arithmetic."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "num_samples": 18 * 20_000 + 1}))
+    tracemalloc.start()
+    found = diagnose(open_state(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+    assert (found.shards, found.groups, len(found.mends)) == (20_000, 3 * 20_000 + 1 - 3, 1)
+    assert list(found.said())[1] == "shards 2 to 20000: not begun (19999 shards) -> 59995 groups are drawn"
+    assert [mend.shard for mend in found.in_order()] == list(range(1, 20_001))
+    last = list(found.in_order())[-1]
+    assert [need.unit.group for need in last.needs(found.state)] == [60_000] == list(last.first)
 
 
 def test_other_hardware_is_told(mender: Mender, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import pytest
 from synthkd.bench.table import synthetic_set
 from synthkd.engine import GuidanceSpec, SynthkdError, write_shards
 from synthkd.engine import table as tables
-from synthkd.engine.card import CARD, MARK, UNKNOWN, describe_set, prior_licence, write_card
+from synthkd.engine.card import CARD, MARK, UNKNOWN, card_problems, describe_set, prior_licence, write_card
 from synthkd.engine.rows import rows_path
 from synthkd.engine.shards import short_digest
-from synthkd.engine.table import TABLE, Condition, check_table, is_fresh, read_table, select, write_table
+from synthkd.engine.table import TABLE, Condition, check_table, is_fresh, parse_condition, select, write_table
 
 pq = pytest.importorskip("pyarrow.parquet", reason="part of the dev extra")
 
@@ -103,7 +103,6 @@ def test_row_groups_do_not_show(rows_only: Path, monkeypatch: pytest.MonkeyPatch
     wanted = [row["key"] for row in whole if row["label"] == 3 and row["confidence"] > 0.5]
     assert [row["key"] for row in select(rows_only, where)] == wanted
     assert wanted
-    assert sum(len(part["id"]) for part in read_table(rows_only, ["id"])) == 160
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -210,6 +209,22 @@ def test_contradicting_rows_are_one_line(rows_only: Path, change: Callable[[list
     assert not list(rows_only.glob("index.parquet*"))
 
 
+def test_a_condition_ends_at_its_first_operator() -> None:
+    assert parse_condition("class == a>=b", {"class": "string"}) == Condition("class", "==", "a>=b")
+    assert parse_condition("id>=7", {"id": "int64"}) == Condition("id", ">=", 7)
+
+
+def test_a_stale_table_says_so(rows_only: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table(rows_only)
+    list(select(rows_only))
+    assert not caplog.text
+    index = rows_only / "index.jsonl"
+    index.write_text(index.read_text().splitlines()[0] + "\n")
+    list(select(rows_only))
+    assert "stale" in caplog.text
+    assert "synthkd index" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("where", "words"),
     [
@@ -266,6 +281,35 @@ def test_card_holds_hostile_names_as_text(rows_only: Path) -> None:
     assert len(table) == 2 + len(HOSTILE)
     assert table[2].startswith("| 0 | `<script>alert(1)</script>` |")
     assert table[3].startswith("| 1 | `` `code` \\| cell # title --- license: mit `` |")
+
+
+def test_names_of_the_manifest_stay_within_code(rows_only: Path) -> None:
+    path = rows_only / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["guidance"] |= {"a | b <img src=x onerror=alert(1)> [c](http://x)\n# d": 1}
+    path.write_text(json.dumps(manifest))
+    assert write_card(rows_only) == rows_only / CARD
+    (line,) = (line for line in (rows_only / CARD).read_text().splitlines() if "onerror" in line)
+    assert line == "| guidance `a \\| b <img src=x onerror=alert(1)> [c](http://x) # d` | `1` |"
+
+
+def test_a_card_of_another_state_is_stale(rows_only: Path) -> None:
+    """By its shards, or by its counts alone; a table that is fresh does not vouch for it."""
+    describe_set(rows_only)
+    assert card_problems(rows_only) == []
+    clean = (rows_only / CARD).read_text()
+    amend(rows_only, 0, lambda groups: groups[0].update(repaired=True))
+    write_table(rows_only)
+    assert "README.md: stale" in card_problems(rows_only)[0]
+    write_card(rows_only)
+    assert card_problems(rows_only) == []
+    index = rows_only / "index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps({**row, "bytes": 1}) + "\n" for row in rows))
+    write_table(rows_only)  # a kill between table and card
+    assert describe_set(rows_only) == [rows_only / CARD]
+    assert card_problems(rows_only) == []
+    assert (rows_only / CARD).read_text() != clean
 
 
 def test_own_readme_is_left_alone(rows_only: Path) -> None:
