@@ -187,10 +187,11 @@ def _check_counts(*counts: Any) -> None:
         raise TypeError("a count is not a whole number")
 
 
-def read_journal(path: Path) -> dict[int, GroupRow]:
-    """Rows of an unfinished shard by group, the newest of each."""
+def read_journal(path: Path, size: int | None = None) -> dict[int, GroupRow]:
+    """Rows of an unfinished shard by group, the newest of each; with a size in bytes, only of what ends within it."""
     try:
-        return merge_rows(group_row(d) for d in _lines(path))
+        rows = map(group_row, _lines(path))
+        return merge_rows(row for row in rows if size is None or row.end <= size)
     except (TypeError, KeyError) as error:
         raise SynthkdError(f"{path}: a row is not a synthkd group's ({error!s:.200})") from error
 

@@ -1,45 +1,35 @@
-"""Batches -> WebDataset tars that survive a kill at any moment.
+"""Batches -> WebDataset tars that survive a kill at any moment: which shards of a plan are there, and what is left.
 
-A shard grows as `shard-N.tar.part`; after each group its bytes are forced to disk and one journal line says how
-far they are good. A finished shard gets the file of its groups, is renamed, gets its index row, then loses its journal.
-Work left is the plan minus index and journals.
+Work left is the plan minus index and journals; how one shard grows is told in `engine.shard_file`.
 """
 
-import contextlib
-import errno
-import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from synthkd.engine.batch import SampleStream
-from synthkd.engine.encoding import BLOCK, EncodedGroup, tar_member
-from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import claim_folder, note_environment
-from synthkd.engine.locks import claim_lock, folder_lock, shard_lock
+from synthkd.engine.encoding import EncodedGroup
+from synthkd.engine.index import claim_folder
+from synthkd.engine.locks import claim_lock, folder_lock
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.rows import (
-    GroupRow,
-    Part,
-    ShardRow,
-    append_line,
-    gather_index,
-    group_rows,
-    index_name,
-    lines_of,
-    mend_tail,
-    merge_rows,
-    read_index,
-    read_journal,
-    rows_path,
-    shard_name,
-    write_atomically,
+from synthkd.engine.rows import Part, ShardRow, gather_index, group_rows, index_name, mend_tail, read_index, rows_path
+from synthkd.engine.shard_file import (
+    ShardFile,
+    commit,
+    disk_errors,
+    file_digest,
+    journal_path,
+    journalled,
+    part_path,
+    short_digest,
 )
 from synthkd.engine.writer import WriteSummary, Writing, write_groups
-from synthkd.export.artifacts import sync_folder
+
+__all__ = [
+    "Elsewhere", "ShardFile", "ShardFolder", "claim", "commit", "disk_errors", "file_digest", "journal_path",
+    "journalled", "part_path", "short_digest", "write_shards",
+]  # fmt: skip
 
 
 class Elsewhere(Protocol):
@@ -66,156 +56,6 @@ class Elsewhere(Protocol):
 
     def bring(self, row: ShardRow) -> None:
         """Put the tar of a published shard back into the folder."""
-
-
-def short_digest(data: bytes) -> str:
-    """Sixteen hexadecimal digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def part_path(folder: Path, shard: int) -> Path:
-    """A shard while it grows."""
-    return folder / f"{shard_name(shard)}.part"
-
-
-def journal_path(folder: Path, shard: int) -> Path:
-    """What is good of a shard that grows."""
-    return folder / f"{shard_name(shard)}.journal"
-
-
-def journalled(folder: Path, shard: int) -> dict[int, GroupRow]:
-    """Groups of an unfinished shard whose bytes are there, by group; nothing is changed."""
-    part, rows = part_path(folder, shard), read_journal(journal_path(folder, shard))
-    if part.exists():
-        size = part.stat().st_size
-        return {group: row for group, row in rows.items() if row.end <= size}
-    return rows if (folder / shard_name(shard)).exists() else {}  # renamed, but not indexed
-
-
-class ShardFile:
-    """One shard on its way: the journalled `.part` file and its rows; held by one process until it is released."""
-
-    def __init__(self, folder: Path, shard: int, finished: ShardRow | None) -> None:
-        """Pick up whatever an earlier run left of the shard; raises SynthkdError where another process writes it."""
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(shard_lock(folder, shard))
-        self.folder, self.final = folder, folder / shard_name(shard)
-        self.part, self.journal = part_path(folder, shard), journal_path(folder, shard)
-        self.shard, self.finished = shard, finished
-        try:
-            self.rows: dict[int, GroupRow] = {}
-            if self.journal.exists():  # it begins with the groups that were there before
-                self._recover()
-            else:  # nothing vouches for a part file without its journal
-                self.part.unlink(missing_ok=True)
-                self.rows = {r.group: r for r in group_rows(folder, finished)} if finished else {}
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Let others write the shard."""
-        self._held.close()
-
-    def kept(self, group: int) -> int:
-        """Samples of a group that are safe on disk."""
-        return self.rows[group].kept if group in self.rows else 0
-
-    def append(self, group: EncodedGroup, repaired: bool = False) -> None:
-        """Write the samples of a group that are not there yet; they are safe when this returns."""
-        if not self.part.exists():
-            self._begin()
-        have = self.kept(group.group)
-        fresh = group.members[group.per_sample * have :]
-        table = {name: column[have:] for name, column in group.table.items()}
-        table |= {"offset": [], "size": []}
-        with self.part.open("ab") as f:
-            end = f.tell()
-            for i, (name, data) in enumerate(fresh):
-                if i % group.per_sample == 0:
-                    table["offset"].append(end + BLOCK)
-                    table["size"].append(len(data))
-                end += f.write(tar_member(name, data))
-            f.flush()
-            os.fsync(f.fileno())
-        row = GroupRow(
-            group=group.group,
-            attempt=group.attempt,
-            kept=group.kept,
-            end=end,
-            environment=note_environment(self.folder, group.environment),
-            members={name: short_digest(data) for name, data in fresh},
-            table=table,
-            seconds=group.seconds,
-            curves=group.curves,
-            repaired=repaired,
-        )
-        append_line(self.journal, asdict(row))
-        self.rows = merge_rows([*self.rows.values(), row])
-
-    def seal(self) -> ShardRow:
-        """Close the tar, list its groups, rename it; returns the row that `commit` puts into an index.
-
-        Safe to repeat after a kill.
-        """
-        if self.part.exists():
-            with self.part.open("ab") as f:
-                f.write(b"\0" * (2 * BLOCK))
-                f.flush()
-                os.fsync(f.fileno())
-        groups = [self.rows[g] for g in sorted(self.rows)]
-        text, listed = lines_of(groups), rows_path(self.folder, self.shard)
-        listed.parent.mkdir(exist_ok=True)
-        write_atomically(listed, text)
-        if self.part.exists():
-            self.part.replace(self.final)
-            sync_folder(self.folder)
-        return ShardRow(
-            shard=self.shard,
-            file=self.final.name,
-            samples=sum(g.kept for g in groups),
-            bytes=self.final.stat().st_size,
-            sha256=file_digest(self.final),
-            groups=len(groups),
-            rows=hashlib.sha256(text.encode()).hexdigest(),
-            revision=self.finished.revision + 1 if self.finished else 0,
-        )
-
-    def _begin(self) -> None:
-        """Start the part file, from the finished shard where the set grows."""
-        write_atomically(self.journal, lines_of(self.rows[g] for g in sorted(self.rows)))
-        fresh = self.part.with_suffix(".fresh")
-        if self.rows:
-            shutil.copyfile(self.final, fresh)
-            with fresh.open("rb+") as f:
-                f.truncate(max(r.end for r in self.rows.values()))
-        else:
-            fresh.touch()
-        fresh.replace(self.part)
-
-    def _recover(self) -> None:
-        """Cut the part file back to what the journal vouches for."""
-        mend_tail(self.journal)
-        good, said = journalled(self.folder, self.shard), read_journal(self.journal)
-        self.rows = good
-        if not self.part.exists():  # renamed but not indexed, or not begun: `seal` or `append` goes on from here
-            return
-        if len(good) != len(said):
-            write_atomically(self.journal, lines_of(good[g] for g in sorted(good)))
-        with self.part.open("rb+") as f:
-            f.truncate(max((r.end for r in good.values()), default=0))
-
-
-def commit(folder: Path, row: ShardRow, part: Part | None = None) -> None:
-    """Put a sealed shard into the index, then drop its journal; by the one writer of that index."""
-    append_line(folder / index_name(part), asdict(row))
-    journal_path(folder, row.shard).unlink(missing_ok=True)
 
 
 class ShardFolder:
@@ -396,22 +236,3 @@ def _write(
         state.close(shard)
     summary = write_groups(stream, state.pending(), state.append, writing, on_batch, should_stop)
     return replace(summary, present=state.present())
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """What the system says of a disk, as one line."""
-    reasons = {
-        errno.ENOSPC: "no space left",
-        errno.EDQUOT: "disk quota exceeded",
-        errno.EFBIG: "file size limit reached",
-        errno.EACCES: "no permission to write",
-        errno.EROFS: "read-only file system",
-    }
-    try:
-        yield
-    except OSError as error:
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
-        raise SynthkdError(
-            f"{folder}: {reason}; every finished group is safe: mend that and run the same command again"
-        ) from error

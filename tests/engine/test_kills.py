@@ -205,11 +205,11 @@ def test_a_torn_or_missing_index_row(stream: Any, whole: dict[str, bytes], tmp_p
 def test_a_renamed_shard_with_its_journal_and_no_row(
     stream: Any, whole: dict[str, bytes], killed: Killed, tmp_path: Path
 ) -> None:
-    from synthkd.engine import shards
+    from synthkd.engine import shard_file
 
     def work() -> None:
-        inner = shards.append_line
-        shards.append_line = lambda path, row: _die() if path.name == "index.jsonl" else inner(path, row)
+        inner = shard_file.append_line
+        shard_file.append_line = lambda path, row: _die() if path.name == "index.jsonl" else inner(path, row)
         write_shards(stream, tmp_path / "set")
 
     assert killed(work)
@@ -225,6 +225,20 @@ def test_a_lost_shard_is_drawn_again(stream: Any, whole: dict[str, bytes], tmp_p
     write_shards(stream, tmp_path / "set")
     (tmp_path / "set/shard-000001.tar").unlink()
     _agrees(stream, tmp_path / "set", whole)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_part_file_that_was_removed_while_a_set_grew(canned: Callable[..., Any], tmp_path: Path, groups: int) -> None:
+    """The old tar is there, and vouches only for the samples that it had."""
+    three = {"groups_per_shard": 3}
+    write_shards(canned(8, **three), tmp_path / "set")
+    stops = iter([False] * (groups - 1) + [True] * 2)
+    write_shards(canned(18, **three), tmp_path / "set", should_stop=lambda: next(stops))
+    (tmp_path / "set/shard-000000.tar.part").unlink()
+    done = write_shards(canned(18, **three), tmp_path / "set")
+    assert (done.drawn, done.present, verify_set(tmp_path / "set").problems) == (10, 18, ())
+    write_shards(canned(18, **three), tmp_path / "whole")
+    assert _tars(tmp_path / "set") == _tars(tmp_path / "whole")
 
 
 @pytest.fixture
