@@ -107,8 +107,13 @@ def write_atomically(path: Path, text: str, shared: bool = False) -> None:
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line and force it to disk."""
+    append_lines(path, [row])
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines and force them to disk together."""
     with path.open("a") as f:
-        f.write(json.dumps(row, sort_keys=True) + "\n")
+        f.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
         f.flush()
         os.fsync(f.fileno())
 
@@ -252,12 +257,36 @@ def read_index(folder: Path, missing: bool = False) -> dict[int, ShardRow]:
     Raises SynthkdError for a row that is not one of ours.
     """
     out: dict[int, ShardRow] = {}
-    for path in index_files(folder):
+    for path in reversed(index_files(folder)):  # rows move from the parts' files to the set's own, which is read last
         for data in _lines(path):
             row = shard_row(path, data)
             if row.shard not in out or row.revision >= out[row.shard].revision:
                 out[row.shard] = row
     return out if missing else {shard: row for shard, row in out.items() if (folder / row.file).exists()}
+
+
+class IndexTail:
+    """What other runs append to a set's index files; each look reads what is new since the last one."""
+
+    def __init__(self, folder: Path) -> None:
+        """The first look reads everything."""
+        self._folder, self._read = folder, dict[str, int]()
+
+    def fresh(self) -> Iterator[ShardRow]:
+        """Rows of whole lines that were not there before, file by file."""
+        for path in index_files(self._folder):
+            try:
+                f = open(open_plain(path, self._folder), "rb")  # noqa: PTH123, SIM115
+            except FileNotFoundError:
+                continue
+            with f:
+                start = self._read.get(path.name, 0)
+                f.seek(start if start <= f.seek(0, os.SEEK_END) else 0)  # its writer has cut a torn line off
+                data = f.read()
+                self._read[path.name] = f.tell() - len(data) + data.rfind(b"\n") + 1
+            for line in data[: data.rfind(b"\n") + 1].splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield shard_row(path, json.loads(line))
 
 
 def shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
@@ -293,7 +322,7 @@ def gather_index(folder: Path) -> None:
     """Put the rows that parts have written into the set's own index; only under the folder's lock."""
     own, *parts = index_files(folder)
     mend_tail(own)
+    if parts:
+        append_lines(own, (data for path in parts for data in _lines(path)))
     for path in parts:
-        for data in _lines(path):
-            append_line(own, data)
         path.unlink()

@@ -9,8 +9,8 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from synthkd.engine.encoding import BLOCK, EncodedGroup, tar_member
@@ -56,6 +56,12 @@ def journal_path(folder: Path, shard: int) -> Path:
     return folder / f"{shard_name(shard)}.journal"
 
 
+def is_whole(folder: Path, row: ShardRow) -> bool:
+    """Whether the files of a finished shard are there, and its tar of the size that its row says."""
+    tar = folder / row.file
+    return tar.is_file() and tar.stat().st_size == row.bytes and rows_path(folder, row.shard).is_file()
+
+
 def journalled(folder: Path, shard: int) -> dict[int, GroupRow]:
     """Groups of an unfinished shard whose bytes are there, by group; nothing is changed."""
     for path in (part_path(folder, shard), folder / shard_name(shard)):  # the tar: renamed, or as it was before it grew
@@ -64,17 +70,32 @@ def journalled(folder: Path, shard: int) -> dict[int, GroupRow]:
     return {}
 
 
+Standing = Callable[[], tuple[ShardRow | None, ShardRow | None]]  # a shard's row if its tar is whole; the newest known
+
+
 class ShardFile:
     """One shard on its way: the journalled `.part` file and its rows; held by one process until it is released."""
 
-    def __init__(self, folder: Path, shard: int, finished: ShardRow | None) -> None:
-        """Pick up whatever an earlier run left of the shard; raises SynthkdError where another process writes it."""
+    def __init__(
+        self,
+        folder: Path,
+        shard: int,
+        finished: ShardRow | None,
+        known: ShardRow | None = None,
+        now: Standing | None = None,
+    ) -> None:
+        """Pick up whatever an earlier run left of the shard; raises SynthkdError where another process writes it.
+
+        finished: its row, where its tar is whole; known: its newest row, though its tar be lost; now: tells both as
+        they are once the shard is locked, where other runs may have finished it meanwhile.
+        """
         self._held = contextlib.ExitStack()
         self._held.enter_context(shard_lock(folder, shard))
         self.folder, self.final = folder, folder / shard_name(shard)
         self.part, self.journal = part_path(folder, shard), journal_path(folder, shard)
-        self.shard, self.finished = shard, finished
         try:
+            self.finished, self.known = now() if now else (finished, known)
+            self.shard, finished = shard, self.finished
             self.rows: dict[int, GroupRow] = {}
             if self.journal.exists():  # it begins with the groups that were there before
                 self._recover()
@@ -142,7 +163,7 @@ class ShardFile:
         if self.part.exists():
             self.part.replace(self.final)
             sync_folder(self.folder)
-        return ShardRow(
+        sealed = ShardRow(
             shard=self.shard,
             file=self.final.name,
             samples=sum(g.kept for g in groups),
@@ -150,8 +171,10 @@ class ShardFile:
             sha256=file_digest(self.final),
             groups=len(groups),
             rows=hashlib.sha256(text.encode()).hexdigest(),
-            revision=self.finished.revision + 1 if self.finished else 0,
         )
+        before = self.known or self.finished
+        same = before is not None and replace(sealed, revision=before.revision) == before
+        return replace(sealed, revision=before.revision + (not same)) if before else sealed
 
     def _begin(self) -> None:
         """Start the part file, from the finished shard where the set grows."""

@@ -5,6 +5,7 @@ Work left is the plan minus index and journals; how one shard grows is told in `
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,12 +14,23 @@ from synthkd.engine.encoding import EncodedGroup
 from synthkd.engine.index import claim_folder
 from synthkd.engine.locks import claim_lock, folder_lock
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.rows import Part, ShardRow, gather_index, group_rows, index_name, mend_tail, read_index, rows_path
+from synthkd.engine.rows import (
+    IndexTail,
+    Part,
+    ShardRow,
+    gather_index,
+    group_rows,
+    index_name,
+    mend_tail,
+    read_index,
+    rows_path,
+)
 from synthkd.engine.shard_file import (
     ShardFile,
     commit,
     disk_errors,
     file_digest,
+    is_whole,
     journal_path,
     journalled,
     part_path,
@@ -74,24 +86,39 @@ class ShardFolder:
         mend_tail(folder / index_name(part))
         whole: Sequence[int] = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
         self.order = whole if shards is None else shards
-        rows = read_index(folder, missing=remote is not None)  # a shard of another size is damaged, and drawn again
-        self._index = {n: r for n, r in rows.items() if self._whole(r)}
+        self._known = read_index(folder, missing=True)  # newest rows, with those of shards that are lost
+        self._index = {n: r for n, r in self._known.items() if self._whole(r)}
+        self._tail = IndexTail(folder) if part is not None and remote is None else None
         self._open: ShardFile | None = None
 
     def _whole(self, row: ShardRow) -> bool:
-        """Whether the files of a finished shard are there."""
-        path = self.folder / row.file
-        there = path.stat().st_size == row.bytes if self.remote is None else self.remote.holds(row)
-        return there and rows_path(self.folder, row.shard).is_file()
+        """Whether the files of a finished shard are there; one of another size is damaged, and drawn again."""
+        if self.remote is None:
+            return is_whole(self.folder, row)
+        return self.remote.holds(row) and rows_path(self.folder, row.shard).is_file()
+
+    def _follow(self) -> None:
+        """Take in what runs of other parts have finished meanwhile; parts of different counts share shards."""
+        for row in self._tail.fresh() if self._tail else ():
+            if row.shard not in self._known or row.revision > self._known[row.shard].revision:
+                self._known[row.shard] = row
+                self._index.pop(row.shard, None)
+                if self._whole(row):
+                    self._index[row.shard] = row
+
+    def standing(self, shard: int) -> tuple[ShardRow | None, ShardRow | None]:
+        """The row of a finished shard, None before that; and its newest row, though its tar be lost."""
+        self._follow()
+        return self._index.get(shard), self._known.get(shard)
 
     def shard(self, shard: int) -> ShardFile:
         """The state of a shard, locked until another one is asked for."""
         if self._open is None or self._open.shard != shard:
             self.release()
-            row = self._index.get(shard)
+            row, known = self.standing(shard)
             if row is not None and self.remote is not None and not self._begun(shard):
                 self.remote.bring(row)
-            self._open = ShardFile(self.folder, shard, row)
+            self._open = ShardFile(self.folder, shard, row, known, partial(self.standing, shard))
         return self._open
 
     def release(self) -> None:
@@ -110,6 +137,7 @@ class ShardFolder:
 
     def wanted(self, shard: int) -> list[WorkUnit]:
         """Units of a shard with samples that are not on disk; nothing is changed."""
+        self._follow()
         if self.settled(shard):
             return []
         kept = self._kept(shard)
@@ -132,6 +160,8 @@ class ShardFolder:
         shard = group.group // self.plan.recipe.groups_per_shard
         state = self.shard(shard)
         new = group.kept - state.kept(group.group)
+        if new <= 0 and self.settled(shard):  # another run has finished it while this one drew
+            return 0
         state.append(group)
         self.close(shard)
         return new
@@ -141,7 +171,7 @@ class ShardFolder:
         if self.settled(shard) or not self._begun(shard):
             return
         state = self.shard(shard)
-        if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
+        if not self.settled(shard) and all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
             row = state.seal()
             if self.remote is not None:
                 self.remote.publish(row)
@@ -158,11 +188,7 @@ class ShardFolder:
 
     def _note(self, row: ShardRow) -> None:
         commit(self.folder, row, self.part)
-        self._index[row.shard] = row
-
-    def row(self, shard: int) -> ShardRow | None:
-        """The row of a finished shard; None before that."""
-        return self._index.get(shard)
+        self._index[row.shard] = self._known[row.shard] = row
 
     def present(self) -> int:
         """Wanted samples that are safe on disk."""
@@ -219,8 +245,9 @@ def write_shards(
 
 def claim(folder: Path, stream: SampleStream, source: Mapping[str, Any], part: Part | None = None) -> None:
     """Make the folder this stream's set, under its lock; raises SynthkdError where it holds another one."""
+    identity = stream.identity  # digests of all weights: parts that start at once take them side by side
     with claim_lock(folder):
-        claim_folder(folder, stream.identity, stream.plan.request.num_samples, source)
+        claim_folder(folder, identity, stream.plan.request.num_samples, source)
     if part is None:
         gather_index(folder)
 
