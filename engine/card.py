@@ -47,8 +47,9 @@ class Tally:
         for columns in shard_columns(folder):
             out.labels.update(columns.label)
             for group in columns.groups:
-                out.environments[group.environment] += group.kept
-                out.repaired += group.kept * group.repaired
+                for count, key, again in group.runs:
+                    out.environments[key] += count
+                    out.repaired += count * again
         return out
 
 

@@ -109,7 +109,7 @@ class Publisher:
         """
         if self.published(row.shard) != row:
             self.store.remove(row_name(row.shard))
-        for key in sorted({group.environment for group in group_rows(self.folder, row)}):
+        for key in sorted({key for group in group_rows(self.folder, row) for _, key, _ in group.runs}):
             name = f"{ENVIRONMENTS}/{key}.json"
             if self.store.size(name) is None:
                 self.store.put(self.folder / name, name)

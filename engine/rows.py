@@ -11,7 +11,7 @@ import os
 import secrets
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class GroupRow:
     table: columns with one value a sample, without its previews: `key`, `label`, `offset` and `size` of the image's
     bytes in the tar, `confidence` of the teacher in the label (None where it was not asked), `losses.NAME`.
     repaired: whether the group was drawn again by `synthkd repair`.
+    earlier: [samples, environment, repaired] of its first samples, in order, where the group has grown in another
+    environment; `environment` and `repaired` are those of the rest.
     """
 
     group: int
@@ -42,6 +44,18 @@ class GroupRow:
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
     repaired: bool = False
+    earlier: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[tuple[int, str, bool]]:
+        """Its samples in order, as (how many, environment, repaired)."""
+        runs = [(count, environment, repaired) for count, environment, repaired in self.earlier]
+        return [*runs, (self.kept - sum(count for count, _, _ in runs), self.environment, self.repaired)]
+
+    @property
+    def environments(self) -> list[str]:
+        """The environment of each sample."""
+        return [environment for count, environment, _ in self.runs for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +190,10 @@ def _check_values(row: GroupRow) -> None:
     texts = [*row.members.values(), *row.table.get("key", ())]
     if not isinstance(row.environment, str) or not set(map(type, texts)) <= {str}:
         raise TypeError("a digest, key or environment is not a text")
+    if [[int, str, bool]] * len(row.earlier) != [list(map(type, run)) for run in row.earlier]:
+        raise TypeError("earlier is not a list of samples, environment, repaired")
+    if not all(count > 0 for count, _, _ in row.runs):
+        raise TypeError("a run of earlier samples has none, or all of the group's")
     for name in ("label", "offset", "size"):
         _check_counts(*row.table.get(name, ()))
     figures = [column for name, column in row.table.items() if name == "confidence" or name.startswith("losses.")]
@@ -210,8 +228,10 @@ def merge_rows(rows: Iterable[GroupRow]) -> dict[int, GroupRow]:
             out[row.group] = row
             continue
         table = {name: [*before.table.get(name, []), *column] for name, column in row.table.items()}
-        merged = {**vars(row), "members": {**before.members, **row.members}, "table": table}
-        out[row.group] = GroupRow(**merged)
+        alike = (before.environment, before.repaired) == (row.environment, row.repaired)
+        earlier = before.earlier if alike else [list(run) for run in before.runs]
+        members = {**before.members, **row.members}
+        out[row.group] = replace(row, members=members, table=table, earlier=earlier)
     return out
 
 

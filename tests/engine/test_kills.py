@@ -10,14 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synthkd.dfkd import replay
 from synthkd.dfkd.job import SynthJob
 from synthkd.engine import Batch, GuidanceSpec, Request, SynthkdError, WorkUnit, rows, write_shards
-from synthkd.engine.rows import Part, read_index
+from synthkd.engine.columns import shard_columns
+from synthkd.engine.index import read_environments
+from synthkd.engine.rows import Part, group_rows, read_index
 from synthkd.engine.verify import verify_set
 
 Killed = Callable[[Callable[[], object]], bool]
@@ -251,6 +255,40 @@ def test_a_shard_that_had_grown_and_is_lost_is_finished_once(canned: Callable[..
     assert [write_shards(canned(18, **CHANGES), tmp_path).drawn for _ in range(2)] == [12, 0]
     assert read_index(tmp_path)[0].revision == 2
     assert verify_set(tmp_path).problems == ()
+
+
+def test_samples_of_a_group_that_grows_elsewhere_keep_their_environment(
+    canned: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ids 6 and 7 of group 1 were drawn in one environment, 8 and 9 in another, 10 and 11 in the first again."""
+
+    class Elsewhere:
+        def __init__(self, count: int, library: str) -> None:
+            self._inner = canned(count, groups_per_shard=3)
+            self.plan, self.identity = self._inner.plan, self._inner.identity
+            self.environment = {**self._inner.environment, "library": library}
+
+        def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+            return (replace(batch, environment={}) for batch in self._inner.draw(units))
+
+    for count, library in ((8, "one"), (10, "two"), (18, "one")):
+        write_shards(Elsewhere(count, library), tmp_path)
+    row = group_rows(tmp_path, read_index(tmp_path)[0])[1]
+    libraries = {key: detail["library"] for key, detail in read_environments(tmp_path).items()}
+    assert [(count, libraries[key]) for count, key, _ in row.runs] == [(2, "one"), (2, "two"), (2, "one")]
+    (columns,) = shard_columns(tmp_path)
+    assert [libraries[key] for key in columns.spread("environment")] == ["one"] * 8 + ["two"] * 2 + ["one"] * 8
+    assert [replay._environment(tmp_path, 1, place, 0)["library"] for place in (1, 2, 4)] == ["one", "two", "one"]
+    assert verify_set(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize(
+    "earlier", [[[7, "a", False]], [[0, "a", False]], [[True, "a", False]], [[1, "a"]], ["abc"], 1]
+)
+def test_earlier_samples_that_no_group_has(earlier: Any) -> None:
+    said = {"group": 0, "attempt": 0, "kept": 7, "end": 0, "environment": "a", "members": {}, "earlier": earlier}
+    with pytest.raises(TypeError):
+        rows.group_row(said)
 
 
 def test_parts_of_different_counts_draw_a_shard_once(stream: Any, tmp_path: Path) -> None:
