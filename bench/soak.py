@@ -73,7 +73,7 @@ def soak(spec: SoakSpec, place: Path, say: Callable[[str], None] = print) -> dic
             run = Disturbed(spec, place, disk / "set", nodes, say)
             run.execute()
         row = {**compared(whole, disk / "set", spec), **run.row(), "undisturbed_seconds": round(undisturbed, 1)}
-    return {"kind": "soak", **row, "disk_full": f"{run.done[DISK]} times, {'tmpfs' if real else 'not run: no tmpfs'}"}
+    return {"kind": "soak", **row, "disk_full": "tmpfs" if real else "not run: no tmpfs"}
 
 
 def command(spec: SoakSpec, place: Path, out: Path, *more: str) -> list[str]:
@@ -135,12 +135,12 @@ def cluster() -> Iterator[Nodes]:
 
 
 def actor_processes() -> list[psutil.Process]:
-    """Processes of Ray actors on this machine, those that draw shards."""
+    """Processes of Ray actors that this process, or one that it has started, has started: those that draw shards."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        title = " ".join(process.info["cmdline"] or ())
-        if title.startswith("ray::Actor"):
-            found.append(process)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if " ".join(process.cmdline()).startswith("ray::Actor"):
+                found.append(process)
     return found
 
 
@@ -169,6 +169,8 @@ class Disturbed:
     def execute(self) -> None:
         """All events, spread over the run, then the run to its end; raises RuntimeError where it stands still."""
         started, process, events = time.monotonic(), None, self.spec.events()
+        if not os.path.ismount(self.out.parent):
+            events = [event for event in events if event != DISK]
         step = self.spec.images // (len(events) + 1)
         try:
             for number, event in enumerate(events, start=1):
@@ -232,8 +234,6 @@ class Disturbed:
 
     def _disk(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes] | None:
         """Fill the disk, wait until the command says so and ends, and make room again."""
-        if not os.path.ismount(self.out.parent):
-            return process
         filler = self.out.parent / "filler"
         free = shutil.disk_usage(self.out.parent).free
         with filler.open("wb") as f:
@@ -276,8 +276,18 @@ def main() -> None:
     print(json.dumps(row))
     if record:
         append_row("soak", row)
-    if not row["identical"] or row["lost"] or row["doubled"] or row["problems"]:
+    if not same(row):
         sys.exit("the disturbed set is not the undisturbed one")
+    asked = {name: arguments[name] for name in ("kills", "actors", "nodes")}
+    done = {"kills": row["kills"], "actors": row["actor_kills"], "nodes": row["node_removals"]}
+    if asked != done or row["disks_filled"] not in (arguments["disks"], 0):
+        sys.exit(f"the set was whole before everything had happened: {done} of {asked}")
+
+
+def same(row: dict[str, Any]) -> bool:
+    """Whether a row says that nothing was lost, doubled or changed."""
+    whole = row["identical"] and row["same_environment"] and row["tables_equal"]
+    return bool(whole) and not (row["lost"] or row["doubled"] or row["problems"])
 
 
 if __name__ == "__main__":

@@ -119,6 +119,10 @@ def run(
     from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.run import Interrupted, Run
 
+    for name, seconds in {"--deadline": deadline, "--grace": grace}.items():
+        options.check_seconds(name, seconds)
+    if method is not None and deadline is not None:
+        raise SynthkdError("--deadline is for groups of a diffusion prior; leave it out with --method")
     chosen = load_preset(preset)
     asked = options.Asked(
         gamma=gamma, rounds=rounds, divergence=divergence,
@@ -137,7 +141,7 @@ def run(
         run_method(MethodRun(
             preset=chosen, method=method, out=out_dir, seed=seed, num_images=num_images, pool=pool,
             options=parsed_options(set_option, patch), workers=options.check_workers(workers),
-        ), minutes)  # fmt: skip
+        ), minutes, grace)  # fmt: skip
         return
     if pool is not None or set_option or patch is not None:
         raise SynthkdError("--pool, --patch and --set are for --method; name one")
@@ -176,7 +180,7 @@ def synth(
     preset: Annotated[str | None, typer.Option(help="Start from a preset's recipe, model and teacher.")] = None,
     model: Annotated[str | None, typer.Option(help="Diffusers pipeline folder, hub id, or embedded:digits.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Teacher card (TOML), or embedded:digits.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="TOML file of recipe fields, [guidance], [cutmix].")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of recipe fields, tables guidance and cutmix.")] = None,
     classes: Annotated[Path | None, typer.Option(help="File of class names, one a line (or the teacher's).")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompt templates, one a line, with {class}.")] = None,
     targets: Annotated[Path | None, typer.Option(help="TOML of class weights, exclusions and prompt words.")] = None,

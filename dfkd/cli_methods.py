@@ -70,10 +70,10 @@ def parsed_options(entries: Sequence[str] | None, patch: int | None) -> dict[str
     return found
 
 
-def run_method(job: MethodRun, minutes: float | None) -> None:
+def run_method(job: MethodRun, minutes: float | None, grace: float | None = None) -> None:
     """`synthkd run PRESET --method NAME`."""
     load_method(job.method)
-    with Bars(out) as bars, StopFlag() as stop:
+    with Bars(out) as bars, StopFlag(grace) as stop:
         try:
             until = Deadline(stop, minutes)
             result = replace(job, progress=bars, should_stop=until.is_set).execute()

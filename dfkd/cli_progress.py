@@ -102,10 +102,9 @@ class StopFlag:
         os.close(self._reads)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        sys.stderr.write("\nsynthkd: stopping at the next safe point; once more to stop at once\n")
-        for taken, handler in self._before.items():
-            signal.signal(taken, handler)
+        if self._signal is None:  # of a second one the watching thread makes the end
+            self._signal = number
+            sys.stderr.write("\nsynthkd: stopping at the next safe point; once more to stop at once\n")
 
     def _watched(self) -> None:
         """Told of every signal as it comes, by its number."""
@@ -114,7 +113,7 @@ class StopFlag:
             if told[0] not in self._before:
                 continue
             seen += 1
-            if seen > 1:  # the handler of the first has not run yet, or this one would have acted
+            if seen > 1:
                 end_process(_code(told[0]), "stopped at once; what is finished is safe, the same command goes on")
             if told[0] == signal.SIGTERM and self._grace is not None:
                 threading.Thread(target=self._graced, args=(self._grace,), daemon=True).start()

@@ -22,6 +22,7 @@ from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.card import describe_set
 from synthkd.engine.config import AUTO_PIXELS
+from synthkd.engine.errors import NotYetError
 from synthkd.engine.index import (
     MANIFEST,
     checkpoint_digest,
@@ -235,13 +236,13 @@ def ensure_student(
     the manifest names (another processor or library).
     """
     if not folder.exists():
-        _before(job, folder, round_, request)
+        _before(job, folder, round_, request, part)
     with settle_lock(folder, part):
         try:
             return student_card(folder, round_)
         except SynthkdError:
             known = checkpoint_digest(read_manifest(folder), round_)
-        count = _before(job, folder, round_, request)
+        count = _before(job, folder, round_, request, part)
         try:
             card = _train(job, folder, round_, count, request.seed, progress, should_stop)
         except Stopped:
@@ -261,12 +262,17 @@ def _as_ever(device: str) -> TrainOptions:
     return TrainOptions(device=device, reader="torch", threads=1, compile="off" if device == "cpu" else "auto")
 
 
-def _before(job: SynthJob, folder: Path, round_: int, request: Request) -> int:
+def _before(job: SynthJob, folder: Path, round_: int, request: Request, part: Part | None) -> int:
     """Number of images in the rounds before; raises SynthkdError where a shard of them is missing."""
     plan = Plan(job.recipe, request)
     last = plan.round_shards(round_).start
     have = read_index(folder) if folder.exists() else {}
     missing = [s for s in range(last) if s not in have]
+    if missing and part is not None:
+        raise NotYetError(
+            f"{folder}: round {round_} needs the rounds before it, and shard {missing[0]} is another part's, or not "
+            "finished; the same command goes on when it is there"
+        )
     if missing:
         raise SynthkdError(
             f"{folder}: round {round_} needs the rounds before it; shard {missing[0]} is not finished: draw shards 0 "

@@ -16,6 +16,12 @@ class NonFiniteError(SynthkdError):
     exit_code = 3
 
 
+class NotYetError(SynthkdError):
+    """Another run has to finish its part first; the same command goes on then."""
+
+    exit_code = 75
+
+
 class WorkerLostError(SynthkdError):
     """A worker process ended unasked; every finished group is safe."""
 

