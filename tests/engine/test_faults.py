@@ -182,7 +182,7 @@ class Plainly:
 def test_workers_that_die_or_hang_are_replaced(
     faulty: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One dies, one hangs, one stops in the middle of its answer; each gets a SIGTERM while it starts, one in mid-group.
+    """One dies, one hangs, one stops in mid-answer; each gets a SIGTERM while it starts, one in mid-group.
 
     One runs short of memory.
 
