@@ -53,9 +53,9 @@ def settle_decoder(
     if (folder / MANIFEST).exists() and (done := _frozen(job, folder)) is not None:
         return done
     synth = job.build()
+    declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
     folder.mkdir(parents=True, exist_ok=True)
     with settle_lock(folder, part), one_thread(job.device):
-        declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
         claim_folder(folder, declared, request.num_samples, job.source())
         if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:
             note_decoder(folder, _as_begun(job))

@@ -99,9 +99,9 @@ def replay_sample(
     count = int(manifest["num_samples"])
     if not 0 <= sample_id < count:
         raise SynthkdError(f"--id {sample_id}: the set has samples 0 to {count - 1}")
-    group = sample_id // recipe.group_size
+    group, place = divmod(sample_id, recipe.group_size)
     plan = Plan(recipe, Request(num_samples=count, seed=manifest["seed"]))
-    said = _environment(set_dir, group, group // recipe.groups_per_shard)
+    said = _environment(set_dir, group, place, group // recipe.groups_per_shard)
     again = Again(set_dir, device, allow_code, fuse, artifacts, moved=moved)
     stream = again.stream(plan, recipe.round_of(group), said)
     batch = next(stream.draw([plan.unit(group)]))
@@ -114,11 +114,11 @@ def replay_sample(
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)
 
 
-def _environment(set_dir: Path, group: int, shard: int) -> Mapping[str, Any]:
-    """The environment that a group was drawn in; empty where group or environment are not known."""
+def _environment(set_dir: Path, group: int, place: int, shard: int) -> Mapping[str, Any]:
+    """The environment that a sample of a group was drawn in; empty where sample or environment are not known."""
     row = read_index(set_dir).get(shard)
-    key = next((g.environment for g in group_rows(set_dir, row) if g.group == group), "") if row else ""
-    return read_environments(set_dir).get(key, {})
+    keys = next((g.environments for g in group_rows(set_dir, row) if g.group == group), []) if row else []
+    return read_environments(set_dir).get(keys[place] if place < len(keys) else "", {})
 
 
 def _compiled(environment: Mapping[str, Any]) -> CompileChoice:

@@ -190,8 +190,9 @@ class _Drawing:
 def _claim(job: SynthJob, request: Request, folder: Path, part: Part | None) -> None:
     """Compare a folder with the job where no first round will do so before a student is trained on what it holds."""
     if (folder / MANIFEST).exists():
+        identity = job.build().identity(request.seed)
         with settle_lock(folder, part):
-            claim_folder(folder, job.build().identity(request.seed), request.num_samples, job.source())
+            claim_folder(folder, identity, request.num_samples, job.source())
 
 
 def _say_what_gamma_does(job: SynthJob, plan: Plan) -> None:

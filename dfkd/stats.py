@@ -264,8 +264,9 @@ def _count(stats: SetStats, columns: ShardColumns) -> None:
         stats.losses.setdefault(name, Spread()).add(values)
     for group in columns.groups:
         stats.attempts[group.attempt] += 1
-        stats.environments[group.environment] += group.kept
-        stats.repaired += group.kept * group.repaired
+        for count, key, again in group.runs:
+            stats.environments[key] += count
+            stats.repaired += count * again
         stats.seconds.update({name: value for name, value in group.seconds.items() if isinstance(value, (int, float))})
     stats.groups += len(columns.groups)
     for i in np.flatnonzero(labels < SHEET_CLASSES).tolist() if _wants_more(stats) else ():

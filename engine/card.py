@@ -56,8 +56,9 @@ class Tally:
         for columns in shard_columns(folder):
             out.labels.update(columns.label)
             for group in columns.groups:
-                out.environments[group.environment] += group.kept
-                out.repaired += group.kept * group.repaired
+                for count, key, again in group.runs:
+                    out.environments[key] += count
+                    out.repaired += count * again
             on_shard(len(columns))
         return out
 

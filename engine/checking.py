@@ -51,7 +51,7 @@ def check_finished(folder: Path, plan: Plan, row: ShardRow) -> Verdict:
     except SynthkdError as error:
         return verdict(row.shard, row.samples, [str(error).partition("; run `synthkd repair")[0]])
     problems = check_groups(plan, row, groups) + check_shard(folder, row, groups)
-    found = verdict(row.shard, row.samples, problems, {str(g.environment) for g in groups})
+    found = verdict(row.shard, row.samples, problems, {key for g in groups for _, key, _ in g.runs})
     return Verdict(**{**vars(found), "stamp": stamp})
 
 

@@ -48,6 +48,9 @@ class ShardColumns:
 
     def spread(self, value: str) -> list[Any]:
         """A field of the group rows, one value an image."""
+        if value in ("environment", "repaired"):
+            at = ("environment", "repaired").index(value)
+            return [told[at] for g in self.groups for count, *told in g.runs for _ in range(count)]
         return [v for g in self.groups for v in [getattr(g, value)] * g.kept]
 
 

@@ -58,7 +58,7 @@ def draw_on_cluster(
     """
     folder, told = Path(out).resolve(), told or Told()
     depot = remote.publisher if remote else None
-    worker = ShardWorker(factory, plan, folder, depot, str(Path.cwd()), writing or Writing())
+    worker = ShardWorker(factory, plan, folder, depot, str(Path.cwd()), writing or Writing(), part is not None)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, part):
@@ -152,7 +152,7 @@ class Drawing:
         if member.shard is not None:
             shard = member.shard
             self._safe.setdefault(shard, self._state.samples(shard))
-            self._crew.ask(member, "step", shard, self._state.row(shard))
+            self._crew.ask(member, "step", shard, *self._state.standing(shard))
 
     def _next(self) -> int | None:
         """A shard that was given back, one whose lock is worth another look, or the next of the plan."""

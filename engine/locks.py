@@ -25,11 +25,15 @@ from synthkd.engine.watch import TRY_AGAIN, end_process
 LOCK, CLAIM = ".lock", ".lock-claim"
 _NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.ENOSYS)
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
-_STRAY = {  # what a killed run leaves of a file that it was replacing, by folder
-    "": r"(manifest\.json|index(-\d+-of-\d+)?\.jsonl|shard-\d{6,}\.tar\.journal)\.tmp|shard-\d{6,}\.tar\.fresh",
-    "rows": r"shard-\d{6,}\.jsonl\.tmp",
-    "environments": r"[0-9a-f]{16}\.json\.[0-9a-f]{8}\.tmp",
+_HEX = r"\.[0-9a-f]{8}\.tmp"
+_STRAY = {  # what a killed run leaves of a file that it was replacing, or fetching, by folder
+    "": r"(manifest\.json|index(-\d+-of-\d+)?\.jsonl|shard-\d{6,}\.tar\.journal)\.tmp|shard-\d{6,}\.tar\.fresh"
+    rf"|shard-\d{{6,}}\.arriving({_HEX})?|shard-\d{{6,}}\.tar{_HEX}",
+    "rows": rf"shard-\d{{6,}}\.(jsonl\.tmp|arriving({_HEX})?)",
+    "environments": rf"[0-9a-f]{{16}}\.json{_HEX}",
 }
+_DESCRIBED = rf"(index\.parquet|README\.md){_HEX}"  # written when the lock is let go of: only old ones are strays
+_OLD = 3600.0  # seconds, by the clock of the file system
 
 
 @contextlib.contextmanager
@@ -94,10 +98,13 @@ def _held(folder: Path, name: str, shared: bool = False, wait: bool = False) -> 
                 yield None
             return
         if not locked:
-            raise _taken(folder, _read(path))
-        if not shared:
-            _sign(descriptor)
-        yield descriptor
+            raise _taken(folder, _read(path) or _sharer(folder, name))
+        _sign(descriptor, b"" if shared else json.dumps(owner_note()).encode())  # of those that share none is the owner
+        try:
+            yield descriptor
+        finally:
+            if not shared:
+                _sign(descriptor, b"")
     finally:
         os.close(descriptor)
 
@@ -181,6 +188,11 @@ def _sweep(folder: Path) -> None:
             names = [entry.name for entry in os.scandir(folder / inside) if re.fullmatch(pattern, entry.name)]
             for name in names:
                 (folder / inside / name).unlink(missing_ok=True)
+    now = (folder / LOCK).stat().st_mtime  # just signed
+    for entry in [entry for entry in os.scandir(folder) if re.fullmatch(_DESCRIBED, entry.name)]:
+        with contextlib.suppress(FileNotFoundError):
+            if now - entry.stat(follow_symlinks=False).st_mtime > _OLD:
+                (folder / entry.name).unlink()
 
 
 def owner_note() -> dict[str, Any]:
@@ -225,11 +237,18 @@ def _taken(folder: Path, note: bytes) -> HeldError:
     return HeldError(f"{folder}: another run is writing there{owner_words(note)}; wait or choose another --out")
 
 
-def _sign(descriptor: int) -> None:
+def _sign(descriptor: int, note: bytes) -> None:
     """Write who holds a lock, and since when, into it; a full disk does not unlock it."""
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner_note()).encode(), 0)
+        os.pwrite(descriptor, note, 0)
+
+
+def _sharer(folder: Path, name: str) -> bytes:
+    """The note of one of those that share a lock: the newest of a process that lives, as far as can be told."""
+    named = [path for path in folder.glob(f"{name}-*-of-*") if re.fullmatch(r"-\d+-of-\d+", path.name[len(name) :])]
+    notes = [note for note in map(_read, named) if owner_words(note)]
+    return max(notes, key=lambda note: ("itself gone" not in owner_words(note), json.loads(note)["since"]), default=b"")
 
 
 def _read(path: Path) -> bytes:

@@ -77,7 +77,7 @@ class _Place:
 
     def said(self) -> str:
         """Folder and environments, for people."""
-        keys = sorted({str(group.environment) for group in group_rows(self.folder, self.row)})
+        keys = sorted({key for group in group_rows(self.folder, self.row) for _, key, _ in group.runs})
         return f"{self.folder} ({self.row.sha256[:12]}, environments {', '.join(keys)})"
 
 

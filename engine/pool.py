@@ -112,15 +112,26 @@ class _Worker:
         return found
 
     def _answer(self, deadline: float | None) -> Any:
+        late = threading.Event()
+        timer = threading.Timer(deadline or 0, self._too_late, (late,))  # a worker may hang in the middle of a send
+        timer.daemon = True
+        if deadline is not None:
+            timer.start()
         try:
-            if not connection.wait([self._pipe, self.process.sentinel], deadline):
-                raise _Lost(f"took longer than the deadline of {deadline:g} s")
+            connection.wait([self._pipe, self.process.sentinel])
             found = self._pipe.recv()
         except (EOFError, OSError) as error:  # a tensor comes through the worker's shared memory, while it lives
-            raise _Lost(self._end()) from error
+            end = f"took longer than the deadline of {deadline:g} s" if late.is_set() else self._end()
+            raise _Lost(end) from error
+        finally:
+            timer.cancel()
         if isinstance(found, Exception):
             raise found
         return found
+
+    def _too_late(self, late: threading.Event) -> None:
+        late.set()
+        self.process.kill()
 
     def _end(self) -> str:
         self.process.join(5)

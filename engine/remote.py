@@ -109,7 +109,7 @@ class Publisher:
         """
         if self.published(row.shard) != row:
             self.store.remove(row_name(row.shard))
-        for key in sorted({group.environment for group in group_rows(self.folder, row)}):
+        for key in sorted({key for group in group_rows(self.folder, row) for _, key, _ in group.runs}):
             name = f"{ENVIRONMENTS}/{key}.json"
             if self.store.size(name) is None:
                 self.store.put(self.folder / name, name)
@@ -239,7 +239,7 @@ class RemoteSet:
             row = self.publisher.published(int(match[1]))
             if row is None or sizes.get(row.file) != row.bytes or not self._has_rows(row):
                 continue
-            self._there[row.shard] = row
+            row = self._there[row.shard] = _newer(row, known.get(row.shard))
             if known.get(row.shard) != row and not journal_path(self.folder, row.shard).exists():
                 append_line(self.folder / INDEX, asdict(row))
 
@@ -350,6 +350,13 @@ class RemoteSet:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.decode())
         return True
+
+
+def _newer(row: ShardRow, known: ShardRow | None) -> ShardRow:
+    """A store's row with a revision by which it holds in the spool, which may know a later one of a lost shard."""
+    if known is None or known.revision <= row.revision:
+        return row
+    return known if replace(known, revision=row.revision) == row else replace(row, revision=known.revision + 1)
 
 
 def _manifest(store: Store, data: bytes) -> dict[str, Any]:

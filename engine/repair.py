@@ -184,8 +184,9 @@ class _Rebuild:
         wrong = [name for name in names if now.get(name) != before.members[name]]
         if not wrong:
             return f"{where}: drawn again, every byte as recorded"
-        apart = f"recorded in {before.environment}, drawn again in {key}"
-        why = "the same environment" if key == before.environment else f"other hardware or libraries: {apart}"
+        recorded = sorted({old for _, old, _ in before.runs})
+        apart = f"recorded in {' and '.join(recorded)}, drawn again in {key}"
+        why = "the same environment" if recorded == [key] else f"other hardware or libraries: {apart}"
         return f"{where}: drawn again, {len(wrong)} of {len(names)} members differ from the record ({why})"
 
     def _finish(self, file: ShardFile) -> list[str]:

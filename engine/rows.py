@@ -11,7 +11,7 @@ import os
 import secrets
 from array import array
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ class GroupRow:
     table: columns with one value a sample, without its previews: `key`, `label`, `offset` and `size` of the image's
     bytes in the tar, `confidence` of the teacher in the label (None where it was not asked), `losses.NAME`.
     repaired: whether the group was drawn again by `synthkd repair`.
+    earlier: [samples, environment, repaired] of its first samples, in order, where the group has grown in another
+    environment; `environment` and `repaired` are those of the rest.
     """
 
     group: int
@@ -42,6 +44,18 @@ class GroupRow:
     seconds: dict[str, float] = field(default_factory=dict)
     curves: dict[str, list[float]] = field(default_factory=dict)
     repaired: bool = False
+    earlier: list[list[Any]] = field(default_factory=list)
+
+    @property
+    def runs(self) -> list[tuple[int, str, bool]]:
+        """Its samples in order, as (how many, environment, repaired)."""
+        runs = [(count, environment, repaired) for count, environment, repaired in self.earlier]
+        return [*runs, (self.kept - sum(count for count, _, _ in runs), self.environment, self.repaired)]
+
+    @property
+    def environments(self) -> list[str]:
+        """The environment of each sample."""
+        return [environment for count, environment, _ in self.runs for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +121,13 @@ def write_atomically(path: Path, text: str, shared: bool = False) -> None:
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line and force it to disk."""
+    append_lines(path, [row])
+
+
+def append_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append JSON lines and force them to disk together."""
     with path.open("a") as f:
-        f.write(json.dumps(row, sort_keys=True) + "\n")
+        f.writelines(json.dumps(row, sort_keys=True) + "\n" for row in rows)
         f.flush()
         os.fsync(f.fileno())
 
@@ -179,6 +198,10 @@ def _check_values(row: GroupRow) -> None:
     texts = [*row.members.values(), *row.table.get("key", ())]
     if not isinstance(row.environment, str) or not set(map(type, texts)) <= {str}:
         raise TypeError("a digest, key or environment is not a text")
+    if [[int, str, bool]] * len(row.earlier) != [list(map(type, run)) for run in row.earlier]:
+        raise TypeError("earlier is not a list of samples, environment, repaired")
+    if not all(count > 0 for count, _, _ in row.runs):
+        raise TypeError("a run of earlier samples has none, or all of the group's")
     for name in ("label", "offset", "size"):
         _check_counts(*row.table.get(name, ()))
     figures = [column for name, column in row.table.items() if name == "confidence" or name.startswith("losses.")]
@@ -195,10 +218,11 @@ def _check_counts(*counts: Any) -> None:
         raise TypeError("a count is not a whole number")
 
 
-def read_journal(path: Path) -> dict[int, GroupRow]:
-    """Rows of an unfinished shard by group, the newest of each."""
+def read_journal(path: Path, size: int | None = None) -> dict[int, GroupRow]:
+    """Rows of an unfinished shard by group, the newest of each; with a size in bytes, only of what ends within it."""
     try:
-        return merge_rows(group_row(d) for d in _lines(path))
+        rows = map(group_row, _lines(path))
+        return merge_rows(row for row in rows if size is None or row.end <= size)
     except (TypeError, KeyError) as error:
         raise SynthkdError(f"{path}: a row is not a synthkd group's ({error!s:.200})") from error
 
@@ -212,8 +236,10 @@ def merge_rows(rows: Iterable[GroupRow]) -> dict[int, GroupRow]:
             out[row.group] = row
             continue
         table = {name: [*before.table.get(name, []), *column] for name, column in row.table.items()}
-        merged = {**vars(row), "members": {**before.members, **row.members}, "table": table}
-        out[row.group] = GroupRow(**merged)
+        alike = (before.environment, before.repaired) == (row.environment, row.repaired)
+        earlier = before.earlier if alike else [list(run) for run in before.runs]
+        members = {**before.members, **row.members}
+        out[row.group] = replace(row, members=members, table=table, earlier=earlier)
     return out
 
 
@@ -259,12 +285,36 @@ def read_index(folder: Path, missing: bool = False) -> dict[int, ShardRow]:
     Raises SynthkdError for a row that is not one of ours.
     """
     out: dict[int, ShardRow] = {}
-    for path in index_files(folder):
+    for path in reversed(index_files(folder)):  # rows move from the parts' files to the set's own, which is read last
         for data in _lines(path):
             row = shard_row(path, data)
             if row.shard not in out or row.revision >= out[row.shard].revision:
                 out[row.shard] = row
     return out if missing else {shard: row for shard, row in out.items() if (folder / row.file).exists()}
+
+
+class IndexTail:
+    """What other runs append to a set's index files; each look reads what is new since the last one."""
+
+    def __init__(self, folder: Path) -> None:
+        """The first look reads everything."""
+        self._folder, self._read = folder, dict[str, int]()
+
+    def fresh(self) -> Iterator[ShardRow]:
+        """Rows of whole lines that were not there before, file by file."""
+        for path in index_files(self._folder):
+            try:
+                f = open(open_plain(path, self._folder), "rb")  # noqa: PTH123, SIM115
+            except FileNotFoundError:
+                continue
+            with f:
+                start = self._read.get(path.name, 0)
+                f.seek(start if start <= f.seek(0, os.SEEK_END) else 0)  # its writer has cut a torn line off
+                data = f.read()
+                self._read[path.name] = f.tell() - len(data) + data.rfind(b"\n") + 1
+            for line in data[: data.rfind(b"\n") + 1].splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    yield shard_row(path, json.loads(line))
 
 
 def shard_row(path: Path, data: Mapping[str, Any]) -> ShardRow:
@@ -304,7 +354,7 @@ def gather_index(folder: Path) -> None:
     """Put the rows that parts have written into the set's own index; only under the folder's lock."""
     own, *parts = index_files(folder)
     mend_tail(own)
+    if parts:
+        append_lines(own, (data for path in parts for data in _lines(path)))
     for path in parts:
-        for data in _lines(path):
-            append_line(own, data)
         path.unlink()

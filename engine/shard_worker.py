@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,9 @@ from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import HeldError
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
-from synthkd.engine.rows import ShardRow
+from synthkd.engine.rows import ShardRow, read_index
 from synthkd.engine.runner import Factory
-from synthkd.engine.shards import ShardFile, disk_errors, journal_path
+from synthkd.engine.shard_file import ShardFile, disk_errors, is_whole, journal_path
 from synthkd.engine.writer import GroupWriter, WriteSummary, Writing
 
 
@@ -81,7 +81,8 @@ class ShardWorker:
 
     factory: makes its Synthesizer; folder: of the set, a path that every machine sees, or with a depot a spool on each;
     depot: where finished shards go before they are told; home: the caller's working directory, which relative paths
-    are meant from; writing: encoder, its threads, groups under way. The index is not its business.
+    are meant from; writing: encoder, its threads, groups under way; shared: whether other runs may finish
+    its shards meanwhile. Writing the index is not its business.
     """
 
     factory: Factory
@@ -90,6 +91,7 @@ class ShardWorker:
     depot: Depot | None = None
     home: str | None = None
     writing: Writing = field(default_factory=Writing)
+    shared: bool = False
     _synthesizer: Any = field(default=None, init=False)
     _file: ShardFile | None = field(default=None, init=False)
     _units: list[WorkUnit] = field(default_factory=list, init=False)
@@ -124,15 +126,16 @@ class ShardWorker:
         if self._synthesizer.routes.key:
             self._synthesizer.prepare()
 
-    def step(self, shard: int, finished: ShardRow | None) -> Step:
+    def step(self, shard: int, finished: ShardRow | None, known: ShardRow | None = None) -> Step:
         """Draw one more group of a shard, or finish it where it has all; an earlier worker's groups are kept.
 
-        finished: its row in the index, where a set grows. Raises NonFiniteError, and SynthkdError as the disk does.
+        finished: its row in the index, where a set grows; known: its newest row, though its tar be lost. Raises
+        NonFiniteError, and SynthkdError as the disk does.
         """
         with disk_errors(self.folder):
             try:
                 if self._file is None or self._file.shard != shard:
-                    self._open(shard, finished)
+                    self._open(shard, finished, known)
                 return self._advance(shard)
             except BaseException as error:
                 self._close()
@@ -155,7 +158,12 @@ class ShardWorker:
     def _identity(self) -> dict[str, Any]:
         return self._synthesizer.identity(self.plan.request.seed)
 
-    def _open(self, shard: int, finished: ShardRow | None) -> None:
+    def _now(self, shard: int) -> tuple[ShardRow | None, ShardRow | None]:
+        """What the index says of a shard that is locked: its row where its tar is whole, and its newest row."""
+        row = read_index(self.folder, missing=True).get(shard)
+        return (row if row and is_whole(self.folder, row) else None), row
+
+    def _open(self, shard: int, finished: ShardRow | None, known: ShardRow | None) -> None:
         self._close()
         device, recipe = self._synthesizer.model.device.type, self.plan.recipe
         encoder = encoder_for(self.writing.encoder, recipe.image_format, device)
@@ -163,7 +171,8 @@ class ShardWorker:
             self.folder.mkdir(parents=True, exist_ok=True)
             if finished is not None and not journal_path(self.folder, shard).exists():
                 self.depot.bring(finished)
-        file = self._file = ShardFile(self.folder, shard, finished)
+        now = partial(self._now, shard) if self.shared and self.depot is None else None
+        file = self._file = ShardFile(self.folder, shard, finished, known, now)
         self._units = [u for u in self.plan.shard_units(shard) if file.kept(u.group) < u.kept]
 
         def draft(batch: Batch) -> Draft:

@@ -1,45 +1,47 @@
-"""Batches -> WebDataset tars that survive a kill at any moment.
+"""Batches -> WebDataset tars that survive a kill at any moment: which shards of a plan are there, and what is left.
 
-A shard grows as `shard-N.tar.part`; after each group its bytes are forced to disk and one journal line says how
-far they are good. A finished shard gets the file of its groups, is renamed, gets its index row, then loses its journal.
-Work left is the plan minus index and journals.
+Work left is the plan minus index and journals; how one shard grows is told in `engine.shard_file`.
 """
 
-import contextlib
-import errno
-import hashlib
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from synthkd.engine.batch import SampleStream
-from synthkd.engine.encoding import BLOCK, EncodedGroup, tar_member
-from synthkd.engine.errors import SynthkdError
-from synthkd.engine.index import claim_folder, note_environment
-from synthkd.engine.locks import claim_lock, folder_lock, shard_lock
+from synthkd.engine.encoding import EncodedGroup
+from synthkd.engine.index import claim_folder
+from synthkd.engine.locks import claim_lock, folder_lock
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import (
-    GroupRow,
+    IndexTail,
     Part,
     ShardRow,
-    append_line,
     gather_index,
     group_rows,
     index_name,
-    lines_of,
     mend_tail,
-    merge_rows,
     read_index,
-    read_journal,
     rows_path,
-    shard_name,
-    write_atomically,
+)
+from synthkd.engine.shard_file import (
+    ShardFile,
+    commit,
+    disk_errors,
+    file_digest,
+    is_whole,
+    journal_path,
+    journalled,
+    part_path,
+    short_digest,
 )
 from synthkd.engine.writer import WriteSummary, Writing, write_groups
-from synthkd.export.artifacts import sync_folder
+
+__all__ = [
+    "Elsewhere", "ShardFile", "ShardFolder", "claim", "commit", "disk_errors", "file_digest", "journal_path",
+    "journalled", "part_path", "short_digest", "write_shards",
+]  # fmt: skip
 
 
 class Elsewhere(Protocol):
@@ -68,156 +70,6 @@ class Elsewhere(Protocol):
         """Put the tar of a published shard back into the folder."""
 
 
-def short_digest(data: bytes) -> str:
-    """Sixteen hexadecimal digits of SHA-256."""
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def part_path(folder: Path, shard: int) -> Path:
-    """A shard while it grows."""
-    return folder / f"{shard_name(shard)}.part"
-
-
-def journal_path(folder: Path, shard: int) -> Path:
-    """What is good of a shard that grows."""
-    return folder / f"{shard_name(shard)}.journal"
-
-
-def journalled(folder: Path, shard: int) -> dict[int, GroupRow]:
-    """Groups of an unfinished shard whose bytes are there, by group; nothing is changed."""
-    part, rows = part_path(folder, shard), read_journal(journal_path(folder, shard))
-    if part.exists():
-        size = part.stat().st_size
-        return {group: row for group, row in rows.items() if row.end <= size}
-    return rows if (folder / shard_name(shard)).exists() else {}  # renamed, but not indexed
-
-
-class ShardFile:
-    """One shard on its way: the journalled `.part` file and its rows; held by one process until it is released."""
-
-    def __init__(self, folder: Path, shard: int, finished: ShardRow | None) -> None:
-        """Pick up whatever an earlier run left of the shard; raises SynthkdError where another process writes it."""
-        self._held = contextlib.ExitStack()
-        self._held.enter_context(shard_lock(folder, shard))
-        self.folder, self.final = folder, folder / shard_name(shard)
-        self.part, self.journal = part_path(folder, shard), journal_path(folder, shard)
-        self.shard, self.finished = shard, finished
-        try:
-            self.rows: dict[int, GroupRow] = {}
-            if self.journal.exists():  # it begins with the groups that were there before
-                self._recover()
-            else:  # nothing vouches for a part file without its journal
-                self.part.unlink(missing_ok=True)
-                self.rows = {r.group: r for r in group_rows(folder, finished)} if finished else {}
-        except BaseException:
-            self.release()
-            raise
-
-    def release(self) -> None:
-        """Let others write the shard."""
-        self._held.close()
-
-    def kept(self, group: int) -> int:
-        """Samples of a group that are safe on disk."""
-        return self.rows[group].kept if group in self.rows else 0
-
-    def append(self, group: EncodedGroup, repaired: bool = False) -> None:
-        """Write the samples of a group that are not there yet; they are safe when this returns."""
-        if not self.part.exists():
-            self._begin()
-        have = self.kept(group.group)
-        fresh = group.members[group.per_sample * have :]
-        table = {name: column[have:] for name, column in group.table.items()}
-        table |= {"offset": [], "size": []}
-        with self.part.open("ab") as f:
-            end = f.tell()
-            for i, (name, data) in enumerate(fresh):
-                if i % group.per_sample == 0:
-                    table["offset"].append(end + BLOCK)
-                    table["size"].append(len(data))
-                end += f.write(tar_member(name, data))
-            f.flush()
-            os.fsync(f.fileno())
-        row = GroupRow(
-            group=group.group,
-            attempt=group.attempt,
-            kept=group.kept,
-            end=end,
-            environment=note_environment(self.folder, group.environment),
-            members={name: short_digest(data) for name, data in fresh},
-            table=table,
-            seconds=group.seconds,
-            curves=group.curves,
-            repaired=repaired,
-        )
-        append_line(self.journal, asdict(row))
-        self.rows = merge_rows([*self.rows.values(), row])
-
-    def seal(self) -> ShardRow:
-        """Close the tar, list its groups, rename it; returns the row that `commit` puts into an index.
-
-        Safe to repeat after a kill.
-        """
-        if self.part.exists():
-            with self.part.open("ab") as f:
-                f.write(b"\0" * (2 * BLOCK))
-                f.flush()
-                os.fsync(f.fileno())
-        groups = [self.rows[g] for g in sorted(self.rows)]
-        text, listed = lines_of(groups), rows_path(self.folder, self.shard)
-        listed.parent.mkdir(exist_ok=True)
-        write_atomically(listed, text)
-        if self.part.exists():
-            self.part.replace(self.final)
-            sync_folder(self.folder)
-        return ShardRow(
-            shard=self.shard,
-            file=self.final.name,
-            samples=sum(g.kept for g in groups),
-            bytes=self.final.stat().st_size,
-            sha256=file_digest(self.final),
-            groups=len(groups),
-            rows=hashlib.sha256(text.encode()).hexdigest(),
-            revision=self.finished.revision + 1 if self.finished else 0,
-        )
-
-    def _begin(self) -> None:
-        """Start the part file, from the finished shard where the set grows."""
-        write_atomically(self.journal, lines_of(self.rows[g] for g in sorted(self.rows)))
-        fresh = self.part.with_suffix(".fresh")
-        if self.rows:
-            shutil.copyfile(self.final, fresh)
-            with fresh.open("rb+") as f:
-                f.truncate(max(r.end for r in self.rows.values()))
-        else:
-            fresh.touch()
-        fresh.replace(self.part)
-
-    def _recover(self) -> None:
-        """Cut the part file back to what the journal vouches for."""
-        mend_tail(self.journal)
-        good, said = journalled(self.folder, self.shard), read_journal(self.journal)
-        self.rows = good
-        if not self.part.exists():  # renamed but not indexed, or not begun: `seal` or `append` goes on from here
-            return
-        if len(good) != len(said):
-            write_atomically(self.journal, lines_of(good[g] for g in sorted(good)))
-        with self.part.open("rb+") as f:
-            f.truncate(max((r.end for r in good.values()), default=0))
-
-
-def commit(folder: Path, row: ShardRow, part: Part | None = None) -> None:
-    """Put a sealed shard into the index, then drop its journal; by the one writer of that index."""
-    append_line(folder / index_name(part), asdict(row))
-    journal_path(folder, row.shard).unlink(missing_ok=True)
-
-
 class ShardFolder:
     """A set on disk: which samples of a plan are there, and where the next group goes. Holds one short row a shard."""
 
@@ -234,24 +86,39 @@ class ShardFolder:
         mend_tail(folder / index_name(part))
         whole: Sequence[int] = range(plan.num_shards) if part is None else part.shards(plan.num_shards)
         self.order = whole if shards is None else shards
-        rows = read_index(folder, missing=remote is not None)  # a shard of another size is damaged, and drawn again
-        self._index = {n: r for n, r in rows.items() if self._whole(r)}
+        self._known = read_index(folder, missing=True)  # newest rows, with those of shards that are lost
+        self._index = {n: r for n, r in self._known.items() if self._whole(r)}
+        self._tail = IndexTail(folder) if part is not None and remote is None else None
         self._open: ShardFile | None = None
 
     def _whole(self, row: ShardRow) -> bool:
-        """Whether the files of a finished shard are there."""
-        path = self.folder / row.file
-        there = path.stat().st_size == row.bytes if self.remote is None else self.remote.holds(row)
-        return there and rows_path(self.folder, row.shard).is_file()
+        """Whether the files of a finished shard are there; one of another size is damaged, and drawn again."""
+        if self.remote is None:
+            return is_whole(self.folder, row)
+        return self.remote.holds(row) and rows_path(self.folder, row.shard).is_file()
+
+    def _follow(self) -> None:
+        """Take in what runs of other parts have finished meanwhile; parts of different counts share shards."""
+        for row in self._tail.fresh() if self._tail else ():
+            if row.shard not in self._known or row.revision > self._known[row.shard].revision:
+                self._known[row.shard] = row
+                self._index.pop(row.shard, None)
+                if self._whole(row):
+                    self._index[row.shard] = row
+
+    def standing(self, shard: int) -> tuple[ShardRow | None, ShardRow | None]:
+        """The row of a finished shard, None before that; and its newest row, though its tar be lost."""
+        self._follow()
+        return self._index.get(shard), self._known.get(shard)
 
     def shard(self, shard: int) -> ShardFile:
         """The state of a shard, locked until another one is asked for."""
         if self._open is None or self._open.shard != shard:
             self.release()
-            row = self._index.get(shard)
+            row, known = self.standing(shard)
             if row is not None and self.remote is not None and not self._begun(shard):
                 self.remote.bring(row)
-            self._open = ShardFile(self.folder, shard, row)
+            self._open = ShardFile(self.folder, shard, row, known, partial(self.standing, shard))
         return self._open
 
     def release(self) -> None:
@@ -270,6 +137,7 @@ class ShardFolder:
 
     def wanted(self, shard: int) -> list[WorkUnit]:
         """Units of a shard with samples that are not on disk; nothing is changed."""
+        self._follow()
         if self.settled(shard):
             return []
         kept = self._kept(shard)
@@ -292,6 +160,8 @@ class ShardFolder:
         shard = group.group // self.plan.recipe.groups_per_shard
         state = self.shard(shard)
         new = group.kept - state.kept(group.group)
+        if new <= 0 and self.settled(shard):  # another run has finished it while this one drew
+            return 0
         state.append(group)
         self.close(shard)
         return new
@@ -301,7 +171,7 @@ class ShardFolder:
         if self.settled(shard) or not self._begun(shard):
             return
         state = self.shard(shard)
-        if all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
+        if not self.settled(shard) and all(state.kept(u.group) >= u.kept for u in self.plan.shard_units(shard)):
             row = state.seal()
             if self.remote is not None:
                 self.remote.publish(row)
@@ -318,11 +188,7 @@ class ShardFolder:
 
     def _note(self, row: ShardRow) -> None:
         commit(self.folder, row, self.part)
-        self._index[row.shard] = row
-
-    def row(self, shard: int) -> ShardRow | None:
-        """The row of a finished shard; None before that."""
-        return self._index.get(shard)
+        self._index[row.shard] = self._known[row.shard] = row
 
     def present(self) -> int:
         """Wanted samples that are safe on disk."""
@@ -379,8 +245,9 @@ def write_shards(
 
 def claim(folder: Path, stream: SampleStream, source: Mapping[str, Any], part: Part | None = None) -> None:
     """Make the folder this stream's set, under its lock; raises SynthkdError where it holds another one."""
+    identity = stream.identity  # digests of all weights: parts that start at once take them side by side
     with claim_lock(folder):
-        claim_folder(folder, stream.identity, stream.plan.request.num_samples, source)
+        claim_folder(folder, identity, stream.plan.request.num_samples, source)
     if part is None:
         gather_index(folder)
 
@@ -396,22 +263,3 @@ def _write(
         state.close(shard)
     summary = write_groups(stream, state.pending(), state.append, writing, on_batch, should_stop)
     return replace(summary, present=state.present())
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """What the system says of a disk, as one line."""
-    reasons = {
-        errno.ENOSPC: "no space left",
-        errno.EDQUOT: "disk quota exceeded",
-        errno.EFBIG: "file size limit reached",
-        errno.EACCES: "no permission to write",
-        errno.EROFS: "read-only file system",
-    }
-    try:
-        yield
-    except OSError as error:
-        reason = reasons.get(error.errno or 0, error.strerror or str(error))
-        raise SynthkdError(
-            f"{folder}: {reason}; every finished group is safe: mend that and run the same command again"
-        ) from error

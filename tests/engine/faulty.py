@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from synthkd.engine.memory import MemoryPlan
 
 @dataclass(frozen=True)
 class Faulty:
-    """A picklable factory. faults: group -> (what, how often): kill, hang, term, nan, shrink."""
+    """A picklable factory. faults: group -> (what, how often): kill, hang, stop in a send, term, nan, shrink."""
 
     recipe: Recipe
     folder: str
@@ -25,6 +26,12 @@ class Faulty:
     def __call__(self) -> "Drawer":
         """In a worker, or in the parent."""
         return Drawer(self)
+
+
+def _stopping(pipe: Any, data: bytes) -> None:
+    """Half a message, and then nothing more."""
+    os.write(pipe.fileno(), data[: len(data) // 2])
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Drawer:
@@ -63,6 +70,8 @@ class Drawer:
             os.kill(os.getpid(), signal.SIGKILL if what == "kill" else signal.SIGTERM)
         if what == "hang":
             time.sleep(600)
+        if what == "stop":
+            Connection._send = _stopping  # type: ignore[attr-defined]
         if what == "nan":
             raise NonFiniteError(f"group {group} was not finite")
         if what == "shrink":

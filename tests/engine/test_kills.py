@@ -1,6 +1,7 @@
 """A set survives SIGKILL at any moment, torn files and a full disk: the same bytes in the end."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -8,14 +9,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from synthkd.dfkd import replay
 from synthkd.dfkd.job import SynthJob
-from synthkd.engine import GuidanceSpec, Request, SynthkdError, write_shards
+from synthkd.engine import Batch, GuidanceSpec, Request, SynthkdError, WorkUnit, rows, write_shards
+from synthkd.engine.columns import shard_columns
+from synthkd.engine.index import read_environments
+from synthkd.engine.rows import Part, group_rows, read_index
 from synthkd.engine.verify import verify_set
 
 Killed = Callable[[Callable[[], object]], bool]
@@ -205,11 +211,11 @@ def test_a_torn_or_missing_index_row(stream: Any, whole: dict[str, bytes], tmp_p
 def test_a_renamed_shard_with_its_journal_and_no_row(
     stream: Any, whole: dict[str, bytes], killed: Killed, tmp_path: Path
 ) -> None:
-    from synthkd.engine import shards
+    from synthkd.engine import shard_file
 
     def work() -> None:
-        inner = shards.append_line
-        shards.append_line = lambda path, row: _die() if path.name == "index.jsonl" else inner(path, row)
+        inner = shard_file.append_line
+        shard_file.append_line = lambda path, row: _die() if path.name == "index.jsonl" else inner(path, row)
         write_shards(stream, tmp_path / "set")
 
     assert killed(work)
@@ -225,6 +231,115 @@ def test_a_lost_shard_is_drawn_again(stream: Any, whole: dict[str, bytes], tmp_p
     write_shards(stream, tmp_path / "set")
     (tmp_path / "set/shard-000001.tar").unlink()
     _agrees(stream, tmp_path / "set", whole)
+
+
+def test_a_part_file_that_was_removed_while_a_set_grew(canned: Callable[..., Any], tmp_path: Path) -> None:
+    """The old tar is there, and vouches only for the samples that it had."""
+    three = {"groups_per_shard": 3}
+    write_shards(canned(8, **three), tmp_path / "set")
+    write_shards(canned(18, **three), tmp_path / "set", should_stop=lambda: True)
+    (tmp_path / "set/shard-000000.tar.part").unlink()
+    done = write_shards(canned(18, **three), tmp_path / "set")
+    assert (done.drawn, done.present, verify_set(tmp_path / "set").problems) == (10, 18, ())
+    write_shards(canned(18, **three), tmp_path / "whole")
+    assert _tars(tmp_path / "set") == _tars(tmp_path / "whole")
+
+
+def test_a_shard_that_had_grown_and_is_lost_is_finished_once(canned: Callable[..., Any], tmp_path: Path) -> None:
+    """Its row is newer than any that was lost."""
+    for count in (8, 18):
+        write_shards(canned(count, **CHANGES), tmp_path)
+    lost, index = read_index(tmp_path)[0], tmp_path / "index.jsonl"
+    index.write_text(index.read_text().replace(lost.rows, "0" * 64))  # its groups took other times than they will now
+    (tmp_path / "shard-000000.tar").unlink()
+    assert [write_shards(canned(18, **CHANGES), tmp_path).drawn for _ in range(2)] == [12, 0]
+    assert read_index(tmp_path)[0].revision == 2
+    assert verify_set(tmp_path).problems == ()
+
+
+def test_samples_of_a_group_that_grows_elsewhere_keep_their_environment(
+    canned: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Ids 6 and 7 of group 1 were drawn in one environment, 8 and 9 in another, 10 and 11 in the first again."""
+
+    class Elsewhere:
+        def __init__(self, count: int, library: str) -> None:
+            self._inner = canned(count, groups_per_shard=3)
+            self.plan, self.identity = self._inner.plan, self._inner.identity
+            self.environment = {**self._inner.environment, "library": library}
+
+        def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+            return (replace(batch, environment={}) for batch in self._inner.draw(units))
+
+    for count, library in ((8, "one"), (10, "two"), (18, "one")):
+        write_shards(Elsewhere(count, library), tmp_path)
+    row = group_rows(tmp_path, read_index(tmp_path)[0])[1]
+    libraries = {key: detail["library"] for key, detail in read_environments(tmp_path).items()}
+    assert [(count, libraries[key]) for count, key, _ in row.runs] == [(2, "one"), (2, "two"), (2, "one")]
+    (columns,) = shard_columns(tmp_path)
+    assert [libraries[key] for key in columns.spread("environment")] == ["one"] * 8 + ["two"] * 2 + ["one"] * 8
+    assert [replay._environment(tmp_path, 1, place, 0)["library"] for place in (1, 2, 4)] == ["one", "two", "one"]
+    assert verify_set(tmp_path).problems == ()
+
+
+@pytest.mark.parametrize(
+    "earlier", [[[7, "a", False]], [[0, "a", False]], [[True, "a", False]], [[1, "a"]], ["abc"], 1]
+)
+def test_earlier_samples_that_no_group_has(earlier: Any) -> None:
+    said = {"group": 0, "attempt": 0, "kept": 7, "end": 0, "environment": "a", "members": {}, "earlier": earlier}
+    with pytest.raises(TypeError):
+        rows.group_row(said)
+
+
+def test_parts_of_different_counts_draw_a_shard_once(stream: Any, tmp_path: Path) -> None:
+    """Shard 0 is in both parts; the one is finished while the other draws its first group."""
+
+    class Late:
+        plan, identity, environment = stream.plan, stream.identity, stream.environment
+
+        def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
+            for number, batch in enumerate(stream.draw(units)):
+                if number == 0:
+                    assert write_shards(stream, tmp_path, part=Part(0, 4)).drawn == 12
+                yield batch
+
+    assert write_shards(Late(), tmp_path, part=Part(0, 2)).drawn == 0
+    lines = [line for path in tmp_path.glob("index-*.jsonl") for line in path.read_text().splitlines()]
+    assert [json.loads(line)["revision"] for line in lines] == [0]
+
+
+def test_a_reader_misses_no_row_that_is_gathered_meanwhile(
+    stream: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two index files that it reads, all rows move from the parts' files to the set's own."""
+    for index in range(2):
+        write_shards(stream, tmp_path, part=Part(index, 2))
+    inner = rows._lines
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        found = list(inner(path))
+        monkeypatch.setattr(rows, "_lines", inner)
+        rows.gather_index(tmp_path)
+        return found
+
+    monkeypatch.setattr(rows, "_lines", lines)
+    assert sorted(read_index(tmp_path)) == [0, 1]
+    assert sorted(read_index(tmp_path)) == [0, 1]
+
+
+def test_parts_take_digests_side_by_side(stream: Any, tmp_path: Path) -> None:
+    """A stream's identity is asked for before the lock that parts take in turn."""
+
+    class Watched:
+        plan, environment, draw = stream.plan, stream.environment, stream.draw
+
+        @property
+        def identity(self) -> Any:
+            with (tmp_path / ".lock-claim").open("a") as f:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return stream.identity
+
+    assert write_shards(Watched(), tmp_path).present == COUNT
 
 
 @pytest.fixture

@@ -49,6 +49,42 @@ def test_the_message_names_owner_and_age_whatever_the_clock_says(
             pass
 
 
+def test_a_refusal_names_an_owner_that_is_there(tmp_path: Path, killed: Callable[..., bool]) -> None:
+    """Neither the last only writer, killed or gone, nor a part that was killed, but the part that runs."""
+    here = rf"\(process {os.getpid()} on"
+    _held_and_killed(tmp_path, killed, Part(0, 3))
+    _held_and_killed(tmp_path, killed)
+    with folder_lock(tmp_path, Part(1, 3)):
+        with pytest.raises(SynthkdError, match=here), folder_lock(tmp_path):
+            pass
+        with pytest.raises(SynthkdError, match=here), folder_lock(tmp_path, Part(1, 3)):
+            pass
+    with folder_lock(tmp_path):
+        pass
+    assert {path.name: path.stat().st_size > 0 for path in tmp_path.glob(".lock*")} == {
+        ".lock": False,
+        ".lock-00000-of-00003": True,
+        ".lock-00001-of-00003": False,
+    }
+
+
+def test_what_killed_runs_leave_is_swept(tmp_path: Path) -> None:
+    """A table or card that is being written after a run is none of it."""
+    (tmp_path / "rows").mkdir()
+    names = ["shard-000003.arriving", "shard-000003.arriving.01abcdef.tmp", "rows/shard-000003.arriving"]
+    described = ["index.parquet.01abcdef.tmp", "README.md.01abcdef.tmp"]
+    mine = ["notes.tmp", "README.md.tmp"]
+    for name in (*names, *described, *mine):
+        (tmp_path / name).touch()
+    with folder_lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {".lock", *described, *mine}
+    for name in (*described, *mine):
+        os.utime(tmp_path / name, (0, 0))
+    with folder_lock(tmp_path):
+        assert {path.name for path in tmp_path.iterdir() if path.is_file()} == {".lock", *mine}
+    assert not list((tmp_path / "rows").iterdir())
+
+
 def test_a_number_that_is_used_again_is_not_the_owner() -> None:
     """The lock outlives its owner in a process that it started; another one has its number now."""
     note = owner_note()

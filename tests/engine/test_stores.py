@@ -156,6 +156,15 @@ def test_a_set_in_a_store_grows(canned: Streams, url: str, tmp_path: Path) -> No
     assert len(list(read_set(fetched(url, tmp_path / "copy")))) == COUNT
 
 
+def test_a_store_prevails_over_a_later_row_of_a_shard_that_is_lost(stream: Any, url: str, tmp_path: Path) -> None:
+    """A spool remembers a shard that had grown; the store has it as another machine finished it."""
+    _drawn(stream, _remote(url, tmp_path / "spool"))
+    index = tmp_path / "spool/index.jsonl"
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps({**row, "revision": 3, "sha256": "0" * 64}) + "\n" for row in rows))
+    assert [_drawn(stream, _remote(url, tmp_path / "spool")).drawn for _ in range(2)] == [0, 0]
+
+
 def test_parts_have_spools_of_their_own(stream: Any, url: str, whole: dict[str, bytes], tmp_path: Path) -> None:
     for index in (1, 0):
         part = Part(index, 2)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from synthkd.engine import SynthkdError, write_shards
+from synthkd.engine.encoding import tar_member
 from synthkd.engine.reading import members, read_set
-from synthkd.engine.shards import tar_member
 from synthkd.engine.verify import NOTES, verify_set
 
 NAME = "000000007.png"
