@@ -141,7 +141,7 @@ class Drawing:
             return
         if not member.pinned:
             member.pinned = True
-            self._crew.ask(member, "pin", self._agreed.memory)
+            self._crew.ask(member, "pin", self._agreed)
             return
         if self._stopped:
             if member.shard is not None:

@@ -12,12 +12,11 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from synthkd.engine.checking import MOST_PROBLEMS, Verdict, check_finished, verdict
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
     CHECKPOINT_FILES,
@@ -47,11 +46,11 @@ from synthkd.engine.rows import (
 from synthkd.engine.shards import file_digest, journal_path
 from synthkd.engine.stores import Store, checked_url, is_url
 from synthkd.engine.untrusted import parse_note
-from synthkd.engine.verify import SetState, VerifyReport, open_state, settled
 from synthkd.engine.watch import TRY_AGAIN, end_process
 from synthkd.export.artifacts import own_cache
 
 _ROW = re.compile(r"index/shard-(\d{6,18})\.json")
+_PART_LOCK = re.compile(r"locks/(writer-\d{5,7}-of-\d{5,7})\.json")
 _NOTE = re.compile(
     rf"{ENVIRONMENTS}/[0-9a-f]{{16}}\.json|{DECODER}/({'|'.join(map(re.escape, DECODER_FILES))})"
     rf"|rounds/round-\d{{1,9}}/({'|'.join(map(re.escape, CHECKPOINT_FILES))})"
@@ -156,6 +155,14 @@ class Publisher:
             return None
         return row if row is not None and row.shard == shard else None
 
+    def finished(self, shard: int, samples: int) -> ShardRow | None:
+        """The row of a shard that is there with at least so many samples, its tar and rows as it says; else None."""
+        row = self.published(shard)
+        if row is None or row.samples < samples or self.store.size(row.file) != row.bytes:
+            return None
+        data = self.store.read(f"{ROWS}/{rows_path(self.folder, shard).name}", MAX_ROWS)
+        return row if data is not None and hashlib.sha256(data).hexdigest() == row.rows else None
+
 
 class RemoteSet:
     """A store and its spool; one run at a time has the spool.
@@ -183,7 +190,7 @@ class RemoteSet:
 
     @contextlib.contextmanager
     def held(self, part: Part | None = None, beat: float = 10.0) -> Iterator[None]:
-        """Within it no other run writes this part of the store, as far as its client can make a file exclusively.
+        """Within it no other run writes this part of the store, or all of it, as far as its client can make a file exclusively.
 
         The lock is a note that is rewritten every `beat` seconds; one that a dead run left is taken over after eight of
         them. Raises SynthkdError where another run lives; a run whose lock is taken over ends with exit code 75.
@@ -193,18 +200,26 @@ class RemoteSet:
         about = {"host": platform.node(), "pid": os.getpid()}
         lease = Lease(_Notes(self.store), name, about, lambda: end_process(TRY_AGAIN, over), beat)
         try:
-            taken = lease.take()
-        except OSError as error:
-            raise SynthkdError(str(error)) from error
-        if not taken:
-            owner = ascii(lease.owner.decode("utf-8", "replace"))[:120]
-            taken_by = f"{self.store.url}: another run is writing there ({owner})"
-            raise SynthkdError(f"{taken_by}; wait or choose another --out")
-        try:
+            self._free(lease, lease.take())
+            for other in self._others(part):  # after its own note: of two at once both may be refused, but never none
+                seen = Lease(_Notes(self.store), other, about, beat=beat)
+                self._free(seen, seen.cleared())
             yield
         finally:
             with contextlib.suppress(OSError):
                 lease.release()
+
+    def _others(self, part: Part | None) -> list[str]:
+        """The locks that a run may not meet: parts of a whole one, the whole one of a part."""
+        if part is not None:
+            return ["writer"]
+        return [found[1] for name in self.store.names("locks/") if (found := _PART_LOCK.fullmatch(name))]
+
+    def _free(self, lease: Lease, free: bool) -> None:
+        if not free:
+            owner = ascii(lease.owner.decode("utf-8", "replace"))[:120]
+            taken_by = f"{self.store.url}: another run is writing there ({owner})"
+            raise SynthkdError(f"{taken_by}; wait or choose another --out")
 
     def prepare(self) -> None:
         """Attach under the spool's lock."""
@@ -384,65 +399,4 @@ def open_output(out: str, spool: Path | None = None, part: Part | None = None) -
     return where, RemoteSet(Store(url), where)
 
 
-def fetched(
-    url: str,
-    folder: Path,
-    on_known: Callable[[int], None] = lambda _: None,
-    on_shard: Callable[[int], None] = lambda _: None,
-) -> Path:
-    """Copy a set at a URL into a folder; goes on where an earlier call ended, every shard checked by its digest.
-
-    on_known: told how many images there are, on_shard: those of each shard that is here. Returns the folder. Raises
-    SynthkdError where there is no set, or a shard is damaged.
-    """
-    remote = RemoteSet(Store(checked_url(url)), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        remote.gather()
-        read_manifest(folder)
-        on_known(sum(row.samples for row in remote.rows()))
-        for row in remote.rows():
-            remote.bring(row)
-            on_shard(row.samples)
-    return folder
-
-
-def verify_url(url: str, folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> VerifyReport:
-    """Check a set at a URL like one on disk, shard by shard, with the disk of one: each is fetched into `folder`.
-
-    Raises SynthkdError where there is no readable set, or the store does not answer.
-    """
-    remote = RemoteSet(Store(checked_url(url)), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    remote.gather()
-    state, problems, found, samples = open_state(folder), [], 0, 0
-    problems += settled(state)
-    found = len(problems)
-    for shard in sorted({*range(state.plan.num_shards), *(row.shard for row in remote.rows())}):
-        one = _verdict(remote, state, shard)
-        problems += one.problems[: max(0, MOST_PROBLEMS - len(problems))]
-        found += one.found
-        samples += one.samples
-        on_shard(one.samples)
-    lines = tuple(line.replace(str(folder), url) for line in problems)
-    return VerifyReport(samples, len(remote.rows()), lines, found)
-
-
-def _verdict(remote: "RemoteSet", state: SetState, shard: int) -> Verdict:
-    row = next((row for row in remote.rows_of(shard)), None)
-    if row is None:
-        count = state.plan.shard_samples(shard)
-        text = f"shard {shard}: not finished, or its files are not those of its row ({count} samples)"
-        return verdict(shard, 0, [f"{text}; run the command that began the set again"])
-    if shard >= state.plan.num_shards:
-        return verdict(shard, 0, [f"{row.file}: lies outside the set, whose manifest counts fewer shards"])
-    remote.store.fetch(row.file, remote.folder / row.file)
-    try:
-        return check_finished(remote.folder, state.plan, row)
-    finally:
-        remote.drop(row)
-
-
-__all__ = [
-    "Publisher", "RemoteSet", "default_spool", "fetched", "open_output", "row_name", "verify_url",
-]  # fmt: skip
+__all__ = ["Publisher", "RemoteSet", "default_spool", "open_output", "row_name"]

@@ -14,7 +14,8 @@ from safetensors import safe_open
 from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
 from synthkd.engine import GuidanceSpec, Request
-from synthkd.engine.remote import RemoteSet, fetched
+from synthkd.engine.remote import RemoteSet
+from synthkd.engine.remote_read import fetched
 from synthkd.engine.stores import Store
 from synthkd.engine.tar import members
 from synthkd.engine.verify import verify_set

@@ -15,7 +15,8 @@ import pytest
 
 from synthkd.engine import SynthkdError, stores, write_shards
 from synthkd.engine.reading import read_set
-from synthkd.engine.remote import Publisher, RemoteSet, default_spool, fetched, open_output, row_name, verify_url
+from synthkd.engine.remote import Publisher, RemoteSet, default_spool, open_output, row_name
+from synthkd.engine.remote_read import fetched, verify_url
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.stores import Store, checked_url, is_url, schemes
 from synthkd.engine.verify import verify_set
