@@ -246,8 +246,7 @@ def synth(
     options.check_seconds("--grace", grace)
     folder, remote = open_output(out_dir, spool, part)
     how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster, remote=remote)
-    ours = remote.held(part) if remote else nullcontext()
-    with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
+    with remote.told() if remote else nullcontext(), Bars(out) as bars, StopFlag(grace) as stop:
         summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, how)
     if summary.drawn:
         out.print(_rates(summary), soft_wrap=True, highlight=False)

@@ -83,10 +83,26 @@ def draw_set(
     for before the rounds that teach its student are there.
     """
     job.check()
-    plan, told = Plan(job.recipe, request), progress or Silent()
-    if how.remote is not None:
-        _check_nodes(job, how)
+    if how.remote is None:
+        return _draw_set(job, request, folder, stage, workers, progress or Silent(), should_stop, how)
+    _check_nodes(job, how)
+    with how.remote.held(how.part):
         how.remote.prepare()
+        return _draw_set(job, request, folder, stage, workers, progress or Silent(), should_stop, how)
+
+
+def _draw_set(
+    job: SynthJob,
+    request: Request,
+    folder: Path,
+    stage: str,
+    workers: int | None,
+    told: Progress,
+    should_stop: Callable[[], bool],
+    how: DrawOptions,
+) -> WriteSummary:
+    """See `draw_set`; where finished shards go elsewhere, no other run writes there."""
+    plan = Plan(job.recipe, request)
     settled = settle_decoder(job, folder, request, told, should_stop, how.part)
     if settled is None:
         return WriteSummary(0, 0, True)

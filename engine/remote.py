@@ -9,14 +9,13 @@ drawn again. So runs that overlap cost time and nothing else.
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from synthkd.engine.agreement import learned, refuse_unlike, settle
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
     CHECKPOINT_FILES,
@@ -27,8 +26,8 @@ from synthkd.engine.index import (
     MANIFEST,
     read_manifest,
 )
-from synthkd.engine.lease import Lease
 from synthkd.engine.locks import folder_lock
+from synthkd.engine.remote_lock import store_lock
 from synthkd.engine.rows import (
     INDEX,
     MAX_ROWS,
@@ -46,46 +45,13 @@ from synthkd.engine.rows import (
 from synthkd.engine.shards import file_digest, journal_path
 from synthkd.engine.stores import Store, checked_url, is_url
 from synthkd.engine.untrusted import parse_note
-from synthkd.engine.watch import TRY_AGAIN, end_process
 from synthkd.export.artifacts import own_cache
 
 _ROW = re.compile(r"index/shard-(\d{6,18})\.json")
-_PART_LOCK = re.compile(r"locks/(writer-\d{5,7}-of-\d{5,7})\.json")
 _NOTE = re.compile(
     rf"{ENVIRONMENTS}/[0-9a-f]{{16}}\.json|{DECODER}/({'|'.join(map(re.escape, DECODER_FILES))})"
     rf"|rounds/round-\d{{1,9}}/({'|'.join(map(re.escape, CHECKPOINT_FILES))})"
 )
-
-
-class _Notes:
-    """A store as `lease.Notes`, which knows OSError alone."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = replace(store, tries=min(3, store.tries))
-
-    def read(self, name: str) -> bytes | None:
-        with _as_system_error():
-            return self._store.read(f"locks/{name}.json")
-
-    def create_exclusive(self, name: str, data: bytes) -> bool:
-        with _as_system_error():
-            return self._store.create_exclusive(f"locks/{name}.json", data)
-
-    def replace(self, name: str, data: bytes) -> None:
-        with _as_system_error():
-            self._store.write(f"locks/{name}.json", data)
-
-    def remove(self, name: str) -> None:
-        with _as_system_error():
-            self._store.remove(f"locks/{name}.json")
-
-
-@contextlib.contextmanager
-def _as_system_error() -> Iterator[None]:
-    try:
-        yield
-    except SynthkdError as error:
-        raise OSError(str(error)) from error
 
 
 def row_name(shard: int) -> str:
@@ -188,38 +154,9 @@ class RemoteSet:
             error.args = (f"{said} (spool {self.folder})",)
             raise
 
-    @contextlib.contextmanager
-    def held(self, part: Part | None = None, beat: float = 10.0) -> Iterator[None]:
-        """Within it no other run writes this part of the store, or all of it, as far as its client can make a file exclusively.
-
-        The lock is a note that is rewritten every `beat` seconds; one that a dead run left is taken over after eight of
-        them. Raises SynthkdError where another run lives; a run whose lock is taken over ends with exit code 75.
-        """
-        name = "writer" if part is None else f"writer-{part.name}"
-        over = f"{self.store.url}: another run took the lock over; every published shard is safe"
-        about = {"host": platform.node(), "pid": os.getpid()}
-        lease = Lease(_Notes(self.store), name, about, lambda: end_process(TRY_AGAIN, over), beat)
-        try:
-            self._free(lease, lease.take())
-            for other in self._others(part):  # after its own note: of two at once both may be refused, but never none
-                seen = Lease(_Notes(self.store), other, about, beat=beat)
-                self._free(seen, seen.cleared())
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lease.release()
-
-    def _others(self, part: Part | None) -> list[str]:
-        """The locks that a run may not meet: parts of a whole one, the whole one of a part."""
-        if part is not None:
-            return ["writer"]
-        return [found[1] for name in self.store.names("locks/") if (found := _PART_LOCK.fullmatch(name))]
-
-    def _free(self, lease: Lease, free: bool) -> None:
-        if not free:
-            owner = ascii(lease.owner.decode("utf-8", "replace"))[:120]
-            taken_by = f"{self.store.url}: another run is writing there ({owner})"
-            raise SynthkdError(f"{taken_by}; wait or choose another --out")
+    def held(self, part: Part | None = None, beat: float = 10.0) -> contextlib.AbstractContextManager[None]:
+        """See `store_lock`."""
+        return store_lock(self.store, part, beat)
 
     def prepare(self) -> None:
         """Attach under the spool's lock."""
@@ -244,8 +181,10 @@ class RemoteSet:
         self._merge_manifest()
         if not (self.folder / MANIFEST).exists() and any(map(_ROW.fullmatch, sizes)):
             raise SynthkdError(f"{self.store.url}: holds shards but no {MANIFEST}; choose another --out")
+        noted = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
+        damaged = {name for names, good in learned(self.folder, noted) if not good for name in names}
         for name in sorted(filter(_NOTE.fullmatch, sizes)):
-            if not (self.folder / name).exists():
+            if not (self.folder / name).exists() or name in damaged:
                 self.store.fetch(name, self.folder / name)
         mend_tail(self.folder / INDEX)
         known = read_index(self.folder, missing=True) if self.folder.exists() else {}
@@ -302,11 +241,13 @@ class RemoteSet:
     def note(self) -> None:
         """Publish the manifest, the files of checkpoints and decoder that it names, and shards that only the spool has.
 
-        Raises SynthkdError where the store meanwhile holds another set.
+        Raises SynthkdError where the store meanwhile holds another set, or one with another student or decoder.
         """
         self._merge_manifest()
-        for name in (n for n in self._noted() if (self.folder / n).is_file()):
-            if self.store.size(name) != (self.folder / name).stat().st_size:
+        noted = read_manifest(self.folder)
+        settle(self.store, noted)
+        for name in (name for names, good in learned(self.folder, noted) if good for name in names):
+            if not self._has(name):
                 self.store.put(self.folder / name, name)
         data = (self.folder / MANIFEST).read_bytes()
         if self.store.read(MANIFEST) != data:
@@ -324,12 +265,17 @@ class RemoteSet:
             if self.store.read(INDEX) != text.encode():
                 self.store.write(INDEX, text.encode())
 
-    def _noted(self) -> Iterator[str]:
-        manifest = read_manifest(self.folder)
-        for round_ in manifest.get(CHECKPOINTS, {}):
-            yield from (f"rounds/round-{int(round_)}/{name}" for name in CHECKPOINT_FILES)
-        if DECODER in manifest:
-            yield from (f"{DECODER}/{name}" for name in DECODER_FILES)
+    def _has(self, name: str) -> bool:
+        """Whether the store has this very file of the spool."""
+        path = self.folder / name
+        if self.store.size(name) != path.stat().st_size:
+            return False
+        there = path.with_name(f"{path.name}.arriving")
+        self.store.fetch(name, there)
+        try:
+            return file_digest(there) == file_digest(path)
+        finally:
+            there.unlink()
 
     def _is_sealed(self, row: ShardRow) -> bool:
         path = self.folder / row.file
@@ -345,9 +291,12 @@ class RemoteSet:
             raise SynthkdError(
                 f"{self.store.url}: holds another recipe's set than its spool; choose another --out, or --spool"
             )
+        refuse_unlike(self.store.url, mine, theirs)
         merged = {**mine, **theirs, "num_samples": max(theirs["num_samples"], mine.get("num_samples", 0))}
         if CHECKPOINTS in mine or CHECKPOINTS in theirs:
             merged[CHECKPOINTS] = {**mine.get(CHECKPOINTS, {}), **theirs.get(CHECKPOINTS, {})}
+        if DECODER in mine and DECODER in theirs:
+            merged[DECODER] = {**mine[DECODER], **theirs[DECODER]}
         if merged != mine:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(merged, indent=2, sort_keys=True) + "\n")
