@@ -18,7 +18,7 @@ from synthkd.engine.encoding import Draft, EncodedGroup, draft_group
 from synthkd.engine.environment import environment_key
 from synthkd.engine.errors import HeldError, SynthkdError
 from synthkd.engine.index import claim_folder
-from synthkd.engine.locks import claim_lock, shard_lock
+from synthkd.engine.locks import claim_lock, owner_note, shard_lock
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import ShardRow
@@ -49,12 +49,17 @@ _log = logging.getLogger("synthkd")
 
 @dataclass(frozen=True)
 class Hello:
-    """Who draws: host, process, where its synthkd lies, and what its Synthesizer logged as (level, line)."""
+    """Who draws: host, process, where its synthkd lies, and what its Synthesizer logged as (level, line).
+
+    boot, started: of the machine and of the process, as `locks.owner_note` says them; a number alone may be another's.
+    """
 
     host: str
     pid: int
     package: str
     said: tuple[tuple[int, str], ...] = ()
+    boot: str = ""
+    started: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,8 @@ class ShardWorker:
         if self._synthesizer.model.device.type == "cpu":
             torch.set_num_threads(1)
         package = str(Path(str(synthkd.engine.__file__)).parent)
-        return Hello(platform.node(), os.getpid(), package, tuple(heard.lines))
+        about = owner_note()
+        return Hello(about["host"], about["pid"], package, tuple(heard.lines), about["boot"], about["started"])
 
     def declare(self, processes: int) -> Declared:
         """What all workers need to agree on. processes: how many draw on this machine and share its memory."""

@@ -1,8 +1,10 @@
 """Who draws which shard when workers are lost, stopped or kept out; workers of this process stand in for actors."""
 
 import logging
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +15,14 @@ from synthkd.engine import NonFiniteError, SynthkdError, distributed, write_shar
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.locks import shard_lock
-from synthkd.engine.ray_runner import Lost, Member, Session
+from synthkd.engine.ray_runner import Actor, Crew, Lost, Member, Session
 from synthkd.engine.remote import Publisher, RemoteSet
 from synthkd.engine.remote_read import fetched
 from synthkd.engine.rows import Part, ShardRow, read_index
 from synthkd.engine.shard_worker import Hello, ShardWorker
 from synthkd.engine.stores import Store
 from synthkd.engine.verify import verify_set
+from synthkd.engine.writer import Writing
 
 COUNT = 32  # six groups of 6, the last with 2 kept, in three shards
 SESSION = Session(None, 2, 1, "cpu")
@@ -313,6 +316,42 @@ def test_a_shard_is_published_by_a_worker_that_dies_before_it_tells(
     last = _elsewhere(stream, url, tmp_path / "two")
     assert last.step(1, None).row is None
     last.rest()
+
+
+def test_an_encoder_is_for_the_device_of_the_cluster(crew: type[Here], stream: Any, tmp_path: Path) -> None:
+    """Whatever the caller's own; nothing is made before it is known."""
+    plan = SimpleNamespace(recipe=SimpleNamespace(image_format="jpg"))
+    with pytest.raises(SynthkdError, match="encodes on a GPU, device is 'cpu'"):
+        draw_on_cluster(SESSION, dict, plan, tmp_path / "set", writing=Writing("nvjpeg"))  # type: ignore[arg-type]
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("first\nCUDA out of memory\n")])
+def test_any_error_of_an_actor_is_one_line(error: Exception) -> None:
+    def start() -> None:
+        raise error
+
+    told = Actor(SimpleNamespace(start=start)).ask("start")  # type: ignore[arg-type]
+    assert isinstance(pickle.loads(pickle.dumps(told)), WorkerLostError)
+    assert str(told).count("\n") == 0
+    assert f"{type(error).__name__}{': CUDA out of memory' if str(error) else ''}; every finished" in str(told)
+
+
+@pytest.mark.parametrize(("changes", "killed"), [({}, 1), ({"started": "1"}, 0), ({"boot": "another"}, 0)])
+def test_a_process_that_only_has_the_number_is_not_killed(
+    stream: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], killed: int
+) -> None:
+    """Containers may share a host name, and a number is used again."""
+    kills: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: kills.append(pid))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("os.chdir", lambda where: None)
+    worker = ShardWorker(lambda: _made(stream), stream.plan, Path())
+    ray = SimpleNamespace(kill=lambda handle: None)
+    crew = Crew(Session(ray, 1, 1, "cpu"), worker, 0)
+    member = Member(None, asked="step", hello=replace(worker.start(), **changes))
+    crew.dismiss(member)
+    assert len(kills) == killed
 
 
 def test_one_worker_alone_reads_all_weights(crew: type[Here], stream: Any, tmp_path: Path) -> None:
