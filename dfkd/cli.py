@@ -40,7 +40,7 @@ from synthkd.dfkd.cli_sets import merge, repair, verify
 from synthkd.dfkd.cli_table import export_folder, index, stats
 from synthkd.dfkd.cli_teacher import app as teacher_app
 from synthkd.engine import Plan, Request, SynthkdError
-from synthkd.engine.encoders import encoder_for
+from synthkd.engine.encoders import check_encoder, encoder_for
 from synthkd.engine.environment import versions
 from synthkd.engine.writer import WriteSummary, Writing
 from synthkd.export import available, default_store
@@ -243,15 +243,17 @@ def synth(
         raise SynthkdError("--shards and --shard-index both choose shards; use one of them")
     workers = options.check_workers(workers)
     options.check_seconds("--deadline", deadline)
-    encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
     cluster = options.cluster_of(ray, ray_actors, ray_wheel, deadline, device)
+    if cluster is None:
+        encoder_for(encoder, job.recipe.image_format, job.device)  # refused before anything is loaded
+    else:
+        check_encoder(encoder, job.recipe.image_format)  # the cluster's device is known once it is joined
     if cluster is not None and workers is not None:
         raise SynthkdError("--workers are processes of this machine, --ray-actors those of a cluster; use one of them")
     options.check_seconds("--grace", grace)
     folder, remote = open_output(out_dir, spool, part)
     how = DrawOptions(shards=order, part=part, deadline=deadline, writing=writing, cluster=cluster, remote=remote)
-    ours = remote.held(part) if remote else nullcontext()
-    with remote.told() if remote else nullcontext(), ours, Bars(out) as bars, StopFlag(grace) as stop:
+    with remote.told() if remote else nullcontext(), Bars(out) as bars, StopFlag(grace) as stop:
         summary = draw_set(job, request, folder, "synthesize", workers, bars, stop.is_set, how)
     if summary.drawn:
         out.print(_rates(summary), soft_wrap=True, highlight=False)

@@ -65,7 +65,7 @@ def verify(
 
 def _verify_url(url: str, as_json: bool) -> None:
     """Shard by shard, each fetched into a temporary folder; what repair cannot reach is drawn by the run's command."""
-    from synthkd.engine.remote import verify_url
+    from synthkd.engine.remote_read import verify_url
 
     with tempfile.TemporaryDirectory(prefix="synthkd-") as name, Bars(Console(stderr=as_json)) as bars:
         bars.begin("verify", None, "images")
@@ -181,7 +181,7 @@ def merge(
 def _fetch(places: list[str], out_dir: Path | None) -> None:
     """A set at a URL into a folder."""
     from synthkd.engine.card import describe_set
-    from synthkd.engine.remote import fetched
+    from synthkd.engine.remote_read import fetched
     from synthkd.engine.verify import open_state
 
     if len(places) > 1 or out_dir is None:

@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from synthkd.dfkd.cluster import draw_by_actors
 from synthkd.dfkd.decoding import settle_decoder
 from synthkd.dfkd.job import SynthJob
@@ -22,6 +24,7 @@ from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import Plan, Request, SynthkdError
 from synthkd.engine.card import describe_set
 from synthkd.engine.config import AUTO_PIXELS
+from synthkd.engine.encoders import check_encoder
 from synthkd.engine.errors import NotYetError
 from synthkd.engine.index import (
     MANIFEST,
@@ -84,10 +87,29 @@ def draw_set(
     for before the rounds that teach its student are there.
     """
     job.check()
-    plan, told = Plan(job.recipe, request), progress or Silent()
-    if how.remote is not None:
-        _check_nodes(job, how)
+    if how.cluster is None:
+        encoder, count = (how.writing or Writing()).encoder, workers or default_workers(job.device)
+        check_encoder(encoder, job.recipe.image_format, torch.device(job.device).type, count)
+    if how.remote is None:
+        return _draw_set(job, request, folder, stage, workers, progress or Silent(), should_stop, how)
+    _check_nodes(job, how)
+    with how.remote.held(how.part):
         how.remote.prepare()
+        return _draw_set(job, request, folder, stage, workers, progress or Silent(), should_stop, how)
+
+
+def _draw_set(
+    job: SynthJob,
+    request: Request,
+    folder: Path,
+    stage: str,
+    workers: int | None,
+    told: Progress,
+    should_stop: Callable[[], bool],
+    how: DrawOptions,
+) -> WriteSummary:
+    """See `draw_set`; where finished shards go elsewhere, no other run writes there."""
+    plan = Plan(job.recipe, request)
     settled = settle_decoder(job, folder, request, told, should_stop, how.part)
     if settled is None:
         return WriteSummary(0, 0, True)

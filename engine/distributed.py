@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from synthkd.engine.encoders import check_encoder
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import claim_folder
 from synthkd.engine.locks import claim_lock, folder_lock
@@ -56,9 +57,10 @@ def draw_on_cluster(
     Raises SynthkdError as `write_shards` does, NonFiniteError as an actor does, WorkerLostError where one shard loses
     several actors in a row.
     """
-    folder, told = Path(out).resolve(), told or Told()
+    folder, told, writing = Path(out).resolve(), told or Told(), writing or Writing()
+    check_encoder(writing.encoder, plan.recipe.image_format, session.device)
     depot = remote.publisher if remote else None
-    worker = ShardWorker(factory, plan, folder, depot, str(Path.cwd()), writing or Writing(), part is not None)
+    worker = ShardWorker(factory, plan, folder, depot, str(Path.cwd()), writing, part is not None)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder, part):
@@ -141,7 +143,7 @@ class Drawing:
             return
         if not member.pinned:
             member.pinned = True
-            self._crew.ask(member, "pin", self._agreed.memory)
+            self._crew.ask(member, "pin", self._agreed)
             return
         if self._stopped:
             if member.shard is not None:

@@ -52,17 +52,29 @@ def encoder_for(name: str, image_format: str, device: str) -> Encoder:
 
     Raises SynthkdError for an unknown one, and where format, device or a missing package rule it out.
     """
+    check_encoder(name, image_format, device)
+    if name in ("auto", "pillow"):
+        return PILLOW
+    return _simplejpeg() if name == "simplejpeg" else _nvjpeg()
+
+
+def check_encoder(name: str, image_format: str, device: str | None = None, workers: int = 1) -> None:
+    """Raise SynthkdError where there is no such encoder, or format, device or number of processes rule it out.
+
+    device: None where it is not known yet; workers: processes of a machine whose groups one of them encodes.
+    """
     if name not in get_args(EncoderName):
         raise SynthkdError(f"--encoder {name!r}: {suggest(name, get_args(EncoderName))}")
     if name in ("auto", "pillow"):
-        return PILLOW
+        return
     if image_format != "jpg":
         raise SynthkdError(f"--encoder {name}: writes JPEG, image_format is {image_format!r}; use auto, or 'jpg'")
-    if name == "simplejpeg":
-        return _simplejpeg()
-    if device != "cuda":
+    if name == "nvjpeg" and device not in (None, "cuda"):
         raise SynthkdError(f"--encoder nvjpeg: encodes on a GPU, device is {device!r}; use auto or simplejpeg")
-    return _nvjpeg()
+    if name == "nvjpeg" and workers > 1:
+        raise SynthkdError(
+            f"--encoder nvjpeg: groups of {workers} workers come through host memory; use --workers 1, or simplejpeg"
+        )
 
 
 def encoder_of(environment: Mapping[str, Any], image_format: str, device: str) -> Encoder:
@@ -93,6 +105,10 @@ def _nvjpeg() -> Encoder:
         raise SynthkdError("torchvision is not installed: pip install 'synthkd[torchvision]'") from error
 
     def files(pixels: Tensor, image_format: str, quality: int) -> list[bytes]:
+        if pixels.device.type != "cuda":  # torchvision would take libjpeg, and rows would still say nvjpeg
+            raise SynthkdError(
+                f"--encoder nvjpeg: pixels are on {pixels.device}, not on a GPU; use --workers 1, or another encoder"
+            )
         planes = [image.permute(2, 0, 1).contiguous() for image in pixels]
         return [data.cpu().numpy().tobytes() for data in encode_jpeg(planes, quality=quality)]
 

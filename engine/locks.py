@@ -203,6 +203,11 @@ def owner_note() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def is_owner(pid: int, boot: str, started: str) -> bool:
+    """Whether a process number here is still the process that said this of itself (see `owner_note`)."""
+    return boot == _boot() != "" and started == _started(pid) != ""
+
+
 def owner_words(data: bytes) -> str:
     """Who holds a lock, in words; empty where its note does not say."""
     try:

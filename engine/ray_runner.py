@@ -11,12 +11,14 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from synthkd.engine.errors import SynthkdError, WorkerLostError
+from synthkd.engine.locks import is_owner
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.ray_wheel import editable, shipped
 from synthkd.engine.shard_worker import Declared, Hello, ShardWorker
@@ -25,6 +27,7 @@ from synthkd.engine.workers import cores
 POLL = 0.2  # seconds between looks at the deadline and at a stop
 LOSSES = 3  # actors in a row
 PATIENCE = 60.0  # seconds until a cluster that starts no actor is spoken of
+_SAFE = "every finished group is safe: mend that and run the same command again"
 _CONNECT = 5.0  # seconds
 _STORE = 128 * 2**20  # bytes: no image ever lies there
 _log = logging.getLogger("synthkd")
@@ -205,11 +208,15 @@ class Actor:
         self._worker = worker
 
     def ask(self, name: str, *values: Any) -> Any:
-        """What a method of the worker returns, or the SynthkdError that it raises."""
+        """What a method of the worker returns, or the error that it raises: a SynthkdError, one line."""
         try:
             return getattr(self._worker, name)(*values)
         except SynthkdError as error:
             return error
+        except Exception as error:  # memory that ran out, a driver, a bug: its own type may not cross
+            told = WorkerLostError(f"an actor on {platform.node()} failed: {_line(error)}; {_SAFE}")
+            told.add_note("in an actor:\n" + traceback.format_exc())
+            return told
 
 
 @dataclass(eq=False)
@@ -283,8 +290,8 @@ class Crew:
             answer = self._session.ray.get(reference)
         except errors.RuntimeEnvSetupError as error:
             raise SynthkdError(f"the cluster cannot set up the actors' environment: {_line(error)}") from error
-        except errors.RayTaskError:
-            raise
+        except errors.RayTaskError as error:  # of an answer that cannot be sent
+            raise WorkerLostError(f"an actor failed: {_line(error)}; {_SAFE}") from error
         except errors.RayError as error:
             return self.dismiss(member, _line(error))
         if isinstance(answer, SynthkdError):
@@ -307,7 +314,8 @@ class Crew:
         with contextlib.suppress(Exception):
             self._session.ray.kill(member.handle)
         hello = member.hello
-        if hello is not None and hello.host == platform.node() and member.asked:
+        here = hello is not None and hello.host == platform.node()
+        if hello is not None and here and member.asked and is_owner(hello.pid, hello.boot, hello.started):
             with contextlib.suppress(ProcessLookupError, PermissionError):  # one that is stopped does not hear Ray
                 os.kill(hello.pid, signal.SIGKILL)
         return Lost(why)
@@ -326,7 +334,7 @@ class Crew:
 
 
 def _line(error: BaseException) -> str:
-    """The last line of a Ray error, which may be a page."""
+    """The last line of an error, which may be a page, and its type."""
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     hint = "; install this synthkd on every machine, or pass --ray-wheel" if "No module named" in str(error) else ""
     return f"{type(error).__name__}: {lines[-1][:200]}{hint}" if lines else type(error).__name__
@@ -355,8 +363,7 @@ def refuse(lost: int, what: str, how: Lost) -> None:
     """Raise WorkerLostError where so many actors in a row were lost that another one would be too."""
     if lost >= LOSSES:
         raise WorkerLostError(
-            f"{what}: {LOSSES} actors in a row were lost (the last: {how.why}); every finished group is safe: mend "
-            "that and run the same command again"
+            f"{what}: {LOSSES} actors in a row were lost (the last: {how.why}); {_SAFE}"
         )
 
 

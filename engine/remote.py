@@ -9,15 +9,13 @@ drawn again. So runs that overlap cost time and nothing else.
 import contextlib
 import hashlib
 import json
-import os
-import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from synthkd.engine.checking import MOST_PROBLEMS, Verdict, check_finished, verdict
+from synthkd.engine.agreement import learned, refuse_unlike, settle
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import (
     CHECKPOINT_FILES,
@@ -28,8 +26,8 @@ from synthkd.engine.index import (
     MANIFEST,
     read_manifest,
 )
-from synthkd.engine.lease import Lease
 from synthkd.engine.locks import folder_lock
+from synthkd.engine.remote_lock import store_lock
 from synthkd.engine.rows import (
     INDEX,
     MAX_ROWS,
@@ -47,8 +45,6 @@ from synthkd.engine.rows import (
 from synthkd.engine.shards import file_digest, journal_path
 from synthkd.engine.stores import Store, checked_url, is_url
 from synthkd.engine.untrusted import parse_note
-from synthkd.engine.verify import SetState, VerifyReport, open_state, settled
-from synthkd.engine.watch import TRY_AGAIN, end_process
 from synthkd.export.artifacts import own_cache
 
 _ROW = re.compile(r"index/shard-(\d{6,18})\.json")
@@ -56,37 +52,6 @@ _NOTE = re.compile(
     rf"{ENVIRONMENTS}/[0-9a-f]{{16}}\.json|{DECODER}/({'|'.join(map(re.escape, DECODER_FILES))})"
     rf"|rounds/round-\d{{1,9}}/({'|'.join(map(re.escape, CHECKPOINT_FILES))})"
 )
-
-
-class _Notes:
-    """A store as `lease.Notes`, which knows OSError alone."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = replace(store, tries=min(3, store.tries))
-
-    def read(self, name: str) -> bytes | None:
-        with _as_system_error():
-            return self._store.read(f"locks/{name}.json")
-
-    def create_exclusive(self, name: str, data: bytes) -> bool:
-        with _as_system_error():
-            return self._store.create_exclusive(f"locks/{name}.json", data)
-
-    def replace(self, name: str, data: bytes) -> None:
-        with _as_system_error():
-            self._store.write(f"locks/{name}.json", data)
-
-    def remove(self, name: str) -> None:
-        with _as_system_error():
-            self._store.remove(f"locks/{name}.json")
-
-
-@contextlib.contextmanager
-def _as_system_error() -> Iterator[None]:
-    try:
-        yield
-    except SynthkdError as error:
-        raise OSError(str(error)) from error
 
 
 def row_name(shard: int) -> str:
@@ -156,6 +121,14 @@ class Publisher:
             return None
         return row if row is not None and row.shard == shard else None
 
+    def finished(self, shard: int, samples: int) -> ShardRow | None:
+        """The row of a shard that is there with at least so many samples, its tar and rows as it says; else None."""
+        row = self.published(shard)
+        if row is None or row.samples < samples or self.store.size(row.file) != row.bytes:
+            return None
+        data = self.store.read(f"{ROWS}/{rows_path(self.folder, shard).name}", MAX_ROWS)
+        return row if data is not None and hashlib.sha256(data).hexdigest() == row.rows else None
+
 
 class RemoteSet:
     """A store and its spool; one run at a time has the spool.
@@ -181,30 +154,9 @@ class RemoteSet:
             error.args = (f"{said} (spool {self.folder})",)
             raise
 
-    @contextlib.contextmanager
-    def held(self, part: Part | None = None, beat: float = 10.0) -> Iterator[None]:
-        """Within it no other run writes this part of the store, as far as its client can make a file exclusively.
-
-        The lock is a note that is rewritten every `beat` seconds; one that a dead run left is taken over after eight of
-        them. Raises SynthkdError where another run lives; a run whose lock is taken over ends with exit code 75.
-        """
-        name = "writer" if part is None else f"writer-{part.name}"
-        over = f"{self.store.url}: another run took the lock over; every published shard is safe"
-        about = {"host": platform.node(), "pid": os.getpid()}
-        lease = Lease(_Notes(self.store), name, about, lambda: end_process(TRY_AGAIN, over), beat)
-        try:
-            taken = lease.take()
-        except OSError as error:
-            raise SynthkdError(str(error)) from error
-        if not taken:
-            owner = ascii(lease.owner.decode("utf-8", "replace"))[:120]
-            taken_by = f"{self.store.url}: another run is writing there ({owner})"
-            raise SynthkdError(f"{taken_by}; wait or choose another --out")
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lease.release()
+    def held(self, part: Part | None = None, beat: float = 10.0) -> contextlib.AbstractContextManager[None]:
+        """See `store_lock`."""
+        return store_lock(self.store, part, beat)
 
     def prepare(self) -> None:
         """Attach under the spool's lock."""
@@ -229,8 +181,10 @@ class RemoteSet:
         self._merge_manifest()
         if not (self.folder / MANIFEST).exists() and any(map(_ROW.fullmatch, sizes)):
             raise SynthkdError(f"{self.store.url}: holds shards but no {MANIFEST}; choose another --out")
+        noted = read_manifest(self.folder) if (self.folder / MANIFEST).exists() else {}
+        damaged = {name for names, good in learned(self.folder, noted) if not good for name in names}
         for name in sorted(filter(_NOTE.fullmatch, sizes)):
-            if not (self.folder / name).exists():
+            if not (self.folder / name).exists() or name in damaged:
                 self.store.fetch(name, self.folder / name)
         mend_tail(self.folder / INDEX)
         known = read_index(self.folder, missing=True) if self.folder.exists() else {}
@@ -287,11 +241,13 @@ class RemoteSet:
     def note(self) -> None:
         """Publish the manifest, the files of checkpoints and decoder that it names, and shards that only the spool has.
 
-        Raises SynthkdError where the store meanwhile holds another set.
+        Raises SynthkdError where the store meanwhile holds another set, or one with another student or decoder.
         """
         self._merge_manifest()
-        for name in (n for n in self._noted() if (self.folder / n).is_file()):
-            if self.store.size(name) != (self.folder / name).stat().st_size:
+        noted = read_manifest(self.folder)
+        settle(self.store, noted)
+        for name in (name for names, good in learned(self.folder, noted) if good for name in names):
+            if not self._has(name):
                 self.store.put(self.folder / name, name)
         data = (self.folder / MANIFEST).read_bytes()
         if self.store.read(MANIFEST) != data:
@@ -309,12 +265,17 @@ class RemoteSet:
             if self.store.read(INDEX) != text.encode():
                 self.store.write(INDEX, text.encode())
 
-    def _noted(self) -> Iterator[str]:
-        manifest = read_manifest(self.folder)
-        for round_ in manifest.get(CHECKPOINTS, {}):
-            yield from (f"rounds/round-{int(round_)}/{name}" for name in CHECKPOINT_FILES)
-        if DECODER in manifest:
-            yield from (f"{DECODER}/{name}" for name in DECODER_FILES)
+    def _has(self, name: str) -> bool:
+        """Whether the store has this very file of the spool."""
+        path = self.folder / name
+        if self.store.size(name) != path.stat().st_size:
+            return False
+        there = path.with_name(f"{path.name}.arriving")
+        self.store.fetch(name, there)
+        try:
+            return file_digest(there) == file_digest(path)
+        finally:
+            there.unlink()
 
     def _is_sealed(self, row: ShardRow) -> bool:
         path = self.folder / row.file
@@ -330,9 +291,12 @@ class RemoteSet:
             raise SynthkdError(
                 f"{self.store.url}: holds another recipe's set than its spool; choose another --out, or --spool"
             )
+        refuse_unlike(self.store.url, mine, theirs)
         merged = {**mine, **theirs, "num_samples": max(theirs["num_samples"], mine.get("num_samples", 0))}
         if CHECKPOINTS in mine or CHECKPOINTS in theirs:
             merged[CHECKPOINTS] = {**mine.get(CHECKPOINTS, {}), **theirs.get(CHECKPOINTS, {})}
+        if DECODER in mine and DECODER in theirs:
+            merged[DECODER] = {**mine[DECODER], **theirs[DECODER]}
         if merged != mine:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps(merged, indent=2, sort_keys=True) + "\n")
@@ -391,65 +355,4 @@ def open_output(out: str, spool: Path | None = None, part: Part | None = None) -
     return where, RemoteSet(Store(url), where)
 
 
-def fetched(
-    url: str,
-    folder: Path,
-    on_known: Callable[[int], None] = lambda _: None,
-    on_shard: Callable[[int], None] = lambda _: None,
-) -> Path:
-    """Copy a set at a URL into a folder; goes on where an earlier call ended, every shard checked by its digest.
-
-    on_known: told how many images there are, on_shard: those of each shard that is here. Returns the folder. Raises
-    SynthkdError where there is no set, or a shard is damaged.
-    """
-    remote = RemoteSet(Store(checked_url(url)), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder_lock(folder):
-        remote.gather()
-        read_manifest(folder)
-        on_known(sum(row.samples for row in remote.rows()))
-        for row in remote.rows():
-            remote.bring(row)
-            on_shard(row.samples)
-    return folder
-
-
-def verify_url(url: str, folder: Path, on_shard: Callable[[int], None] = lambda _: None) -> VerifyReport:
-    """Check a set at a URL like one on disk, shard by shard, with the disk of one: each is fetched into `folder`.
-
-    Raises SynthkdError where there is no readable set, or the store does not answer.
-    """
-    remote = RemoteSet(Store(checked_url(url)), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    remote.gather()
-    state, problems, found, samples = open_state(folder), [], 0, 0
-    problems += settled(state)
-    found = len(problems)
-    for shard in sorted({*range(state.plan.num_shards), *(row.shard for row in remote.rows())}):
-        one = _verdict(remote, state, shard)
-        problems += one.problems[: max(0, MOST_PROBLEMS - len(problems))]
-        found += one.found
-        samples += one.samples
-        on_shard(one.samples)
-    lines = tuple(line.replace(str(folder), url) for line in problems)
-    return VerifyReport(samples, len(remote.rows()), lines, found)
-
-
-def _verdict(remote: "RemoteSet", state: SetState, shard: int) -> Verdict:
-    row = next((row for row in remote.rows_of(shard)), None)
-    if row is None:
-        count = state.plan.shard_samples(shard)
-        text = f"shard {shard}: not finished, or its files are not those of its row ({count} samples)"
-        return verdict(shard, 0, [f"{text}; run the command that began the set again"])
-    if shard >= state.plan.num_shards:
-        return verdict(shard, 0, [f"{row.file}: lies outside the set, whose manifest counts fewer shards"])
-    remote.store.fetch(row.file, remote.folder / row.file)
-    try:
-        return check_finished(remote.folder, state.plan, row)
-    finally:
-        remote.drop(row)
-
-
-__all__ = [
-    "Publisher", "RemoteSet", "default_spool", "fetched", "open_output", "row_name", "verify_url",
-]  # fmt: skip
+__all__ = ["Publisher", "RemoteSet", "default_spool", "open_output", "row_name"]

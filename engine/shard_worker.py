@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,12 +17,14 @@ from synthkd.engine.batch import Batch
 from synthkd.engine.encoders import encoder_for
 from synthkd.engine.encoding import Draft, EncodedGroup, draft_group
 from synthkd.engine.environment import environment_key
-from synthkd.engine.errors import HeldError
+from synthkd.engine.errors import HeldError, SynthkdError
+from synthkd.engine.index import claim_folder
+from synthkd.engine.locks import claim_lock, owner_note, shard_lock
 from synthkd.engine.memory import MemoryPlan
 from synthkd.engine.plan import Plan, WorkUnit
 from synthkd.engine.rows import ShardRow, read_index
 from synthkd.engine.runner import Factory
-from synthkd.engine.shard_file import ShardFile, disk_errors, is_whole, journal_path
+from synthkd.engine.shard_file import ShardFile, disk_errors, is_whole, journal_path, part_path
 from synthkd.engine.writer import GroupWriter, WriteSummary, Writing
 
 
@@ -31,6 +33,10 @@ class Depot(Protocol):
 
     def publish(self, row: ShardRow) -> None:
         """Put a sealed shard of the folder there."""
+
+    def finished(self, shard: int, samples: int) -> ShardRow | None:
+        """The row of a shard that is there as a whole with so many samples; else None."""
+        ...
 
     def bring(self, row: ShardRow) -> None:
         """Put a finished shard and its rows into the folder, so that it can grow."""
@@ -44,12 +50,17 @@ _log = logging.getLogger("synthkd")
 
 @dataclass(frozen=True)
 class Hello:
-    """Who draws: host, process, where its synthkd lies, and what its Synthesizer logged as (level, line)."""
+    """Who draws: host, process, where its synthkd lies, and what its Synthesizer logged as (level, line).
+
+    boot, started: of the machine and of the process, as `locks.owner_note` says them; a number alone may be another's.
+    """
 
     host: str
     pid: int
     package: str
     said: tuple[tuple[int, str], ...] = ()
+    boot: str = ""
+    started: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class ShardWorker:
     writing: Writing = field(default_factory=Writing)
     shared: bool = False
     _synthesizer: Any = field(default=None, init=False)
+    _identity: dict[str, Any] = field(default_factory=dict, init=False)  # of all workers, see `pin`
     _file: ShardFile | None = field(default=None, init=False)
     _units: list[WorkUnit] = field(default_factory=list, init=False)
     _writer: GroupWriter | None = field(default=None, init=False)
@@ -113,16 +125,17 @@ class ShardWorker:
         if self._synthesizer.model.device.type == "cpu":
             torch.set_num_threads(1)
         package = str(Path(str(synthkd.engine.__file__)).parent)
-        return Hello(platform.node(), os.getpid(), package, tuple(heard.lines))
+        about = owner_note()
+        return Hello(about["host"], about["pid"], package, tuple(heard.lines), about["boot"], about["started"])
 
     def declare(self, processes: int) -> Declared:
         """What all workers need to agree on. processes: how many draw on this machine and share its memory."""
         self._synthesizer.processes = processes
-        return Declared(self._identity, self._synthesizer.memory)
+        return Declared(self._synthesizer.identity(self.plan.request.seed), self._synthesizer.memory)
 
-    def pin(self, memory: MemoryPlan) -> None:
-        """Take over the plan of all workers, and make the backends ready that draw by it."""
-        self._synthesizer.memory = memory
+    def pin(self, agreed: Declared) -> None:
+        """Take over what all workers agree on, and make the backends ready that draw by it; asked before any `step`."""
+        self._identity, self._synthesizer.memory = agreed.identity, agreed.memory
         if self._synthesizer.routes.key:
             self._synthesizer.prepare()
 
@@ -135,6 +148,9 @@ class ShardWorker:
         with disk_errors(self.folder):
             try:
                 if self._file is None or self._file.shard != shard:
+                    self._close()
+                    if (row := self._finished(shard)) is not None:
+                        return Step(shard, self.plan.shard_samples(shard), row)
                     self._open(shard, finished, known)
                 return self._advance(shard)
             except BaseException as error:
@@ -154,9 +170,30 @@ class ShardWorker:
             finally:
                 self._close()
 
-    @cached_property
-    def _identity(self) -> dict[str, Any]:
-        return self._synthesizer.identity(self.plan.request.seed)
+    def _finished(self, shard: int) -> ShardRow | None:
+        """The row of a shard that a lost worker has published and could not tell of; what it left here goes."""
+        if self.depot is None:
+            return None
+        self._claim_spool()
+        row = self.depot.finished(shard, self.plan.shard_samples(shard))
+        if row is not None:
+            with shard_lock(self.folder, shard):
+                journal_path(self.folder, shard).unlink(missing_ok=True)
+                part_path(self.folder, shard).unlink(missing_ok=True)
+                self.depot.drop(row)
+        return row
+
+    def _claim_spool(self) -> None:
+        """Make the folder the set's: on a machine of its own the driver's claim says nothing of what lies there."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with claim_lock(self.folder):
+                claim_folder(self.folder, self._identity, self.plan.request.num_samples, {})
+        except HeldError:
+            raise
+        except SynthkdError as error:
+            hint = "choose another --spool, or remove that folder there"
+            raise SynthkdError(f"the spool on {platform.node()} is another set's ({error}); {hint}") from error
 
     def _now(self, shard: int) -> tuple[ShardRow | None, ShardRow | None]:
         """What the index says of a shard that is locked: its row where its tar is whole, and its newest row."""
@@ -164,13 +201,10 @@ class ShardWorker:
         return (row if row and is_whole(self.folder, row) else None), row
 
     def _open(self, shard: int, finished: ShardRow | None, known: ShardRow | None) -> None:
-        self._close()
         device, recipe = self._synthesizer.model.device.type, self.plan.recipe
         encoder = encoder_for(self.writing.encoder, recipe.image_format, device)
-        if self.depot is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if finished is not None and not journal_path(self.folder, shard).exists():
-                self.depot.bring(finished)
+        if self.depot is not None and finished is not None and not journal_path(self.folder, shard).exists():
+            self.depot.bring(finished)
         now = partial(self._now, shard) if self.shared and self.depot is None else None
         file = self._file = ShardFile(self.folder, shard, finished, known, now)
         self._units = [u for u in self.plan.shard_units(shard) if file.kept(u.group) < u.kept]

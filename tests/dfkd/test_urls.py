@@ -13,8 +13,9 @@ from safetensors import safe_open
 
 from synthkd.dfkd.rounds import DrawOptions, draw_set
 from synthkd.dfkd.student import DistillSpec
-from synthkd.engine import GuidanceSpec, Request
-from synthkd.engine.remote import RemoteSet, fetched
+from synthkd.engine import GuidanceSpec, Request, SynthkdError
+from synthkd.engine.remote import RemoteSet
+from synthkd.engine.remote_read import fetched
 from synthkd.engine.stores import Store
 from synthkd.engine.tar import members
 from synthkd.engine.verify import verify_set
@@ -64,6 +65,20 @@ def test_rounds_in_a_store(job: Any, whole: Path, tmp_path: Path) -> None:
     assert verify_set(copy).problems == ()
     for name in ("shard-000000.tar", "shard-000001.tar", "shard-000002.tar", "rounds/round-1/student.safetensors"):
         assert (copy / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_run_from_python_has_the_store_to_itself(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command's has: nothing is drawn, or made in the spool, while another run writes there."""
+
+    def taken(remote: RemoteSet, part: Any) -> Any:
+        raise SynthkdError("another run is writing there")
+
+    monkeypatch.setattr(RemoteSet, "held", taken)
+    with pytest.raises(SynthkdError, match="another run is writing there"):
+        _draw(job, f"file://{tmp_path}/store", tmp_path / "spool")
+    assert list(tmp_path.iterdir()) == []
 
 
 def _kind(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Who draws which shard when workers are lost, stopped or kept out; workers of this process stand in for actors."""
 
 import logging
+import pickle
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,14 @@ from synthkd.engine import NonFiniteError, SynthkdError, distributed, write_shar
 from synthkd.engine.distributed import Told, draw_on_cluster
 from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.locks import shard_lock
-from synthkd.engine.ray_runner import Lost, Member, Session
-from synthkd.engine.remote import Publisher, RemoteSet, fetched
+from synthkd.engine.ray_runner import Actor, Crew, Lost, Member, Session
+from synthkd.engine.remote import Publisher, RemoteSet
+from synthkd.engine.remote_read import fetched
 from synthkd.engine.rows import Part, ShardRow, read_index
 from synthkd.engine.shard_worker import Hello, ShardWorker
 from synthkd.engine.stores import Store
 from synthkd.engine.verify import verify_set
+from synthkd.engine.writer import Writing
 
 COUNT = 32  # six groups of 6, the last with 2 kept, in three shards
 SESSION = Session(None, 2, 1, "cpu")
@@ -101,11 +105,24 @@ def _tars(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.glob("shard-*"))}
 
 
-def _draw(stream: Any, folder: Path, **options: Any) -> Any:
+def _made(stream: Any) -> Any:
     synth = stream._synth
     made = SimpleNamespace(model=synth.model, routes=synth.routes, memory=synth.memory, identity=synth.identity)
     made.run = lambda unit, seed: next(stream.draw([unit]))
+    return made
+
+
+def _draw(stream: Any, folder: Path, **options: Any) -> Any:
+    made = _made(stream)
     return draw_on_cluster(SESSION, lambda: made, stream.plan, folder, **options)
+
+
+def _elsewhere(stream: Any, url: str, spool: Path) -> ShardWorker:
+    """A worker with a spool that no driver has claimed, as on another machine; ready to draw."""
+    worker = ShardWorker(lambda: _made(stream), stream.plan, spool, Publisher(Store(url), spool))
+    worker.start()
+    worker.pin(worker.declare(1))
+    return worker
 
 
 def _agrees(stream: Any, folder: Path, whole: dict[str, bytes]) -> None:
@@ -263,3 +280,84 @@ def test_shards_of_actors_go_to_a_store(
     fetched(url, tmp_path / "back")
     assert _tars(tmp_path / "back") == whole
     assert verify_set(tmp_path / "back").problems == ()
+
+
+def test_a_spool_of_another_set_is_refused(
+    crew: type[Here], stream: Any, canned: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What another recipe left of a shard on a worker's machine becomes no part of this one's, claimed or not."""
+    url, spool = f"file://{tmp_path}/store", tmp_path / "node"
+    other = _elsewhere(canned(COUNT, groups_per_shard=2, guidance_scale=2.0), url, spool)
+    other.step(0, None)
+    assert other.rest().kept == 6  # type: ignore[union-attr]
+    for _ in range(2):
+        with pytest.raises(SynthkdError, match=r"the spool on .* is another set's .*choose another --spool"):
+            _elsewhere(stream, url, spool).step(0, None)
+        assert (spool / "shard-000000.tar.journal").exists()
+        (spool / "manifest.json").unlink(missing_ok=True)  # as before spools had one
+
+
+def test_a_shard_is_published_by_a_worker_that_dies_before_it_tells(
+    crew: type[Here], stream: Any, canned: Callable[..., Any], whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The next one finds it in the store, new or grown, and draws nothing; damaged there, it is drawn again."""
+    url, rows = f"file://{tmp_path}/store", []
+    for step, count in enumerate((20, COUNT)):
+        grown = canned(count, groups_per_shard=2)
+        first = _elsewhere(grown, url, tmp_path / f"one-{step}")
+        while (told := first.step(1, rows[0] if rows else None)).row is None:
+            pass
+        again = _elsewhere(grown, url, tmp_path / f"one-{step}")
+        again._synthesizer.run = None
+        assert again.step(1, rows[0] if rows else None).row == told.row
+        rows.append(told.row)
+    assert (tmp_path / "store/shard-000001.tar").read_bytes() == whole["shard-000001.tar"]
+    (tmp_path / "store/shard-000001.tar").write_bytes(b"")
+    last = _elsewhere(stream, url, tmp_path / "two")
+    assert last.step(1, None).row is None
+    last.rest()
+
+
+def test_an_encoder_is_for_the_device_of_the_cluster(crew: type[Here], stream: Any, tmp_path: Path) -> None:
+    """Whatever the caller's own; nothing is made before it is known."""
+    plan = SimpleNamespace(recipe=SimpleNamespace(image_format="jpg"))
+    with pytest.raises(SynthkdError, match="encodes on a GPU, device is 'cpu'"):
+        draw_on_cluster(SESSION, dict, plan, tmp_path / "set", writing=Writing("nvjpeg"))  # type: ignore[arg-type]
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("first\nCUDA out of memory\n")])
+def test_any_error_of_an_actor_is_one_line(error: Exception) -> None:
+    def start() -> None:
+        raise error
+
+    told = Actor(SimpleNamespace(start=start)).ask("start")  # type: ignore[arg-type]
+    assert isinstance(pickle.loads(pickle.dumps(told)), WorkerLostError)
+    assert str(told).count("\n") == 0
+    assert f"{type(error).__name__}{': CUDA out of memory' if str(error) else ''}; every finished" in str(told)
+
+
+@pytest.mark.parametrize(("changes", "killed"), [({}, 1), ({"started": "1"}, 0), ({"boot": "another"}, 0)])
+def test_a_process_that_only_has_the_number_is_not_killed(
+    stream: Any, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], killed: int
+) -> None:
+    """Containers may share a host name, and a number is used again."""
+    kills: list[int] = []
+    monkeypatch.setattr("os.kill", lambda pid, number: kills.append(pid))
+    monkeypatch.setattr("torch.set_num_threads", lambda count: None)
+    monkeypatch.setattr("os.chdir", lambda where: None)
+    worker = ShardWorker(lambda: _made(stream), stream.plan, Path())
+    ray = SimpleNamespace(kill=lambda handle: None)
+    crew = Crew(Session(ray, 1, 1, "cpu"), worker, 0)
+    member = Member(None, asked="step", hello=replace(worker.start(), **changes))
+    crew.dismiss(member)
+    assert len(kills) == killed
+
+
+def test_one_worker_alone_reads_all_weights(crew: type[Here], stream: Any, tmp_path: Path) -> None:
+    """The others are sent the identity that it declares."""
+    made, asked = _made(stream), []
+    identity = made.identity
+    made.identity = lambda seed: asked.append(seed) or identity(seed)
+    draw_on_cluster(SESSION, lambda: made, stream.plan, tmp_path / "set")
+    assert len(asked) == 1

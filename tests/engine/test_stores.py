@@ -14,8 +14,17 @@ from typing import Any
 import pytest
 
 from synthkd.engine import SynthkdError, stores, write_shards
+from synthkd.engine.index import (
+    CHECKPOINT_FILES,
+    claim_folder,
+    found_checkpoint,
+    note_checkpoint,
+    note_decoder,
+    round_folder,
+)
 from synthkd.engine.reading import read_set
-from synthkd.engine.remote import Publisher, RemoteSet, default_spool, fetched, open_output, row_name, verify_url
+from synthkd.engine.remote import Publisher, RemoteSet, default_spool, open_output, row_name
+from synthkd.engine.remote_read import fetched, verify_url
 from synthkd.engine.rows import Part, read_index
 from synthkd.engine.stores import Store, checked_url, is_url, schemes
 from synthkd.engine.verify import verify_set
@@ -446,8 +455,11 @@ def test_one_run_at_a_time_writes_a_store(url: str, tmp_path: Path) -> None:
     with first.held(beat=0.05):
         with pytest.raises(SynthkdError, match="another run is writing there"), other.held(beat=0.05):
             pass
-        with other.held(Part(0, 2), beat=0.05), other.held(Part(1, 2), beat=0.05):
-            assert Store(url).names("locks/")
+        with pytest.raises(SynthkdError, match="another run is writing there"), other.held(Part(0, 2), beat=0.05):
+            pass
+    refused = pytest.raises(SynthkdError, match="another run is writing there")
+    with other.held(Part(0, 2), beat=0.05), other.held(Part(1, 2), beat=0.05), refused, first.held(beat=0.05):
+        pass
     assert Store(url).names("locks/") == []
     Store(url).write("locks/writer.json", b'{"host": "gone"}')
     with other.held(beat=0.02):
@@ -477,3 +489,47 @@ def test_a_row_is_the_last_that_is_published(
             Store(url).remove(name)
         point += 1
     assert point > 5
+
+
+def _learned(stream: Any, remote: RemoteSet, student: bytes) -> None:
+    """A spool of the set that has trained a student for round 1."""
+    remote.prepare()
+    claim_folder(remote.folder, stream.identity, COUNT, {})
+    where = round_folder(remote.folder, 1)
+    where.mkdir(parents=True)
+    for name in CHECKPOINT_FILES:
+        (where / name).write_bytes(student)
+    note_checkpoint(remote.folder, 1, found_checkpoint(remote.folder, 1) or "")
+
+
+def test_two_students_of_one_round_are_refused(stream: Any, url: str, tmp_path: Path) -> None:
+    """The second run learns it before it draws, whether the first had published by then or was about to."""
+    one, two, late = (_remote(url, tmp_path / name) for name in ("one", "two", "late"))
+    for remote, student in ((one, b"aaaa"), (two, b"bbbb"), (late, b"cccc")):
+        _learned(stream, remote, student)
+    two.gather()
+    one.note()
+    with pytest.raises(SynthkdError, match=r"the student of round 1 is '\w+' there and '\w+' here"):
+        two.note()
+    manifest = Store(url).read("manifest.json") or b""
+    Store(url).remove("manifest.json")
+    with pytest.raises(SynthkdError, match="remove this run's spool"):
+        late.note()
+    Store(url).write("manifest.json", manifest)
+    Store(url).write("rounds/round-1/student.toml", b"dddd")  # as long as the right one
+    one.note()
+    assert Store(url).read("rounds/round-1/student.toml") == b"aaaa"
+    shutil.rmtree(two.folder)
+    two.gather()
+    assert found_checkpoint(two.folder, 1) == found_checkpoint(one.folder, 1)
+
+
+def test_two_decoders_of_one_set_are_refused(stream: Any, url: str, tmp_path: Path) -> None:
+    one, two = (_remote(url, tmp_path / name) for name in ("one", "two"))
+    for remote, chosen in ((one, "vae"), (two, "pooled")):
+        remote.prepare()
+        claim_folder(remote.folder, stream.identity, COUNT, {})
+        note_decoder(remote.folder, {"asked": "pooled:2", "chosen": chosen, "threshold": 0.3})
+    one.note()
+    with pytest.raises(SynthkdError, match="guidance decoder is 'vae' there and 'pooled' here"):
+        two.gather()

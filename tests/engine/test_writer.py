@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import sys
 import threading
 import time
 import weakref
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from synthkd.engine import Batch, SynthkdError, WorkUnit, write_shards
 from synthkd.engine.batch import Preview
-from synthkd.engine.encoders import Encoder, encoder_for, encoder_of
+from synthkd.engine.encoders import Encoder, check_encoder, encoder_for, encoder_of
 from synthkd.engine.encoding import Draft, encode_group
 from synthkd.engine.index import read_environments
 from synthkd.engine.pinned import PinnedRing
@@ -315,6 +316,21 @@ def test_a_run_leaves_its_figures(stream: Any, tmp_path: Path) -> None:
 def test_an_encoder_that_cannot_be_had(name: str, image_format: str, device: str, said: str) -> None:
     with pytest.raises(SynthkdError, match=said):
         encoder_for(name, image_format, device)
+
+
+def test_nvjpeg_takes_what_is_on_a_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision would encode other pixels by libjpeg; those of several processes come through host memory."""
+    io = SimpleNamespace(encode_jpeg=lambda planes, quality: [torch.zeros(3, dtype=torch.uint8) for _ in planes])
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(io=io))
+    monkeypatch.setitem(sys.modules, "torchvision.io", io)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.26.0")
+    encoder = encoder_for("nvjpeg", "jpg", "cuda")
+    with pytest.raises(SynthkdError, match="pixels are on cpu, not on a GPU"):
+        encoder(torch.zeros(1, 8, 8, 3, dtype=torch.uint8), "jpg", 95)
+    check_encoder("nvjpeg", "jpg")
+    check_encoder("nvjpeg", "jpg", "cuda")
+    with pytest.raises(SynthkdError, match="groups of 2 workers come through host memory; use --workers 1"):
+        check_encoder("nvjpeg", "jpg", "cuda", 2)
 
 
 @pytest.mark.parametrize(("field", "value"), [("threads", 0), ("threads", 257), ("ring", 0)])
