@@ -250,7 +250,7 @@ def compared(whole: Path, disturbed: Path, spec: SoakSpec) -> dict[str, Any]:
     digests = [{p.name: file_digest(p) for p in sorted(folder.glob("shard-*"))} for folder in (whole, disturbed)]
     rows = [list(all_group_rows(folder)) for folder in (whole, disturbed)]
     keys = Counter(key for row in rows[1] for key in row.table["key"])
-    environments = [{row.environment for row in side} for side in rows]
+    environments = [{key for row in side for key in row.environments} for side in rows]
     problems: Sequence[str] = verify_set(disturbed).problems
     return {
         "images": sum(keys.values()),
