@@ -10,7 +10,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.plan import Plan
 
 HOUR = 3600.0
-TABLE_BYTES = 45.0  # of an image in index.parquet; see bench/results/table.jsonl
+TABLE_BYTES = 35.0  # of an image in index.parquet; see bench/results/table.jsonl
 _LABEL_BYTES = 2, 45  # of one view of an image in soft_labels: a class, the rest; see docs/distill.md
 _SHARD = (64e6, 2e9)  # bytes: smaller ones are many files, larger ones are long to draw again
 _ROUNDS_OF_WORK = 8  # shards a process, below which the last ones leave many idle
