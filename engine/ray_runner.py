@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import platform
+import shlex
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -248,7 +250,10 @@ class Crew:
         session = self._session
         options: dict[str, Any] = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0}
         options |= {"num_gpus": 1} if session.device == "cuda" else {"scheduling_strategy": "SPREAD"}
-        made = session.ray.remote(Actor).options(runtime_env={"env_vars": session.variables}, **options)
+        place: dict[str, Any] = {"env_vars": session.variables}
+        if shlex.quote(sys.executable) != sys.executable:  # Ray hands it to a shell as it stands
+            place["py_executable"] = shlex.quote(sys.executable)
+        made = session.ray.remote(Actor).options(runtime_env=place, **options)
         member = Member(made.remote(self._worker))
         self.members.append(member)
         self.ask(member, "start")
