@@ -1,6 +1,7 @@
 """Shared: one thread, no hub, and pipelines and teachers small enough to build in a test."""
 
 import importlib.util
+import logging
 import os
 import signal
 import traceback
@@ -31,6 +32,16 @@ def _builders() -> Any:
 
 
 BUILD = _builders()
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """What a command or a worker of this process changes of the log is no other test's."""
+    log = logging.getLogger("synthkd")
+    level, propagate, handlers = log.level, log.propagate, log.handlers[:]
+    yield
+    log.setLevel(level)
+    log.propagate, log.handlers = propagate, handlers
 
 
 @pytest.hookimpl(tryfirst=True)
