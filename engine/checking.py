@@ -143,7 +143,12 @@ def _cut(data: bytes | mmap.mmap, place: tuple[int, int]) -> bytes:
 def _doubled(names: Iterable[str]) -> list[str]:
     """Those that were there before."""
     seen: set[str] = set()
-    return [name for name in names if name in seen or seen.add(name)]  # type: ignore[func-returns-value]
+    again = []
+    for name in names:
+        if name in seen:
+            again.append(name)
+        seen.add(name)
+    return again
 
 
 def check_columns(

@@ -29,6 +29,11 @@ def open_plain(path: Path, home: Path | None) -> int:
     if home is not None:
         _check_home(path, home)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    return _plain(path, descriptor)
+
+
+def _plain(path: Path, descriptor: int) -> int:
+    """The descriptor, if what was opened is a plain file; else it is closed, and SynthkdError raised."""
     try:
         _check_kind(path, os.fstat(descriptor).st_mode)
     except BaseException:
@@ -53,12 +58,7 @@ def append_plain(path: Path) -> int:
     """
     more = getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0)
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | more, 0o666)
-    try:
-        _check_kind(path, os.fstat(descriptor).st_mode)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+    return _plain(path, descriptor)
 
 
 def parse_note(data: bytes | str, finite: bool = True) -> Any:
