@@ -1,8 +1,8 @@
 """CIFAR as the `cifar10` presets want it, from the evaluation pack: `python -m synthkd.bench.cifar_pack PACK OUT`.
 
 OUT/teacher/resnet20.toml and resnet56.toml with weights, OUT/test.npz (CIFAR-10's test images), OUT/pool.npz (those of
-CIFAR-100 that are of no CIFAR-10 class). The pack is lossless: a colour transform, the median predictor of LOCO-I
-(Weinberger, Seroussi and Sapiro 2000, IEEE TIP 9, sec. III) and LZMA2.
+CIFAR-100 that are of no CIFAR-10 class, with the names of their own). The pack is lossless: a colour transform, the
+median predictor of LOCO-I (Weinberger, Seroussi and Sapiro 2000, IEEE TIP 9, sec. III) and LZMA2.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from synthkd.engine.errors import SynthkdError
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 Pixels = NDArray[np.uint8]
+POOL_FROM, TEACHER_FROM = "cifar100/without-cifar10", "cifar10/train"  # as `engine.declared` names data sets
 _SUMS, _MOST = "SHA256SUMS", 2**31  # bytes of one file's images
 # Of CIFAR-100: bit-identical to a CIFAR-10 image; seen before in the pack; of a class much like one of CIFAR-10's.
 _LEFT_OUT = ("in_cifar10", "dup_earlier", "near_cifar10_class")
@@ -35,6 +36,9 @@ input_size = [32, 32]
 mean = [0.485, 0.456, 0.406]
 std = [0.229, 0.224, 0.225]
 classes = [{classes}]
+
+[about]
+trained_on = ["{trained_on}"]
 """
 
 
@@ -114,24 +118,28 @@ def make(pack: Path, out: Path) -> dict[str, int]:
     test, beside = read_packed(pack / "cifar10_test.npz")
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / TEST, x=test, y=beside["y"].astype(np.int64))
-    pool = np.concatenate([_out_of_domain(pack / name) for name in parts])
-    np.savez(out / POOL, x=pool)
+    kept = [_out_of_domain(pack / name) for name in parts]
+    pool, labels = (np.concatenate(side) for side in zip(*(part[:2] for part in kept), strict=True))
+    left = np.unique(labels)  # the classes left out have no caption
+    captions = np.array([kept[0][2][int(k)].replace("_", " ") for k in left])
+    where = np.array([POOL_FROM])
+    np.savez(out / POOL, x=pool, y=np.searchsorted(left, labels), captions=captions, trained_on=where)
     names = ", ".join(json.dumps(str(name)) for name in beside["classes"].tolist())
     for name, path in TEACHERS.items():
         (out / path).parent.mkdir(exist_ok=True)
         shutil.copyfile(pack / weights[name], (out / path).with_suffix(".safetensors"))
-        (out / path).write_text(_CARD.format(name=name, classes=names))
+        (out / path).write_text(_CARD.format(name=name, classes=names, trained_on=TEACHER_FROM))
     return {"test": len(test), "pool": len(pool)}
 
 
-def _out_of_domain(path: Path) -> Pixels:
-    """Those images of a part of CIFAR-100 that no flag speaks against."""
+def _out_of_domain(path: Path) -> tuple[Pixels, NDArray[np.int64], list[str]]:
+    """Images of a part of CIFAR-100 that no flag speaks against, their classes, and the names of all classes."""
     images, beside = read_packed(path)
-    missing = [name for name in _LEFT_OUT if name not in beside]
+    missing = [name for name in (*_LEFT_OUT, "y", "classes") if name not in beside]
     if missing:
-        raise SynthkdError(f"pack {path}: {missing[0]} is missing; it says which images are of CIFAR-10")
-    kept: Pixels = images[~np.logical_or.reduce([beside[name].astype(bool) for name in _LEFT_OUT])]
-    return kept
+        raise SynthkdError(f"pack {path}: {missing[0]} is missing; it says which images are of which class")
+    rows = ~np.logical_or.reduce([beside[name].astype(bool) for name in _LEFT_OUT])
+    return images[rows], beside["y"][rows].astype(np.int64), [str(name) for name in beside["classes"].tolist()]
 
 
 def main(words: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from synthkd.engine.latent_model import LatentModel
 from synthkd.engine.precision import decode_dtype
 from synthkd.engine.priors import wrap_pipeline
 
-__all__ = ["EMBEDDED", "load_model", "load_tiny_decoder", "random_pipeline",
+__all__ = ["EMBEDDED", "libraries", "load_model", "load_tiny_decoder", "random_pipeline",
     "random_tiny_decoder", "random_vae", "resolve", "weights_digest", "wrap_pipeline", "xformers_processor"]
 
 EMBEDDED = "embedded:"
@@ -309,6 +309,14 @@ def _local_index(where: str) -> dict[str, Any] | None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
+
+
+def libraries() -> tuple[Any, Any]:
+    """diffusers and transformers, their warnings and bars off. Raises SynthkdError where they are not installed."""
+    diffusers = _import_diffusers()
+    import transformers
+
+    return diffusers, transformers
 
 
 def _import_diffusers() -> Any:

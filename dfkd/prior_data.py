@@ -1,0 +1,75 @@
+"""What a prior of our own is trained on: images, what each shows in words, and which data sets they are from."""
+
+import hashlib
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from synthkd.engine.errors import SynthkdError
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+_CAPTION = re.compile(r"[a-z]+( [a-z]+)*")
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """images: uint8 [N,3,H,W]; labels: int64 [N], rows of `captions`; trained_on: names of data sets (`declared`)."""
+
+    images: Tensor
+    labels: Tensor
+    captions: tuple[str, ...]
+    trained_on: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.images)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Of all captions, each once."""
+        return tuple(dict.fromkeys(word for caption in self.captions for word in caption.split()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over images, labels and captions."""
+        told = hashlib.sha256("\n".join((*self.captions, *self.trained_on)).encode())
+        told.update(self.labels.numpy().tobytes())
+        told.update(self.images.numpy().tobytes())
+        return told.hexdigest()
+
+
+def load_captioned(path: Path) -> Captioned:
+    """An .npz of x (uint8 [N,H,W,3]), y (integers [N]), captions (texts [K]) and trained_on (texts), no pickles.
+
+    Raises SynthkdError where one of them is missing or does not fit.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            x, y = data["x"], data["y"].astype(np.int64)
+            captions, trained_on = (tuple(map(str, data[name].tolist())) for name in ("captions", "trained_on"))
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:160]
+        raise SynthkdError(f"pool {path}: expected arrays x, y, captions and trained_on ({reason})") from error
+    _check(path, x, y, captions)
+    if not trained_on:
+        raise SynthkdError(f"pool {path}: trained_on is empty; name the data sets that the images are from")
+    return Captioned(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), captions, trained_on)
+
+
+def _check(path: Path, x: NDArray[np.uint8], y: NDArray[np.int64], captions: tuple[str, ...]) -> None:
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.size == 0:
+        raise SynthkdError(f"pool {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3]")
+    if y.shape != (len(x),):
+        raise SynthkdError(f"pool {path}: y has shape {y.shape}; expected a caption's number for all {len(x)} images")
+    if y.min() < 0 or y.max() >= len(captions):
+        raise SynthkdError(f"pool {path}: y is {y.min()}..{y.max()}; there are {len(captions)} captions")
+    wrong = next((c for c in captions if not _CAPTION.fullmatch(c)), None)
+    if wrong is not None:
+        raise SynthkdError(f"pool {path}: caption {wrong[:60]!r}; expected words of letters a to z with single spaces")
