@@ -44,7 +44,7 @@ def checkpoint_of(folder: Path, stage: str) -> Path:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """slower: beginnings of parameters' names -> factor of their learning rate."""
+    """slower: beginnings of parameters' names -> factor of their learning rate; command: how errors begin."""
 
     name: str
     steps: int
@@ -53,6 +53,7 @@ class StagePlan:
     ema: float
     batch_size: int
     slower: Mapping[str, float] = field(default_factory=dict)
+    command: str = "fit-prior"
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5) to a fiftieth."""
@@ -176,7 +177,7 @@ class StageLoop:
         mean = float(total) / counted
         if not math.isfinite(mean):
             raise SynthkdError(
-                f"fit-prior: the loss of the {self._plan.name} is not finite at step {self._step}; lower its learning "
+                f"{self._plan.command}: the loss of the {self._plan.name} is not finite at step {self._step}; lower its learning "
                 f"rate and delete {checkpoint_of(self._folder, self._plan.name)}"
             )
         rate = counted * self._plan.batch_size / (time.monotonic() - since)
