@@ -13,7 +13,8 @@ from rich.table import Table
 from safetensors import SafetensorError
 
 from synthkd.bench.evidence import Evidence, Row
-from synthkd.bench.evidence_page import PAGE, keep_prior, page, recorded, write_sheet
+from synthkd.bench.evidence_page import PAGE, page, recorded
+from synthkd.bench.evidence_pictures import keep_prior, write_sheet
 from synthkd.dfkd.cli_methods import Deadline, Minutes, shortened
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars, StopFlag
@@ -36,7 +37,7 @@ def evidence(
     minutes: Minutes = None,
     record: Annotated[bool, typer.Option("--record", help="Append the rows to bench/results/evidence.jsonl.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
-    table: Annotated[bool, typer.Option("--table", help="Make the tables of docs/evidence.md anew, from rows.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Make the tables of docs/evidence.md anew.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="A finished run whose contact sheet the page gets.")] = None,
     prior: Annotated[Path | None, typer.Option(help="A trained prior whose digests and log the page gets.")] = None,
     device: Device = None,

@@ -20,8 +20,10 @@ from synthkd.dfkd.run import Run
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import mend_tail, write_atomically
 
-NAME, DONE = "evidence", "evidence.json"
-PRIOR_PREFIX, PRIOR_RESULT = "prior-", "prior.json"
+NAME = "evidence"
+DONE = "evidence.json"
+PRIOR_RESULT = "prior.json"
+_PRIOR_PREFIX = "prior-"
 Row = dict[str, Any]
 
 
@@ -106,7 +108,7 @@ def prior_facts(model: str) -> dict[str, Any]:
     if not pipeline.is_dir():
         return {"size": model, "sha256": None}
     home = pipeline.resolve().parent
-    size = home.name.removeprefix(PRIOR_PREFIX) if home.name.startswith(PRIOR_PREFIX) else "own"
+    size = home.name.removeprefix(_PRIOR_PREFIX) if home.name.startswith(_PRIOR_PREFIX) else "own"
     sums = {f"unet/{p.name}": _digest(p) for p in sorted((pipeline / "unet").glob("*.safetensors"))}
     found = {"size": size, "sha256": next(iter(sums.values()), None)}
     path = home / PRIOR_RESULT

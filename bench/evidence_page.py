@@ -51,9 +51,10 @@ def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
     found: Found = {}
     for setting, rows in groups.items():
         newest = {(row["control"], row["seed"]): row for row in rows if row["run"] == rows[-1]["run"]}
-        found[setting] = arms = {}
+        arms: dict[str, list[Row]] = {}
         for (arm, _), row in sorted(newest.items()):
             arms.setdefault(arm, []).append(row)
+        found[setting] = arms
     return found
 
 
@@ -169,7 +170,7 @@ def priors_table(folder: Path = RESULTS / PRIORS) -> str:
     lines = [_prior_line(name, told[name]) if name in told else [name, NOT_RUN, *[""] * 7] for name in EXPECTED]
     lines += [_prior_line(name, told[name]) for name in told if name not in EXPECTED]
     sums = [
-        [name, f"`{file}`", f"`{digest}`"] for name, one in told.items() for file, digest in sorted(one["sha256"].items())
+        [name, f"`{f}`", f"`{digest}`"] for name, one in told.items() for f, digest in sorted(one["sha256"].items())
     ]
     return _markdown(head, lines) + ("\n" + _markdown(["prior of", "file", "SHA-256"], sums) if sums else "")
 

@@ -80,7 +80,7 @@ def keep_prior(folder: Path, name: str, images: Path = IMAGES) -> Path:
         chart = training_chart(name, kept["log"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
-        raise SynthkdError(f"{folder}: no finished prior ({reason}); expected what `synthkd fit-prior` wrote") from error
+        raise SynthkdError(f"{folder}: no finished prior of `synthkd fit-prior` ({reason})") from error
     path = record.RESULTS / PRIORS / f"{name}.json"
     for made in (path.parent, images):
         made.mkdir(parents=True, exist_ok=True)
