@@ -23,13 +23,14 @@ POOL, TEACHER = "pool.npz", "teacher/resnet.toml"
 SETS = {"prior-cifar": "cifar10", "prior-pacs": "pacs"}
 PRESETS = {"cifar10": "prior-cifar", "pacs-sketch": "prior-pacs"}
 SEEDS, MINUTES = (0, 1, 2), 8.0  # of one part, which goes on in the next call
+_LAST = {"prior-cifar": "teacher/resnet56.toml", "prior-pacs": "test.npz"}  # of the files that are made, to be written
 _PACKED = {"prior-cifar": "cifar100_part3.npz", "prior-pacs": "pacs_sketch.npz"}
 Parts = dict[str, Callable[[], None]]
 
 
 def data_folder(name: str) -> Path:
     """Where the files of a prior and its preset lie."""
-    return Path(os.environ.get("SYNTHKD_DATA", "data")) / SETS[name]
+    return Path(os.environ.get("SYNTHKD_DATA") or "data") / SETS[name]
 
 
 def pack_folder() -> Path:
@@ -39,10 +40,10 @@ def pack_folder() -> Path:
 
 def missing(name: str) -> str:
     """Why a prior cannot be trained here, in one line; empty where it can."""
-    pool, packed = data_folder(name) / POOL, pack_folder() / _PACKED[name]
-    if pool.is_file() or packed.is_file():
+    made, packed = data_folder(name) / _LAST[name], pack_folder() / _PACKED[name]
+    if made.is_file() or packed.is_file():
         return ""
-    return f"{name}: skipped, neither {pool} nor {packed} is here (`make {name}` makes the one, the pack has the other)"
+    return f"{name}: skipped, neither {made} nor {packed} is here (`make {name}` makes the one, the pack has the other)"
 
 
 def skipped() -> list[str]:
@@ -76,9 +77,9 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
 
 
 def make_files(name: str) -> None:
-    """Unpack what presets read, where it is not there yet; the pool is written last of all that priors need."""
+    """Unpack what presets read, where it is not there yet."""
     folder = data_folder(name)
-    if not (folder / POOL).is_file():
+    if not (folder / _LAST[name]).is_file():
         make = cifar_pack.make if name == "prior-cifar" else pacs_pack.make
         make(pack_folder(), folder)
 

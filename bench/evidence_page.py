@@ -10,7 +10,7 @@ from synthkd.bench.evidence import NAME, Row, read_rows
 from synthkd.bench.evidence_pictures import IMAGES, PRIORS
 from synthkd.bench.record import RESULTS, with_table
 
-PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "evidence.md"
 _MADE = "python -m synthkd.bench.evidence --table"
 END = "<!-- end of table -->\n"
 ARMS = ("guided", "unguided", "pool", "fastdfkd")

@@ -20,7 +20,7 @@ from synthkd.dfkd.report_images import sheet_png
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
 
-IMAGES = Path(__file__).parents[1] / "docs" / "images"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 PRIORS = "priors"  # folder of bench/results
 MOST_BYTES = 300_000  # of a contact sheet
 _TRIES = ((8, False), (6, False), (8, True), (6, True), (4, True), (2, True))  # columns, and whether in 256 colours
