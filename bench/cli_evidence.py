@@ -15,13 +15,13 @@ from safetensors import SafetensorError
 from synthkd.bench.evidence import Evidence, Row
 from synthkd.bench.evidence_page import PAGE, page, recorded
 from synthkd.bench.evidence_pictures import keep_prior, write_sheet
+from synthkd.dfkd.choices import with_controls, with_student, with_teacher
 from synthkd.dfkd.cli_methods import Deadline, Minutes, shortened
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.presets import Preset, load_preset
-from synthkd.dfkd.run import Interrupted
 from synthkd.dfkd.training import Stopped
-from synthkd.engine.errors import SynthkdError, suggest
+from synthkd.engine.errors import SynthkdError
 
 
 def evidence(
@@ -59,7 +59,7 @@ def evidence(
         until = Deadline(stop, minutes)
         try:
             rows = replace(job, progress=bars, should_stop=until.is_set).execute()
-        except (Interrupted, Stopped):
+        except Stopped:
             raise typer.Exit(stop.exit_code(console, "the same command goes on from here", "step")) from None
     for row in rows if json_output else ():
         print(json.dumps(row, sort_keys=True), flush=True)
@@ -79,18 +79,11 @@ def _paged(preset: str, sheet: Path | None, prior: Path | None) -> None:
 
 
 def _chosen(name: str, teacher: str | None, student: str | None, controls: str | None, steps: int | None) -> Preset:
-    """The preset as asked for; raises SynthkdError for a teacher that is neither known nor a file."""
+    """The preset as asked for."""
     preset = load_preset(name)
-    if teacher is not None:
-        known = dict(getattr(preset, "teachers", {}))
-        card = known.get(teacher, teacher)
-        if not Path(card).is_file():
-            raise SynthkdError(f"--teacher {teacher!r}: no such card, and {suggest(teacher, known)}")
-        preset = replace(preset, job=replace(preset.job, teacher=card))
-    if student is not None:
-        preset = replace(preset, distill=replace(preset.distill, arch=student, arch_args={}))
-    if controls is not None:
-        preset = replace(preset, controls=tuple(n for n in controls.split(",") if n not in ("", "none")))
+    preset = preset if teacher is None else with_teacher(preset, teacher)
+    preset = preset if student is None else with_student(preset, student)
+    preset = preset if controls is None else with_controls(preset, controls)
     return shortened(preset, steps)
 
 

@@ -46,19 +46,22 @@ class Evidence:
     def execute(self) -> list[Row]:
         """Rows of all seeds, in the order of guided, unguided and the preset's controls.
 
-        Raises SynthkdError for a preset that nothing scores, for one without a prior, and for figures of a prior that
-        are of other weights, before anything is drawn; what `Run` raises where it is asked to stop.
+        Raises SynthkdError, before anything is drawn, for a preset that nothing scores or that has nothing to compare
+        with, as `SynthJob.check` does, and for figures of a prior that are of other weights; Interrupted as `Run` does.
         """
         if self.preset.test_set is None:
             raise SynthkdError(f"evidence: preset {self.preset.name} has no test set; choose one that is scored")
-        if not self.preset.job.model:
-            raise SynthkdError(f"evidence: preset {self.preset.name} has no prior; choose one that draws with guidance")
+        if not self.preset.teachers and not self.preset.controls:  # a run of such a one does not tell its arms apart
+            raise SynthkdError(
+                f"evidence: preset {self.preset.name} names neither teachers nor controls; name controls"
+            )
+        self.preset.job.check()
         asked = facts_of(self.preset, self.num_images or self.preset.num_images)
         return [row for seed in self.seeds for row in self._seed(seed, asked)]
 
     def _seed(self, seed: int, asked: Mapping[str, Any]) -> list[Row]:
         folder = self.out / f"seed-{seed}"
-        wanted = {"run": asked["run"], "controls": list(getattr(self.preset, "controls", ()))}
+        wanted = {"run": asked["run"], "controls": list(self.preset.controls)}
         rows = _finished(folder, wanted)
         if rows is None:
             result = Run(
@@ -140,18 +143,17 @@ def _training(told: Mapping[str, Any]) -> dict[str, Any]:
 def rows_of(result: Mapping[str, Any], folder: Path, asked: Mapping[str, Any]) -> list[Row]:
     """Rows of a finished run, not stamped: what it says of each arm, its student's digest, its hours.
 
-    hours are of drawing and training, wherever a call was cut short; gpu_hours the same on a GPU, 0.0 on a CPU.
+    hours are of drawing and training over all calls but those that were killed; gpu_hours the same, 0.0 on a CPU.
     """
     drawn = {
         "guided": (folder, "student_accuracy", "guided_images_per_second"),
         "unguided": (folder / "control", "unguided_student_accuracy", "images_per_second"),
     }
-    rows = []
+    rows, images = [], int(result["num_images"])
     for name, (home, accuracy, rate) in drawn.items():
-        images, speed = int(result["num_images"]), float(result[rate])
-        seconds = images / max(speed, 1e-9) + training_seconds(home / "student_log.jsonl", int(asked["batch_size"]))
+        seconds, speed = float(result["arm_seconds"][name]), float(result[rate])
         rows.append(_row(name, home, result, asked, float(result[accuracy]), images, seconds, speed))
-    for name, found in dict(result.get("controls") or {}).items():
+    for name, found in result["controls"].items():
         score, home = float(found["student_accuracy"]), folder / "controls" / name
         rows.append(_row(name, home, result, asked, score, int(found["num_images"]), float(found["seconds"]), None))
     return rows
@@ -170,17 +172,6 @@ def _row(
         "images_per_second": rate, "guidance": guidance, "hours": hours, "device": device,
         "gpu_hours": hours if device.startswith("cuda") else 0.0,
     }  # fmt: skip
-
-
-def training_seconds(log: Path, batch_size: int) -> float:
-    """Seconds of a training, from the rates of its log: those of every call, where it went on after a kill."""
-    seconds, before = 0.0, 0
-    for line in log.read_text().splitlines():
-        row = json.loads(line)
-        if row.get("images_per_second"):
-            seconds += (int(row["step"]) - before) * batch_size / float(row["images_per_second"])
-        before = int(row["step"])
-    return seconds
 
 
 def append_new(rows: Sequence[Row]) -> list[Row]:

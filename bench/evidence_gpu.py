@@ -13,7 +13,7 @@ from pathlib import Path
 from synthkd.bench import cifar_pack, fit_teacher, pacs_pack
 from synthkd.bench.evidence import Evidence
 from synthkd.dfkd.fit_prior import PIPELINE, PriorFit
-from synthkd.dfkd.presets import load_preset
+from synthkd.dfkd.presets import data_folder, load_preset
 from synthkd.dfkd.prior_data import load_captioned
 from synthkd.dfkd.prior_spec import prior_spec
 from synthkd.dfkd.training import Stopped
@@ -28,11 +28,6 @@ _PACKED = {"prior-cifar": "cifar100_part3.npz", "prior-pacs": "pacs_sketch.npz"}
 Parts = dict[str, Callable[[], None]]
 
 
-def data_folder(name: str) -> Path:
-    """Where the files of a prior and its preset lie."""
-    return Path(os.environ.get("SYNTHKD_DATA") or "data") / SETS[name]
-
-
 def pack_folder() -> Path:
     """The evaluation pack, if it was carried."""
     return Path(os.environ.get("SYNTHKD_EVALUATION", "data/pack"))
@@ -40,7 +35,7 @@ def pack_folder() -> Path:
 
 def missing(name: str) -> str:
     """Why a prior cannot be trained here, in one line; empty where it can."""
-    made, packed = data_folder(name) / _LAST[name], pack_folder() / _PACKED[name]
+    made, packed = data_folder(SETS[name]) / _LAST[name], pack_folder() / _PACKED[name]
     if made.is_file() or packed.is_file():
         return ""
     return f"{name}: skipped, neither {made} nor {packed} is here (`make {name}` makes the one, the pack has the other)"
@@ -65,7 +60,7 @@ def evidence_parts(tell: Callable[[str], None] = print) -> Parts:
 def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = print) -> None:
     """Files, on PACS the teacher, and the large prior; raises Stopped where the time ends first."""
     until = time.monotonic() + 60 * MINUTES
-    folder = data_folder(name)
+    folder = data_folder(SETS[name])
     make_files(name)
     if name == "prior-pacs":
         _fit_teacher(folder, device)
@@ -78,7 +73,7 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
 
 def make_files(name: str) -> None:
     """Unpack what presets read, where it is not there yet."""
-    folder = data_folder(name)
+    folder = data_folder(SETS[name])
     if not (folder / _LAST[name]).is_file():
         make = cifar_pack.make if name == "prior-cifar" else pacs_pack.make
         make(pack_folder(), folder)
@@ -98,7 +93,7 @@ def _fit_teacher(folder: Path, device: str) -> None:
 
 def evidence_part(preset: str, seed: int, device: str = "cuda", tell: Callable[[str], None] = print) -> None:
     """One seed of a preset, its rows appended; raises Stopped where the time ends first, or the prior is not done."""
-    folder = data_folder(PRESETS[preset])
+    folder = data_folder(SETS[PRESETS[preset]])
     if not (folder / "prior-base" / PIPELINE / "model_index.json").is_file():
         tell(f"evidence: {preset}: waits for {PRESETS[preset]}")
         raise Stopped

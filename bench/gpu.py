@@ -34,7 +34,6 @@ from synthkd.bench.record import append_row, stamped
 from synthkd.bench.writing import WritingSpec, measure_writing
 from synthkd.dfkd.presets import load_preset
 from synthkd.dfkd.progress import Silent
-from synthkd.dfkd.run import Interrupted
 from synthkd.dfkd.training import Stopped
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
@@ -331,7 +330,7 @@ def main() -> None:
     if arguments.part:
         try:
             parts()[arguments.part]()
-        except (Interrupted, Stopped):
+        except Stopped:
             sys.exit(TRY_AGAIN)
         return
     for line in skipped():
