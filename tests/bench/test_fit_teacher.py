@@ -146,7 +146,10 @@ def test_wrong_training_data(
         (["--set", "stepz=5"], "stepz"),
         (["--set", "batch_size=64"], "48 images to train on; expected at least one batch of 64"),
         (["--arch", "resnet5000", "--set", "batch_size=8"], "arch 'resnet5000' is unknown"),
-        (["--arch", "plain_cnn", "--set", "arch_args={widths=[8]}", "--set", "batch_size=8"], "does not take these images"),
+        (
+            ["--arch", "plain_cnn", "--set", "arch_args={widths=[8]}", "--set", "batch_size=8"],
+            "does not take these images",
+        ),
         (["--test", "train.npz"], "is 'bars/train', and 'bars/train' is trained on"),
         (["--test", "whole.npz"], "is 'bars', and 'bars/train' is trained on"),
         (["--test", "none.npz"], "none.npz: expected an .npz"),
