@@ -38,6 +38,7 @@ class SynthJob:
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
     fuse, compile, micro_batch, execution: how networks run (see `Synthesizer`), which no manifest keeps either.
     look: what guidance looks through where the set's calibration decided (see `dfkd.decoding`), None for the recipe's.
+    model_missing: what is said where the model, a folder that has to be made first, is not there.
     """
 
     model: str
@@ -62,12 +63,15 @@ class SynthJob:
     compile: CompileChoice = "auto"
     micro_batch: int | Literal["auto"] = "auto"
     look: str | None = None
+    model_missing: str = ""
     execution: Execution = Execution()  # noqa: RUF009
 
     def check(self) -> None:
         """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
         if not self.model:
             raise SynthkdError("model is empty: this preset has no diffusion prior to draw with; name another method")
+        if self.model_missing and not (Path(self.model) / "model_index.json").is_file():
+            raise SynthkdError(self.model_missing)
         card = read_card(card_path(self.teacher))
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:

@@ -9,6 +9,7 @@ import numpy as np
 
 from synthkd.dfkd import report_charts as c
 from synthkd.dfkd import report_html as h
+from synthkd.dfkd.report_controls import controls
 from synthkd.dfkd.report_data import CLASSES_SHOWN, Run, load_run, read_log
 from synthkd.dfkd.report_guidance import guidance
 from synthkd.dfkd.report_images import copies, images
@@ -42,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 def sections(run: Run) -> list[h.Section]:
     """What there is to say about the run, in the order of the page."""
-    before: list[Maker] = [summary, images, copies, distance, _steered]
+    before: list[Maker] = [summary, controls, images, copies, distance, _steered]
     learned: list[Maker] = [distillation, lambda run: players(run.folder / STUDENT_LOG)] if run.result else []
     scored: list[Maker] = [classes, confusion] if run.result else []
     makers = [*before, *learned, balance, confidence, *scored, throughput, provenance]

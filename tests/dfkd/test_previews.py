@@ -13,8 +13,8 @@ from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages, load_synthetic
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.report_data import load_set
-from synthkd.dfkd.run import StudentJob, train_student
 from synthkd.dfkd.student import DistillSpec, split
+from synthkd.dfkd.students import StudentJob, train_student
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.reading import read_set
 
