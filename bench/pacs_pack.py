@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 
 from synthkd.bench.cifar_pack import check_sums
 from synthkd.dfkd.decode import decode, stored_size
+from synthkd.dfkd.presets_pacs import DOMAINS, POOL, TEST, TRAIN
 from synthkd.engine.errors import SynthkdError
 
-__all__ = ["DOMAINS", "POOL", "TEST", "TRAIN", "Domain", "main", "make", "read_domain"]
-
-POOL, TRAIN, TEST = "pool.npz", "train.npz", "test.npz"
 # Domain in captions -> (its file in the pack, its name as `engine.declared` names data sets)
-DOMAINS: Mapping[str, tuple[str, str]] = {
+_FILES: Mapping[str, tuple[str, str]] = {
     "photo": ("pacs_photo.npz", "pacs/photo"),
     "art painting": ("pacs_art.npz", "pacs/art_painting"),
     "cartoon": ("pacs_cartoon.npz", "pacs/cartoon"),
@@ -104,6 +102,11 @@ def _resized(data: bytes, where: str, side: int) -> Pixels:
     return pixels
 
 
+def _domains() -> list[tuple[str, str]]:
+    """Files and names of the pool's domains, in the order of captions."""
+    return [_FILES[domain] for domain in DOMAINS]
+
+
 def read_domain(pack: Path, name: str, classes: tuple[str, ...] | None = None) -> Domain:
     """A file of the pack; raises SynthkdError, also where its classes are not those of another domain."""
     domain = Domain(pack / name)
@@ -116,7 +119,7 @@ def make(pack: Path, out: Path, side: int = 64) -> dict[str, int]:
     """Write pool, train and test part, and return how many images each has; raises SynthkdError."""
     if side not in _SIDES:
         raise SynthkdError(f"--side is {side}; expected {_SIDES.start} to {_SIDES.stop - 1}")
-    check_sums(pack, [_SKETCH, *(name for name, _ in DOMAINS.values())])
+    check_sums(pack, [_SKETCH, *(name for name, _ in _domains())])
     sketch = read_domain(pack, _SKETCH)
     if sketch.test.all() or not sketch.test.any():
         raise SynthkdError(f"pack {sketch.path}: test is {sketch.test[0]} for all images; expected both parts")
@@ -131,11 +134,11 @@ def make(pack: Path, out: Path, side: int = 64) -> dict[str, int]:
 
 def _write_pool(pack: Path, path: Path, classes: tuple[str, ...], side: int) -> int:
     """All images of the other domains; a caption for each domain and class. Returns how many images."""
-    domains = [read_domain(pack, name, classes) for name, _ in DOMAINS.values()]
+    domains = [read_domain(pack, name, classes) for name, _ in _domains()]
     captions = [f"{domain} {name}" for domain in DOMAINS for name in classes]
     x = np.concatenate([domain.images(side) for domain in domains])
     y = np.concatenate([domain.labels + i * len(classes) for i, domain in enumerate(domains)])
-    _write(path, x=x, y=y, captions=np.array(captions), trained_on=[name for _, name in DOMAINS.values()])
+    _write(path, x=x, y=y, captions=np.array(captions), trained_on=[name for _, name in _domains()])
     return len(x)
 
 

@@ -176,9 +176,10 @@ class StageLoop:
     def _row(self, total: Tensor, counted: int, since: float) -> dict[str, float]:
         mean = float(total) / counted
         if not math.isfinite(mean):
+            plan, checkpoint = self._plan, checkpoint_of(self._folder, self._plan.name)
             raise SynthkdError(
-                f"{self._plan.command}: the loss of the {self._plan.name} is not finite at step {self._step}; lower its learning "
-                f"rate and delete {checkpoint_of(self._folder, self._plan.name)}"
+                f"{plan.command}: the loss of the {plan.name} is not finite at step {self._step}; lower its learning "
+                f"rate and delete {checkpoint}"
             )
         rate = counted * self._plan.batch_size / (time.monotonic() - since)
         return {"loss": round(mean, 5), "images_per_second": round(rate, 1)}
