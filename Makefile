@@ -7,11 +7,13 @@ OUT ?= out/digits
 PACK ?=
 DATA ?= $(or $(SYNTHKD_DATA),data)
 SIZE ?= small
-SIDE ?= 64
+SIDE ?= $(if $(filter base,$(SIZE)),128,64)
+PACS_PRIOR ?= $(if $(filter base,$(SIZE)),--set 'vae_widths=[64$(,)128$(,)128]')
 SEEDS ?= 0,1,2
 EVIDENCE ?= $(if $(shell command -v nvidia-smi),cifar10 pacs-sketch,cifar10-small pacs-sketch-small)
 export OMP_NUM_THREADS ?= 1
 
+, := ,
 # Each pack's files are made by one command; the target is the last that it writes.
 # A command in parts of at most 9 minutes: it ends with 75 as long as it is not done, and goes on when called again.
 in_parts = until $(1) --minutes 9; do code=$$?; [ $$code -eq 75 ] || exit $$code; done
@@ -76,7 +78,8 @@ prior-cifar: $(DATA)/cifar10/teacher/resnet56.toml ## with PACK=folder: CIFAR fi
 prior-pacs: $(DATA)/pacs/test.npz ## with PACK=folder: PACS files, the sketch teacher, and a prior of SIZE=small or base
 	$(call in_parts,$(BIN)/python -m synthkd.bench.fit_teacher $(DATA)/pacs/train.npz --test $(DATA)/pacs/test.npz \
 		--out $(DATA)/pacs/teacher)
-	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/pacs/pool.npz --out $(DATA)/pacs/prior-$(SIZE) --size $(SIZE))
+	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/pacs/pool.npz --out $(DATA)/pacs/prior-$(SIZE) --size $(SIZE) \
+		$(PACS_PRIOR))
 
 evidence: $(VENV)/.ready ## guided runs and controls on natural images, of the presets that fit this machine; then docs/evidence.md
 	for preset in $(EVIDENCE); do \

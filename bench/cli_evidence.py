@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from synthkd.bench.evidence import Evidence, Row
 from synthkd.bench.evidence_page import PAGE, page, recorded
-from synthkd.bench.evidence_pictures import keep_prior, write_sheet
+from synthkd.bench.evidence_pictures import keep_training, write_sheet
 from synthkd.dfkd.choices import with_controls, with_student, with_teacher
 from synthkd.dfkd.cli_methods import Deadline, Minutes, shortened
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
@@ -39,15 +39,17 @@ def evidence(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON row per line.")] = False,
     table: Annotated[bool, typer.Option("--table", help="Make the tables of docs/evidence.md anew.")] = False,
     sheet: Annotated[Path | None, typer.Option(help="A finished run whose contact sheet the page gets.")] = None,
-    prior: Annotated[Path | None, typer.Option(help="A trained prior whose digests and log the page gets.")] = None,
+    trained: Annotated[
+        Path | None, typer.Option(help="Folder of a trained prior or teacher whose digests and log the page gets.")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Guided, unguided and the preset's controls over seeds at equal steps: a row each.
 
-    --table, --sheet RUN and --prior FOLDER (both with the preset's name) work on docs/evidence.md and run nothing.
+    --table, --sheet RUN and --trained FOLDER (both with the preset's name) work on docs/evidence.md and run nothing.
     """
-    if table or sheet or prior:
-        _paged(preset, sheet, prior)
+    if table or sheet or trained:
+        _paged(preset, sheet, trained)
         return
     if not preset or out_dir is None:
         raise SynthkdError("evidence: name a preset and --out, or ask for --table")
@@ -67,14 +69,14 @@ def evidence(
         Console().print(_shown(rows))
 
 
-def _paged(preset: str, sheet: Path | None, prior: Path | None) -> None:
+def _paged(preset: str, sheet: Path | None, trained: Path | None) -> None:
     """What the page holds beside its text, made anew."""
-    if (sheet or prior) and not preset:
-        raise SynthkdError("evidence: --sheet and --prior need the preset's name, such as cifar10-small")
+    if (sheet or trained) and not preset:
+        raise SynthkdError("evidence: --sheet and --trained need the preset's name, such as cifar10-small")
     if sheet is not None:
         print(write_sheet(sheet, preset))
-    if prior is not None:
-        print(keep_prior(prior, preset))
+    if trained is not None:
+        print(keep_training(trained, preset))
     PAGE.write_text(page(PAGE.read_text(), recorded()))
 
 

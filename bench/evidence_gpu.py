@@ -6,9 +6,10 @@ Files lie under $SYNTHKD_DATA (data); what is missing there is made out of the p
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from synthkd.bench import cifar_pack, fit_teacher, pacs_pack
 from synthkd.bench.evidence import Evidence
@@ -22,6 +23,9 @@ from synthkd.engine.errors import SynthkdError
 POOL, TEACHER = "pool.npz", "teacher/resnet.toml"
 SETS = {"prior-cifar": "cifar10", "prior-pacs": "pacs"}
 PRESETS = {"cifar10": "prior-cifar", "pacs-sketch": "prior-pacs"}
+# What the large prior of PACS has instead of the size's: images of 128 pixels, an autoencoder of two halvings.
+CHANGES: Mapping[str, Mapping[str, Any]] = {"prior-pacs": {"vae_widths": (64, 128, 128)}}
+PACS_SIDE = 128
 SEEDS, MINUTES = (0, 1, 2), 8.0  # of one part, which goes on in the next call
 _LAST = {"prior-cifar": "teacher/resnet56.toml", "prior-pacs": "test.npz"}  # of the files that are made, to be written
 _PACKED = {"prior-cifar": "cifar100_part3.npz", "prior-pacs": "pacs_sketch.npz"}
@@ -65,7 +69,7 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
     if name == "prior-pacs":
         _fit_teacher(folder, device)
     told = PriorFit(
-        data=load_captioned(folder / POOL), spec=prior_spec("base"), out=folder / "prior-base", device=device,
+        data=load_captioned(folder / POOL), spec=prior_spec("base", CHANGES.get(name)), out=folder / "prior-base", device=device,
         should_stop=lambda: time.monotonic() > until,
     ).execute()  # fmt: skip
     tell(f"{name}: {told['vae']['psnr_held_out']} dB, held-out loss {told['unet']['held_out_loss']}")
@@ -75,8 +79,10 @@ def make_files(name: str) -> None:
     """Unpack what presets read, where it is not there yet."""
     folder = data_folder(SETS[name])
     if not (folder / _LAST[name]).is_file():
-        make = cifar_pack.make if name == "prior-cifar" else pacs_pack.make
-        make(pack_folder(), folder)
+        if name == "prior-cifar":
+            cifar_pack.make(pack_folder(), folder)
+        else:
+            pacs_pack.make(pack_folder(), folder, PACS_SIDE)
 
 
 def _fit_teacher(folder: Path, device: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from synthkd.bench.evidence import NAME, Row, read_rows
-from synthkd.bench.evidence_pictures import IMAGES, PRIORS
+from synthkd.bench.evidence_pictures import IMAGES, TEACHER, TRAINED
 from synthkd.bench.record import RESULTS, with_table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "evidence.md"
@@ -162,17 +162,28 @@ def _verdict(wanted: Wanted, means: Mapping[str, float]) -> str:
     return f"{value:.2f}{wanted.unit}: {'reached' if reached else '**missed**'}"
 
 
-def priors_table(folder: Path = RESULTS / PRIORS) -> str:
-    """Priors whose training is recorded: size, budget, figures; then the SHA-256 of their weights."""
+def trainings_table(folder: Path = RESULTS / TRAINED) -> str:
+    """Priors, then teachers, whose training is recorded: budget and figures; then the SHA-256 of their weights."""
     head = ["prior of", "weights, millions", "images", "steps (autoencoder, denoiser)", "hours", "on",
             "autoencoder, dB", "held-out loss", "images/s"]  # fmt: skip
     told = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     lines = [_prior_line(name, told[name]) if name in told else [name, NOT_RUN, *[""] * 7] for name in EXPECTED]
-    lines += [_prior_line(name, told[name]) for name in told if name not in EXPECTED]
-    sums = [
-        [name, f"`{f}`", f"`{digest}`"] for name, one in told.items() for f, digest in sorted(one["sha256"].items())
-    ]
-    return _markdown(head, lines) + ("\n" + _markdown(["prior of", "file", "SHA-256"], sums) if sums else "")
+    made = [_markdown(head, lines)]
+    if teachers := [_teacher_line(name, told[name]) for name in told if name.endswith(TEACHER)]:
+        head = ["teacher of", "weights, millions", "images", "steps", "hours", "on", "accuracy, %", "images/s"]
+        made.append(_markdown(head, teachers))
+    if sums := [[name, f"`{f}`", f"`{sha}`"] for name, one in told.items() for f, sha in sorted(one["sha256"].items())]:
+        made.append(_markdown(["training", "file", "SHA-256"], sums))
+    return "\n".join(made)
+
+
+def _teacher_line(name: str, told: Mapping[str, Any]) -> list[str]:
+    how = told["training"]
+    return [
+        name.removesuffix(TEACHER), f"{told['parameters'] / 1e6:.1f}", f"{told['images']:,}", f"{how['steps']:,}",
+        f"{how['seconds'] / 3600:.2f}", told["device"], f"{told['test_accuracy']:.2f}",
+        f"{how['images_per_second']:,.0f}",
+    ]  # fmt: skip
 
 
 def _prior_line(name: str, told: Mapping[str, Any]) -> list[str]:
@@ -202,10 +213,10 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
-def page(text: str, found: Found, priors: Path = RESULTS / PRIORS, images: Path = IMAGES) -> str:
+def page(text: str, found: Found, trained: Path = RESULTS / TRAINED, images: Path = IMAGES) -> str:
     """The page with its tables and pictures made anew."""
     made = {"results": results_table(found), "expectations": expectations_table(found),
-            "priors": priors_table(priors), "pictures": pictures(images)}  # fmt: skip
+            "trainings": trainings_table(trained), "pictures": pictures(images)}  # fmt: skip
     for name, table in made.items():
         text = with_table(text, f"<!-- {name}: {_MADE} -->\n", END, table)
     return text

@@ -21,7 +21,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
-PRIORS = "priors"  # folder of bench/results
+TRAINED, TEACHER = "trained", "-teacher"  # folder of bench/results; end of a teacher's name there
 MOST_BYTES = 300_000  # of a contact sheet
 _TRIES = ((8, False), (6, False), (8, True), (6, True), (4, True), (2, True))  # columns, and whether in 256 colours
 _LOG_ROWS = 120  # of a stage, as kept
@@ -66,28 +66,35 @@ def _sheet(run: Run, columns: int, reduced: bool) -> bytes:
     return buffer.getvalue()
 
 
-def keep_prior(folder: Path, name: str, images: Path = IMAGES) -> Path:
-    """Keep digests, figures and a thinned log of a trained prior in bench/results/priors/NAME.json, and draw its curve.
+def keep_training(folder: Path, name: str, images: Path = IMAGES) -> Path:
+    """Keep digests, figures and a thinned log of a training in bench/results/trained/, and draw a prior's curve.
 
-    folder: as `synthkd fit-prior` left it. Raises SynthkdError where it holds no finished training.
+    folder: as `synthkd fit-prior` or `bench/fit_teacher.py` left it; name: of the preset, the file of a teacher is
+    NAME-teacher.json. Raises SynthkdError where it holds no finished training.
     """
+    is_prior = (folder / PRIOR_RESULT).is_file()
     try:
-        told = json.loads((folder / PRIOR_RESULT).read_text())
+        source = folder / PRIOR_RESULT if is_prior else next(p for p in folder.glob("*.json") if _is_card(p))
+        told = {key: value for key, value in json.loads(source.read_text()).items() if key != "captions"}
         log = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-        stages = {stage: [row for row in log if row["stage"] == stage] for stage in ("vae", "unet")}
-        kept = {key: value for key, value in told.items() if key != "captions"}
-        kept["log"] = [row for rows in stages.values() for row in thinned(rows)]
-        chart = training_chart(name, kept["log"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise SynthkdError(f"{folder}: no finished prior of `synthkd fit-prior` ({reason})") from error
-    path = record.RESULTS / PRIORS / f"{name}.json"
+        stages = [[row for row in log if row["stage"] == stage] for stage in dict.fromkeys(r["stage"] for r in log)]
+        rows = [row for stage in stages for row in thinned(stage)]
+        chart = training_chart(name, rows) if is_prior else ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+        reason = " ".join(str(error).split())[:100] or "no prior.json, and no card with a .json beside"
+        raise SynthkdError(f"{folder}: no finished training of a prior or a teacher ({reason})") from error
+    path = record.RESULTS / TRAINED / (f"{name}.json" if is_prior else f"{name}{TEACHER}.json")
     for made in (path.parent, images):
         made.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in kept.pop("log"))
-    write_atomically(path, json.dumps(kept, indent=1)[:-2] + f',\n "log": [\n{rows}\n ]\n}}\n')
-    write_atomically(images / f"evidence-prior-{name}.svg", chart)
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    write_atomically(path, json.dumps(told, indent=1)[:-2] + f',\n "log": [\n{lines}\n ]\n}}\n')
+    if is_prior:
+        write_atomically(images / f"evidence-prior-{name}.svg", chart)
     return path
+
+
+def _is_card(path: Path) -> bool:
+    return path.with_suffix(".toml").is_file()
 
 
 def thinned(rows: Sequence[Mapping[str, Any]], most: int = _LOG_ROWS) -> list[Mapping[str, Any]]:

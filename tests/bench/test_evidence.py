@@ -245,7 +245,7 @@ def test_a_prior_is_kept_with_its_curve(tmp_path: Path, monkeypatch: pytest.Monk
     """A thinned log with all looks at held-out images, a chart that is XML, and a line of the page."""
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     pipeline = prior_folder(tmp_path / "prior-small")
-    path = evidence_pictures.keep_prior(pipeline.parent, "cifar10-small", tmp_path / "images")
+    path = evidence_pictures.keep_training(pipeline.parent, "cifar10-small", tmp_path / "images")
     told = json.loads(path.read_text())
     unet = [row for row in told["log"] if row["stage"] == "unet"]
     assert len(unet) < 110
@@ -254,13 +254,23 @@ def test_a_prior_is_kept_with_its_curve(tmp_path: Path, monkeypatch: pytest.Monk
     assert "captions" not in told
     chart = (tmp_path / "images/evidence-prior-cifar10-small.svg").read_text()
     assert len(ElementTree.fromstring(chart).findall(".//{http://www.w3.org/2000/svg}polyline")) == 3
-    lines = evidence_page.priors_table(path.parent)
+    (tmp_path / "teacher").mkdir()
+    taught = {"images": 3143, "parameters": 1_200_000, "test_accuracy": 92.49, "device": "cpu: AVX2",
+              "training": {"steps": 3000, "seconds": 720.0, "images_per_second": 275.5}, "sha256": {"r.safetensors": "0f"},
+              }  # fmt: skip
+    (tmp_path / "teacher/resnet.json").write_text(json.dumps(taught))
+    (tmp_path / "teacher/resnet.toml").touch()
+    (tmp_path / "teacher/log.jsonl").write_text('{"stage": "resnet", "step": 50, "loss": 1.0}\n')
+    kept = evidence_pictures.keep_training(tmp_path / "teacher", "pacs-sketch-small", tmp_path / "images")
+    assert json.loads(kept.read_text()) == taught | {"log": [{"stage": "resnet", "step": 50, "loss": 1.0}]}
+    lines = evidence_page.trainings_table(path.parent)
+    assert "| pacs-sketch-small | 1.2 | 3,143 | 3,000 | 0.20 | cpu: AVX2 | 92.49 | 276 |" in lines
     assert "| cifar10-small | 3.0 | 35,986 | 10, 10 | 1.00 | cpu: AVX2 | 30.5 | 0.2500 | 70 |" in lines
     assert hashlib.sha256(b"weights").hexdigest() in lines
     assert "| cifar10 | **not run** |" in lines
     assert "evidence-prior-cifar10-small.svg" in evidence_page.pictures(tmp_path / "images")
-    with pytest.raises(SynthkdError, match="no finished prior"):
-        evidence_pictures.keep_prior(tmp_path, "x", tmp_path / "images")
+    with pytest.raises(SynthkdError, match="no finished training"):
+        evidence_pictures.keep_training(tmp_path, "x", tmp_path / "images")
 
 
 @pytest.fixture
@@ -268,7 +278,9 @@ def drawn(
     pipeline_folder: Path, teacher_card: Path, recipe: Callable[..., Any], tmp_path: Path
 ) -> tuple[SynthJob, Path]:
     """A run's two sets of twelve images, and a result."""
-    job = SynthJob(model=str(pipeline_folder), teacher=str(teacher_card), recipe=recipe(guidance=GuidanceSpec(scale=0.8)))
+    job = SynthJob(
+        model=str(pipeline_folder), teacher=str(teacher_card), recipe=recipe(guidance=GuidanceSpec(scale=0.8))
+    )
     for this, folder in ((job, tmp_path / "run/shards"), (unguided(job), tmp_path / "run/control/shards")):
         draw_set(this, Request(num_samples=12, seed=0), folder, workers=1)
     (tmp_path / "run/result.json").write_text("{}")
@@ -315,7 +327,7 @@ def test_a_contact_sheet(drawn: tuple[SynthJob, Path], tmp_path: Path, monkeypat
         (["digits", "--out", "x", "--controls", "pool", "--minutes", "0"], "above 0"),
         (["--sheet", "x"], "need the preset's name"),
         (["digits", "--sheet", "nowhere"], "no result.json"),
-        (["digits", "--prior", "nowhere"], "no finished prior"),
+        (["digits", "--trained", "nowhere"], "no finished training"),
     ],
 )
 def test_wrong_inputs_are_one_line(
@@ -384,7 +396,7 @@ def test_a_prior_part_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     codes = [0, 75]
     monkeypatch.setattr(evidence_gpu, "PriorFit", Fit)
     monkeypatch.setattr(evidence_gpu, "load_captioned", lambda path: path)
-    monkeypatch.setattr(evidence_gpu.pacs_pack, "make", lambda pack, folder: did.append(folder))
+    monkeypatch.setattr(evidence_gpu.pacs_pack, "make", lambda pack, folder, side: did.append((folder, side)))
     monkeypatch.setattr(evidence_gpu.fit_teacher, "main", teach)
     with pytest.raises(Stopped):
         evidence_gpu.prior_part("prior-pacs", "cpu")
@@ -392,8 +404,8 @@ def test_a_prior_part_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(Stopped):
         evidence_gpu.prior_part("prior-pacs", "cpu")
     pacs = tmp_path / "pacs"
-    once = [pacs, f"{pacs}/train.npz"]
-    assert did == [*once, *once, (pacs / "prior-base", prior_spec("base"))]
+    once = [(pacs, 128), f"{pacs}/train.npz"]
+    assert did == [*once, *once, (pacs / "prior-base", prior_spec("base", {"vae_widths": [64, 128, 128]}))]
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
