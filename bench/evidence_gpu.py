@@ -68,8 +68,9 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
     make_files(name)
     if name == "prior-pacs":
         _fit_teacher(folder, device)
+    spec = prior_spec("base", CHANGES.get(name))
     told = PriorFit(
-        data=load_captioned(folder / POOL), spec=prior_spec("base", CHANGES.get(name)), out=folder / "prior-base", device=device,
+        data=load_captioned(folder / POOL), spec=spec, out=folder / "prior-base", device=device,
         should_stop=lambda: time.monotonic() > until,
     ).execute()  # fmt: skip
     tell(f"{name}: {told['vae']['psnr_held_out']} dB, held-out loss {told['unet']['held_out_loss']}")

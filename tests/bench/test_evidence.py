@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from synthkd.bench import cli_evidence, evidence, evidence_gpu, evidence_page, evidence_pictures, gpu, record
 from synthkd.bench.evidence import Evidence, facts_of, prior_facts, rows_of
+from synthkd.dfkd import students
+from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.job import SynthJob
-from synthkd.dfkd.presets import Preset, load_preset, unguided
+from synthkd.dfkd.presets import Preset, load_preset
 from synthkd.dfkd.prior_spec import prior_spec
-from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.training import Stopped
-from synthkd.engine import GuidanceSpec, Request, SynthkdError
+from synthkd.engine import GuidanceSpec, SynthkdError
 
 ARMS = evidence_page.ARMS
 RESULT: dict[str, Any] = {
@@ -207,7 +209,8 @@ def test_the_table(tmp_path: Path) -> None:
     """Arms with spread over seeds, of the newest run of a setting; what has no row was not run."""
     large = {"preset": "cifar10", "size": "base", "device": "cuda: H100", "gpu_hours": 0.5, "run": "b", "steps": 40_000}
     rows = [
-        _row("guided", 99.0, run="old", seed=7), _row("guided", 1.0), _row("guided", 50.0), _row("guided", 60.0, seed=1),
+        _row("guided", 99.0, run="old", seed=7), _row("guided", 1.0), _row("guided", 50.0),
+        _row("guided", 60.0, seed=1),
         _row("pool", 20.0, images=0, images_per_second=None),
         _row("guided", 90.0, **large), _row("unguided", 85.5, **large), _row("pool", 90.0, **large),
     ]  # fmt: skip
@@ -255,9 +258,9 @@ def test_a_prior_is_kept_with_its_curve(tmp_path: Path, monkeypatch: pytest.Monk
     chart = (tmp_path / "images/evidence-prior-cifar10-small.svg").read_text()
     assert len(ElementTree.fromstring(chart).findall(".//{http://www.w3.org/2000/svg}polyline")) == 3
     (tmp_path / "teacher").mkdir()
-    taught = {"images": 3143, "parameters": 1_200_000, "test_accuracy": 92.49, "device": "cpu: AVX2",
-              "training": {"steps": 3000, "seconds": 720.0, "images_per_second": 275.5}, "sha256": {"r.safetensors": "0f"},
-              }  # fmt: skip
+    how = {"steps": 3000, "seconds": 720.0, "images_per_second": 275.5}
+    taught = {"images": 3143, "parameters": 1_200_000, "test_accuracy": 92.49, "device": "cpu: AVX2", "training": how}
+    taught |= {"sha256": {"resnet.safetensors": "0f"}}
     (tmp_path / "teacher/resnet.json").write_text(json.dumps(taught))
     (tmp_path / "teacher/resnet.toml").touch()
     (tmp_path / "teacher/log.jsonl").write_text('{"stage": "resnet", "step": 50, "loss": 1.0}\n')
@@ -274,28 +277,40 @@ def test_a_prior_is_kept_with_its_curve(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.fixture
-def drawn(
-    pipeline_folder: Path, teacher_card: Path, recipe: Callable[..., Any], tmp_path: Path
-) -> tuple[SynthJob, Path]:
-    """A run's two sets of twelve images, and a result."""
+def ran(
+    pipeline_folder: Path, teacher_card: Path, recipe: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """A real run of twelve images an arm, in this process: its guided row and its folder."""
+    monkeypatch.setattr(students, "cores", lambda: 1)
+    np.savez(tmp_path / "test.npz", x=np.zeros((3, 16, 16, 3), np.uint8), y=np.arange(3))
     job = SynthJob(
         model=str(pipeline_folder), teacher=str(teacher_card), recipe=recipe(guidance=GuidanceSpec(scale=0.8))
     )
-    for this, folder in ((job, tmp_path / "run/shards"), (unguided(job), tmp_path / "run/control/shards")):
-        draw_set(this, Request(num_samples=12, seed=0), folder, workers=1)
-    (tmp_path / "run/result.json").write_text("{}")
-    return job, tmp_path / "run"
+    student = DistillSpec(arch_args={"widths": [4], "blocks": [1]}, steps=4, batch_size=8, warmup_steps=1)
+    tiny = Preset(name="tiny", job=job, num_images=12, distill=student, test_set=str(tmp_path / "test.npz"),
+                  teachers={"own": str(teacher_card)})  # fmt: skip
+    rows = Evidence(preset=tiny, seeds=[3], out=tmp_path / "out", workers=1).execute()
+    assert [row["control"] for row in rows] == ["guided", "unguided"]
+    return rows[0], tmp_path / "out/seed-3"
 
 
-def test_a_contact_sheet(drawn: tuple[SynthJob, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guided above unguided, a row per class; a sheet that is too large loses columns and colours."""
-    job, folder = drawn
+def test_a_real_run_and_its_contact_sheet(
+    ran: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `Run` says makes the row; guided above unguided, a row per class; too large a sheet loses columns."""
+    row, folder = ran
+    told = json.loads((folder / "result.json").read_text())
+    assert row["student_accuracy"] == told["student_accuracy"]
+    assert row["images_per_second"] == told["guided_images_per_second"]
+    assert row["hours"] == round(told["arm_seconds"]["guided"] / 3600, 4)
+    assert (row["seed"], row["images"], row["guidance"]["scale"]) == (3, 12, 0.8)
     path = evidence_pictures.write_sheet(folder, "tiny", tmp_path / "images")
     run = evidence_pictures.load_run(folder)
     assert run.main is not None
     assert run.control is not None
     sheet = torch.tensor(list(Image.open(path).convert("RGB").tobytes())).view(-1, Image.open(path).width, 3)
-    high, wide = job.recipe.height, job.recipe.width
+    high = wide = 16
     rows = [keys for _, keys in sorted(run.main.keys.items())]
     step = high + max(1, wide // 24)
     for set_, top in ((run.main, 0), (run.control, sheet.shape[0] - (len(rows) * step - (step - high)))):
