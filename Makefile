@@ -84,8 +84,9 @@ prior-pacs: $(DATA)/pacs/test.npz ## with PACK=folder: PACS files, the sketch te
 evidence: $(VENV)/.ready ## guided runs and controls on natural images, of the presets that fit this machine; then docs/evidence.md
 	for preset in $(EVIDENCE); do \
 		$(call in_parts,SYNTHKD_DATA=$(DATA) $(BIN)/synthkd bench evidence $$preset --seeds $(SEEDS) --out out/evidence/$$preset \
-			--record); done
-	$(BIN)/python -m synthkd.bench.evidence --table
+			--record); \
+		$(BIN)/python -m synthkd.bench.evidence $$preset --sheet out/evidence/$$preset/seed-$(firstword $(subst $(,), ,$(SEEDS))) \
+			|| exit 2; done
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd
