@@ -27,6 +27,7 @@ T = TypeVar("T")
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _Merge = tuple[str, str]
 _TRAIN_STEPS = 1000
+_STOCK = 8  # pixels: stock pipelines draw multiples of it
 # Ends at a signal-to-noise ratio of 2.3e-4: little of a mean brightness leaks through (arXiv 2305.08891).
 _BETAS = (0.00085, 0.02)
 
@@ -52,7 +53,7 @@ class PriorShape:
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a size that the halvings do not divide, and widths that groups of 16 do not."""
-        step = self.factor * 2 ** (len(self.unet_widths) - 1)
+        step = max(_STOCK, self.factor * 2 ** (len(self.unet_widths) - 1))
         for name, value in (("height", self.height), ("width", self.width)):
             if value < step or value % step:
                 raise SynthkdError(f"prior: {name} is {value}; this network needs a multiple of {step}")
