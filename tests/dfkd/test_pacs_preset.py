@@ -53,7 +53,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def tiny_prior(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prior of the pool that has learned next to nothing."""
     monkeypatch.setattr("synthkd.dfkd.fit_prior.learn_words", lambda *_: 0.0)
-    monkeypatch.setattr(PriorFit, "_draw_sheet", lambda _: None)
+    monkeypatch.setattr(PriorFit, "_draw_sheet", lambda fit: (fit.out / "samples.png").write_bytes(b""))
     spec = PriorSpec(
         vae_widths=(16, 16), unet_widths=(16, 16), text_width=16, vae_steps=2, vae_batch_size=4, steps=2, batch_size=4,
         held_out=4,
