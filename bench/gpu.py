@@ -68,7 +68,7 @@ DISTILL = (
 METHODS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("digits", ("mosaickd", "fastdfkd", "deepinversion", "dda", "diffdfkd", "diffusion", "pool"), (0, 1, 2)),
     ("segments", ("mosaickd", "pool"), (0, 1, 2)),
-    ("cifar10", ("mosaickd", "fastdfkd", "pool"), (0,)),
+    ("cifar10-small", ("mosaickd", "fastdfkd", "pool"), (0,)),
     ("cifar10-mosaickd", ("mosaickd", "pool"), (0,)),
 )
 TRY_AGAIN = 75  # exit code of a part whose time was over before its end
