@@ -7,6 +7,7 @@ and their BatchNorm statistics measured on the training images. The one place th
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +28,7 @@ from synthkd.dfkd.data import LabelledImages, load_test_set
 from synthkd.dfkd.evaluate import evaluate
 from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, TABLE, TEXT, YES_NO, Kind, check_fields, is_number, is_whole, whole
 from synthkd.dfkd.nets import build_net, count_parameters
-from synthkd.dfkd.prior_loop import StageLoop, StagePlan, generator_of
+from synthkd.dfkd.prior_loop import StageLoop, StagePlan, checkpoint_of, generator_of
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.student import card_toml
 from synthkd.dfkd.teachers import Teacher
@@ -36,6 +37,7 @@ from synthkd.dfkd.views import ViewSpec, draw_views, looks
 from synthkd.engine.declared import check_names, overlap
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.locks import folder_lock
 from synthkd.engine.rows import write_atomically
 
 _SHARE = Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1")
@@ -55,6 +57,7 @@ _KINDS: Mapping[str, Kind] = {
     "seed": Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"),
 }
 _SMALL = {"widths": [32, 64, 128, 256], "blocks": [1, 1, 1, 1], "stem_stride": 2}
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _AT_ONCE = 256
 
 
@@ -142,11 +145,17 @@ class TeacherFit:
         too few images, a network that does not take them, and a loss that is not finite.
         """
         self._identity = {"data": self.training.digest, **json.loads(json.dumps(asdict(self.spec)))}
-        if (known := self._finished()) is not None:
-            return known
         self._split()
         self._measure()
         self.out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(self.out):
+            told = self._finished() or self._fitted(test)
+            checkpoint = checkpoint_of(self.out, self.name)
+            for path in (checkpoint, *self.out.glob(f"{checkpoint.name}.*.tmp")):
+                path.unlink(missing_ok=True)
+        return told
+
+    def _fitted(self, test: LabelledImages | None) -> dict[str, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.spec.seed)
             net = build_net(self.spec.arch, len(self.training.data.classes), self.spec.arch_args)
@@ -154,9 +163,7 @@ class TeacherFit:
             loop = self._loop(net)
             net = loop.run(lambda step: self._loss(loop.module, step), self._held_figures)
         self._settle(net, self._taken)
-        told = self._save(net, test, loop.figures)
-        loop.forget()
-        return told
+        return self._save(net, test, loop.figures)
 
     def _finished(self) -> dict[str, Any] | None:
         """What an earlier call wrote at its end; raises SynthkdError where it is of other data or another spec."""
@@ -334,9 +341,10 @@ def main(words: Sequence[str]) -> int:
 
     On a CPU with one thread.
     """
-    args, out = _parsed(words), Console()
-    began = time.monotonic()
+    args, out, began = _parsed(words), Console(), time.monotonic()
     try:
+        if not _NAME.fullmatch(args.name or args.arch):
+            raise SynthkdError(f"--name {args.name or args.arch!r}: expected letters, digits, _ and -")
         training, spec = load_training_set(args.train), _spec(args)
         test = load_apart(args.test, training) if args.test else None
         if args.device == "cpu":

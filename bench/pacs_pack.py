@@ -61,14 +61,17 @@ class Domain:
             found = f"{self.labels.min()}..{self.labels.max()}"
             raise SynthkdError(f"pack {self.path}: y is {found}; there are {len(self.classes)} classes")
 
-    def images(self, side: int) -> Pixels:
-        """All images as uint8 [N,side,side,3], resized (bilinear, antialiased); grey has three equal channels.
+    def images(self, side: int, rows: NDArray[np.int64] | None = None) -> Pixels:
+        """Images of rows (all by default) as uint8 [M,side,side,3], resized (bilinear, antialiased).
 
-        Raises SynthkdError for what is no PNG, JPEG or WebP, is not square, or giant.
+        Grey becomes three equal channels. Raises SynthkdError for what is no PNG, JPEG or WebP, is not square, or
+        giant.
         """
-        out = np.empty((len(self), side, side, 3), np.uint8)
-        for i, (start, end) in enumerate(zip(self._ends[:-1], self._ends[1:], strict=True)):
-            out[i] = _resized(self._blob[start:end].tobytes(), f"pack {self.path}: image {i}", side)
+        rows = np.arange(len(self)) if rows is None else rows
+        out = np.empty((len(rows), side, side, 3), np.uint8)
+        for place, row in enumerate(rows.tolist()):
+            file = self._blob[self._ends[row] : self._ends[row + 1]].tobytes()
+            out[place] = _resized(file, f"pack {self.path}: image {row}", side)
         return out
 
 
@@ -125,11 +128,12 @@ def make(pack: Path, out: Path, side: int = 64) -> dict[str, int]:
         raise SynthkdError(f"pack {sketch.path}: test is {sketch.test[0]} for all images; expected both parts")
     out.mkdir(parents=True, exist_ok=True)
     pool = _write_pool(pack, out / POOL, sketch.classes, side)
-    x = sketch.images(side)
-    for name, rows in ((TRAIN, ~sketch.test), (TEST, sketch.test)):
+    parts = {TRAIN: np.flatnonzero(~sketch.test), TEST: np.flatnonzero(sketch.test)}
+    for name, rows in parts.items():
         where = f"{_SKETCH_NAME}/{Path(name).stem}"
-        _write(out / name, x=x[rows], y=sketch.labels[rows], classes=np.array(sketch.classes), trained_on=[where])
-    return {"pool": pool, "train": int((~sketch.test).sum()), "test": int(sketch.test.sum())}
+        x = sketch.images(side, rows)
+        _write(out / name, x=x, y=sketch.labels[rows], classes=np.array(sketch.classes), trained_on=[where])
+    return {"pool": pool, "train": len(parts[TRAIN]), "test": len(parts[TEST])}
 
 
 def _write_pool(pack: Path, path: Path, classes: tuple[str, ...], side: int) -> int:

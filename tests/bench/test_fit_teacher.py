@@ -69,7 +69,7 @@ def test_it_learns_and_says_what_it_is(data: Path) -> None:
     first, read = net.bn1, net.conv1(seen)
     assert torch.allclose(first.running_mean, read.mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(first.running_var, read.var((0, 2, 3)), rtol=1e-3, atol=1e-5)
-    assert sorted(p.name for p in (data / "teacher").iterdir()) == [
+    assert sorted(p.name for p in (data / "teacher").glob("[!.]*")) == [
         "bars.json", "bars.safetensors", "bars.toml", "log.jsonl"
     ]  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_stopped_and_killed_it_ends_in_the_same_bytes(
 ) -> None:
     """Stopped by itself after 7 steps, killed after 12 more behind a checkpoint, then to the end."""
     whole = fit(data, "whole")
-    monkeypatch.setattr("synthkd.dfkd.prior_loop._SAVE_SECONDS", -1.0)  # a checkpoint at every step
+    monkeypatch.setattr("synthkd.dfkd.prior_loop.SAVE_SECONDS", -1.0)  # a checkpoint at every step
 
     def until(count: int, then: Callable[[], bool]) -> Callable[[], bool]:
         steps = iter(range(1, 1000))
@@ -101,8 +101,10 @@ def test_stopped_and_killed_it_ends_in_the_same_bytes(
     for name in ("bars.safetensors", "bars.toml"):
         assert (data / "parts" / name).read_bytes() == (data / "whole" / name).read_bytes()
     before = (data / "parts" / "bars.json").stat().st_mtime_ns
+    (data / "parts" / "bars.checkpoint.safetensors.1.tmp").write_bytes(b"left by a kill")
     assert fit(data, "parts") == parts, "what is finished is not trained again"
     assert (data / "parts" / "bars.json").stat().st_mtime_ns == before
+    assert not list((data / "parts").glob("bars.checkpoint*"))
 
 
 def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +156,7 @@ def test_wrong_training_data(
         (["--test", "whole.npz"], "is 'bars', and 'bars/train' is trained on"),
         (["--test", "none.npz"], "none.npz: expected an .npz"),
         (["--minutes", "-1"], "--minutes is -1.0"),
+        (["--name", "../up"], "--name '../up': expected letters"),
     ],
 )
 def test_wrong_options(words: list[str], expected: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -101,8 +101,9 @@ def test_a_broken_domain_is_one_line(case: str, pack: Path, tmp_path: Path, caps
         (b"no image, but enough bytes", "image 3: not a readable image"),
         (encoded(9, (24, 20)), "image 3: 24x20 pixels; expected a square of at most"),
         (encoded(9, (1040, 1040)), "image 3: 1040x1040 pixels; expected a square of at most"),
-        (encoded(9)[:-20], "image 3"),
+        (encoded(9)[:-20], "image 3: not a readable image"),
     ],
+    ids=["none", "oblong", "bomb", "cut"],
 )
 def test_a_hostile_image_is_one_line(
     image: bytes, expected: str, pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -58,6 +58,7 @@ def pack(tmp_path: Path) -> Path:
     flags = np.eye(3, dtype=bool)
     for i in range(4):
         beside = {"in_cifar10": flags[i % 3], "dup_earlier": flags[(i + 1) % 3], "near_cifar10_class": np.zeros(3) > 0}
+        beside["y"] = np.arange(3)
         write(folder / f"cifar100_part{i}.npz", x[2 + 3 * i : 5 + 3 * i], classes=np.arange(100), **beside)
     for name in ("resnet20", "resnet56"):
         save_file(build_net(name, 10, {}).state_dict(), folder / f"cifar10_{name}_akamaster.safetensors")
@@ -108,7 +109,7 @@ def test_what_is_missing_or_damaged_is_one_line(
 ) -> None:
     """The file, and the command that makes it."""
     monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path / "none"))
-    with pytest.raises(SynthkdError, match=r"resnet56.toml not found; make it with `python -m synthkd.bench.cifar_pack"):
+    with pytest.raises(SynthkdError, match=r"resnet56.toml not found; make it with `python -m synthkd"):
         cifar10()
     part = pack / "cifar100_part2.npz"
     whole = part.read_bytes()

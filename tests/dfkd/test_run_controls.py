@@ -1,4 +1,4 @@
-"""A preset's teacher, student and controls: one command end to end on tiny stand-ins, stopped, gone on with, refused."""
+"""A preset's teacher, student and controls: one command on tiny stand-ins, stopped, gone on with, refused."""
 
 import json
 import shutil
@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from synthkd.dfkd import controls, fit_prior
+from synthkd.dfkd import controls, fit_prior, presets_cifar, students
 from synthkd.dfkd.choices import with_controls, with_student, with_teacher
 from synthkd.dfkd.controls import Controls
+from synthkd.dfkd.method_run import MethodRun
 from synthkd.dfkd.nets import build_net
 from synthkd.dfkd.presets import Preset, load_preset
 from synthkd.dfkd.presets_cifar import WORDS
@@ -27,7 +28,6 @@ from synthkd.dfkd.teachers import load_teacher
 from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine import SynthkdError
 
-SMALL = ("--student", "resnet8", "--num-images", 160, "--steps", 6, "--workers", 1, "--device", "cpu")
 PARTS = {"vae_widths": (16, 16), "unet_widths": (16, 32), "text_width": 16}
 CLASSES = "\n".join(f'"{name}",' for name in WORDS)
 
@@ -78,11 +78,6 @@ def data(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def weights(folder: Path) -> dict[str, bytes]:
-    """The students of a run's folder by their place."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("student.safetensors"))}
-
-
 class EndsAt(Silent):
     """Says when a stage begins that is named so."""
 
@@ -96,16 +91,31 @@ class EndsAt(Silent):
         return self.begun
 
 
-def test_run_with_controls_stopped_in_one_and_gone_on_with(
-    data: Path, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Everything is there and told; stopped within a control, the same command ends in the same students.
+@pytest.fixture
+def tiny(data: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
+    """The small preset with few steps of everything, which is what `load_preset` gives, and no process a student."""
+    monkeypatch.setenv("SYNTHKD_DATA", str(data))
+    monkeypatch.setattr(students, "cores", lambda: 1)
+    found = load_preset("cifar10-small")
+    job = replace(found.job, recipe=replace(found.job.recipe, steps=3, samples_per_class=2))
+    fast = {"samples_per_class": 2, "warmup": 2, "inner": 1, "widths": [8, 8, 8]}
+    spec = replace(found.distill, steps=6, batch_size=8, warmup_steps=0)
+    made = replace(found, job=job, num_images=40, distill=spec, methods={"fastdfkd": fast})
+    monkeypatch.setattr(presets_cifar, "cifar10_small", lambda: made)
+    return made
+
+
+def test_run_with_controls_stopped_in_one_and_gone_on_with(tiny: Preset, call: Any, tmp_path: Path) -> None:
+    """Stopped within a control, the same command ends in the control's student, and everything is there and told.
 
     Another teacher in the same folder is refused, and what is there stays.
     """
-    monkeypatch.setenv("SYNTHKD_DATA", str(data))
-    out = tmp_path / "run"
-    words = ("run", "cifar10-small", "--out", out, "--teacher", "resnet56", *SMALL)
+    out, told = tmp_path / "run", EndsAt("fastdfkd 0: distill")
+    with pytest.raises(Interrupted):
+        Run(with_student(tiny, "resnet8"), out, 0, None, 1, told, told.is_set).execute()
+    assert (out / "controls/fastdfkd" / CHECKPOINT).exists()
+    assert not (out / "controls/fastdfkd/student.safetensors").exists()
+    words = ("run", "cifar10-small", "--out", out, "--student", "resnet8", "--workers", 1, "--device", "cpu")
     done = call(*words)
     assert done.returncode == 0, done.stderr
     assert "fastdfkd student accuracy" in done.stdout
@@ -114,30 +124,20 @@ def test_run_with_controls_stopped_in_one_and_gone_on_with(
     assert list(result["controls"]) == ["pool", "fastdfkd"]
     for control in result["controls"].values():
         assert 0 <= control["student_accuracy"] <= 100
-        assert (control["steps"], control["batch_size"]) == (6, 128)
+        assert (control["steps"], control["batch_size"]) == (6, 8)
         assert control["seconds"] > 0
-    assert [control["num_images"] for control in result["controls"].values()] == [0, 160]
+    assert [control["num_images"] for control in result["controls"].values()] == [0, 40]
     assert min(result["arm_seconds"].values()) > 0
     assert "The same student, by what it learned from" in (out / "report.html").read_text()
-    whole = weights(out)
-    assert set(whole) == {f"{p}student.safetensors" for p in ("", "control/", "controls/pool/", "controls/fastdfkd/")}
 
-    for name in ("controls/fastdfkd", "result.json"):
-        shutil.rmtree(out / name) if (out / name).is_dir() else (out / name).unlink()
-    told = EndsAt("fastdfkd 0: distill")
-    preset = with_student(load_preset("cifar10-small"), "resnet8")
-    preset = replace(preset, distill=replace(preset.distill, steps=6))
-    with pytest.raises(Interrupted):
-        Run(preset, out, 0, 160, 1, told, told.is_set).execute()
-    assert (out / "controls/fastdfkd" / CHECKPOINT).exists()
-    assert not (out / "controls/fastdfkd/student.safetensors").exists()
-    assert call(*words).returncode == 0
-    assert weights(out) == whole
+    MethodRun(preset=with_student(tiny, "resnet8"), method="fastdfkd", out=tmp_path / "alone").execute()
+    of_control = (out / "controls/fastdfkd/student.safetensors").read_bytes()
+    assert of_control == (tmp_path / "alone/student.safetensors").read_bytes()
 
-    other = call(*words[:5], "resnet20", *SMALL)
+    other = call(*words, "--teacher", "resnet20")
     assert other.returncode == 2
     assert "holds another recipe's set (guidance.teacher_sha256 is" in other.stderr
-    assert weights(out) == whole
+    assert (out / "controls/fastdfkd/student.safetensors").read_bytes() == of_control
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_run_with_controls_stopped_in_one_and_gone_on_with(
     [
         (("--teacher", "resnet65"), "--teacher 'resnet65': no card there and no name; did you mean 'resnet56'?"),
         (("--teacher", "embedded:digits"), "expected those of preset cifar10-small, airplane, automobile, bird"),
-        (("--student", "resnet9"), "--student 'resnet9': did you mean 'resnet8'?"),
+        (("--student", "resnet9"), "--student 'resnet9': did you mean 'resnet'? known: deeplab, plain_cnn"),
         (("--student", "deeplab"), "distill: arch 'deeplab'"),
         (("--controls", "pol"), "controls: 'pol' is no method; did you mean 'pool'?"),
         (("--controls", "diffusion"), "controls: 'diffusion' is the unguided control that every run has"),
@@ -220,7 +220,8 @@ def test_the_report_says_who_is_ahead(tmp_path: Path) -> None:
     }  # fmt: skip
     found = section(ReportRun(tmp_path, result, None, None))
     assert found is not None
-    assert found.sentence == "The best control is pool with 64.5\N{NO-BREAK SPACE}%: the guided student is 4.5 points below it."
+    best = "The best control is pool with 64.5\N{NO-BREAK SPACE}%"
+    assert found.takeaway == f"{best}: the guided student is 4.5 points below it."
     page = "".join(map(str, found.body))
     assert "1,200 steps of 128 images" in page
     assert section(ReportRun(tmp_path, {**result, "controls": {}}, None, None)) is None
