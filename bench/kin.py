@@ -28,7 +28,7 @@ def shares(data: Captioned, teacher: Teacher, most: int) -> Tensor:
     for caption in range(count):
         rows = torch.nonzero(data.labels == caption).flatten()[:most]
         parts = [teacher(data.images[part].float() / 255).softmax(dim=1) for part in torch.split(rows, _BATCH)]
-        if parts:
+        if len(rows):  # a caption without images has no word
             found[caption] = torch.cat(parts).double().mean(dim=0)
     return found
 

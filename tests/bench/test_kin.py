@@ -33,7 +33,7 @@ def test_captions_go_to_the_class_that_the_teacher_names() -> None:
     found = shares(_data(), teacher, 10)
     assert found[0, 0] > 0.99
     assert found[1, 1] > 0.99
-    assert found[3].tolist() == [0, 0]  # a caption without images has no word
+    assert found[3].tolist() == [0, 0]
     assert kin(found, 2) == [[0, 2], [1, 2]]
 
 
