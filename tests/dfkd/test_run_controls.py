@@ -164,7 +164,7 @@ def test_wrong_choices_are_one_line_and_nothing_is_drawn(
     assert done.returncode == 2, done.stdout
     assert said in done.stderr.splitlines()[-1]
     assert not (tmp_path / "run" / "shards").exists()
-    if "--controls" not in words:
+    if "--controls" not in words and "deeplab" not in words:  # which is tried in a process of its own
         assert call("compare", "cifar10-small", "--out", tmp_path / "c", *words[:2]).returncode == 2
 
 
