@@ -34,7 +34,7 @@ from synthkd.dfkd.student import card_toml
 from synthkd.dfkd.teachers import Teacher
 from synthkd.dfkd.training import Stopped
 from synthkd.dfkd.views import ViewSpec, draw_views, looks
-from synthkd.engine.declared import check_names, overlap
+from synthkd.engine.declared import check_names
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.locks import folder_lock
@@ -303,9 +303,10 @@ class TeacherFit:
 
 def load_apart(path: Path, training: TrainingSet) -> LabelledImages:
     """A test part; raises SynthkdError for one that is declared to hold images of the training part."""
-    found = overlap(training.trained_on, _texts(path)[1])
-    if found is not None:
-        raise SynthkdError(f"--test {path}: is {found[1]!r}, and {found[0]!r} is trained on; expected another part")
+    for theirs in check_names(f"--test {path}: trained_on", _texts(path)[1]):
+        for ours in training.trained_on:  # parts of one data set are apart here: a test part is scored, never learned
+            if f"{ours}/".startswith(f"{theirs}/") or f"{theirs}/".startswith(f"{ours}/"):
+                raise SynthkdError(f"--test {path}: is {theirs!r}, and {ours!r} is trained on; expected another part")
     test = load_test_set(str(path), training.data.classes, (0, 0))
     if test.images.shape[1:] != training.data.images.shape[1:]:
         shapes = f"{tuple(test.images.shape[1:])}; {tuple(training.data.images.shape[1:])} is trained on"
