@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from synthkd.dfkd.apart import card_declares, check_pool, model_declares, pool_declares, student_seen, told
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
@@ -52,6 +53,7 @@ class MethodRun:
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and return the result, which is in result.json; raises Stopped where that is asked."""
         make = load_method(self.method)
+        self.check_apart()
         if self.out.exists() and not self.out.is_dir():
             raise SynthkdError(f"{self.out}: is a file; choose a folder")
         with one_thread(self.preset.job.device):
@@ -62,12 +64,29 @@ class MethodRun:
                 return known
             spent = _Spent(self.out / SPENT, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
             student, feed_facts = self._taught(make, job, identity, spent)
-            save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
+            save_student(student, job.spec, self.out, self._about(job))
             result = self._result(job, student, feed_facts, spent) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
         write_report(self.out)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result
+
+    def check_apart(self) -> None:
+        """Raise SynthkdError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
+        self.preset.job.check_apart()
+        check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
+
+    def _about(self, job: MethodJob) -> dict[str, Any]:
+        """What the student's card says beside its network."""
+        asked, pool = self.preset.job.teacher, job.notes.get("pool")
+        shown = {} if pool is None else {"pool": pool}
+        return {"teacher": asked, "method": self.method, **shown, **student_seen(asked, pool)}
+
+    def _declared(self, job: MethodJob) -> dict[str, str]:
+        """What teacher, prior and pool declare that they have seen, those that took part or might have."""
+        asked, pool = self.preset.job, job.notes.get("pool")
+        prior = {"prior": model_declares(asked.model)} if asked.model else {}
+        return told(teacher=card_declares(asked.teacher), **prior, **({"pool": pool_declares(pool)} if pool else {}))
 
     def _job(self, teacher: Teacher) -> MethodJob:
         # A method's batches have the teacher beside them: stored labels are of one method's kind of set only.
@@ -132,6 +151,7 @@ class MethodRun:
             "method": self.method,
             "seed": self.seed,
             "pool": job.notes.get("pool"),
+            "declared": self._declared(job),
             **scores,
             "agreement": student.agreement,
             **facts,

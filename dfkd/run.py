@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from synthkd.dfkd.apart import check_pool, student_seen
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
 from synthkd.dfkd.evaluate import Score, evaluate, predict
 from synthkd.dfkd.job import SynthJob
@@ -65,6 +66,7 @@ class Run:
         """Do what is left to do, write result.json and report.html, return the result."""
         started, job = time.perf_counter(), self.preset.job
         job.check()
+        check_pool(self.preset.pool, job.teacher)
         count = self.num_images or self.preset.num_images
         resumed = (self.out / "shards" / MANIFEST).exists()
         with self._stage("evaluate_teacher"):
@@ -166,6 +168,7 @@ class Run:
             },
             "confusion": {name: score.confusion for name, score in scores.items()},
             "test_set": self.preset.test_set or "none",
+            "declared": self.preset.job.source()["declared"],
             "device": environment(torch.device(self.preset.job.device), 0)["device"],
             "workers": self.workers_used,
             "versions": versions(),
@@ -221,7 +224,7 @@ def train_student(job: StudentJob) -> Path:
     except OtherTrainingError:  # left by a training that was killed before the run got other settings, or more images
         (job.out_dir / CHECKPOINT).unlink()
         student = distill(source, teacher, job.spec, **where)
-    about = {"teacher": job.teacher, "images": len(source)}
+    about = {"teacher": job.teacher, "images": len(source), **student_seen(job.teacher)}
     save_student(student, job.spec, job.out_dir, about)
     write_atomically(marker, job.stamp)
     (job.out_dir / CHECKPOINT).unlink(missing_ok=True)
