@@ -33,7 +33,7 @@ from synthkd.engine.models import EMBEDDED, resolve
 from synthkd.engine.untrusted import open_plain
 
 Names = tuple[str, ...] | None
-PRIOR, TEACHER, OWN_POOL = "prior", "teacher", "pool"
+PRIOR, TEACHER = "prior", "teacher"
 _ARRAY = "trained_on"
 _LETTERS = ("letters",)  # what the pools that come with the package show
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
@@ -76,20 +76,20 @@ def set_declares(folder: Path) -> dict[str, Names]:
 
 
 def check_parts(parts: Mapping[str, Names], teacher: str) -> None:
-    """Raise SynthkdError where one of several networks, by what they are called, has seen the teacher's data."""
+    """Raise OverlapError where one of several networks, by what they are called, has seen the teacher's data."""
     seen = card_declares(teacher)
     for what, names in parts.items():
         check_apart(what, names, seen)
 
 
 def check_pool(pool: str | None, teacher: str) -> None:
-    """Raise SynthkdError where a pool holds images that the teacher was trained on."""
+    """Raise OverlapError where a pool holds images that the teacher was trained on."""
     if pool is not None:
         check_parts({f"pool {pool!r}": pool_declares(pool)}, teacher)
 
 
 def check_set(folder: Path, teacher: str) -> None:
-    """Raise SynthkdError where the prior that drew a set has seen the data of this teacher, who may be another one."""
+    """Raise OverlapError where the prior that drew a set has seen the data of this teacher, who may be another one."""
     check_parts({f"the prior of the set {str(folder)!r}": set_declares(folder)[PRIOR]}, teacher)
 
 

@@ -116,7 +116,7 @@ class SynthJob:
             raise SynthkdError(f"rounds is {recipe.rounds}, but gamma is 0: nothing would change between rounds")
 
     def check_apart(self) -> None:
-        """Raise SynthkdError where a network that draws has seen the teacher's data, as both declare it."""
+        """Raise OverlapError where a network that draws has seen the teacher's data, as both declare it."""
         apart.check_parts(self.seen(), self.teacher)
 
     def seen(self) -> dict[str, apart.Names]:
@@ -157,8 +157,7 @@ class SynthJob:
     def declared(self) -> dict[str, Any]:
         """What decides the images of a set beside its seed and its teacher's weights, as plain values."""
         weights = {name: getattr(self, name) for name in _WEIGHTS}
-        source = {name: value for name, value in self.source().items() if name != "declared"}
-        return {**source, **weights, "recipe": self.recipe.to_dict()}
+        return {**self.source(), **weights, "recipe": self.recipe.to_dict()}
 
     def source(self) -> dict[str, Any]:
         """What a manifest keeps for `synthkd replay`, beside the recipe and the guidance's weights."""
@@ -169,8 +168,16 @@ class SynthJob:
             out["patches"] = _absolute(self.patches)
         if self.gamma > 0:
             out["round_student"] = asdict(self.round_student)
-        prior = apart.model_declares(self.model) if self.model else None
-        return out | {"declared": apart.told(prior=prior, teacher=apart.card_declares(self.teacher))}
+        return out
+
+    def trained_on(self) -> dict[str, str]:
+        """What teacher and prior declare that they were trained on, in words; no prior where the job names none."""
+        prior = {apart.PRIOR: apart.model_declares(self.model)} if self.model else {}
+        return apart.told(**{apart.TEACHER: apart.card_declares(self.teacher)}, **prior)
+
+    def origin(self) -> dict[str, Any]:
+        """What a manifest keeps of the networks: `source`, and what they declare, which no fingerprint knows."""
+        return {**self.source(), "declared": self.trained_on()}
 
     @classmethod
     def from_manifest(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from synthkd.dfkd.apart import card_declares, check_pool, model_declares, pool_declares, student_seen, told
+from synthkd.dfkd.apart import check_pool, pool_declares, student_seen, told
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
@@ -72,7 +72,7 @@ class MethodRun:
         return result
 
     def check_apart(self) -> None:
-        """Raise SynthkdError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
+        """Raise OverlapError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
         self.preset.job.check_apart()
         check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
 
@@ -81,12 +81,6 @@ class MethodRun:
         asked, pool = self.preset.job.teacher, job.notes.get("pool")
         shown = {} if pool is None else {"pool": pool}
         return {"teacher": asked, "method": self.method, **shown, **student_seen(asked, pool)}
-
-    def _declared(self, job: MethodJob) -> dict[str, str]:
-        """What teacher, prior and pool declare that they have seen, those that took part or might have."""
-        asked, pool = self.preset.job, job.notes.get("pool")
-        prior = {"prior": model_declares(asked.model)} if asked.model else {}
-        return told(teacher=card_declares(asked.teacher), **prior, **({"pool": pool_declares(pool)} if pool else {}))
 
     def _job(self, teacher: Teacher) -> MethodJob:
         # A method's batches have the teacher beside them: stored labels are of one method's kind of set only.
@@ -141,7 +135,7 @@ class MethodRun:
     def _result(
         self, job: MethodJob, student: Student, facts: dict[str, Any], spent: "_Spent"
     ) -> dict[str, Any]:
-        scores: dict[str, Any] = {}
+        scores, pool = dict[str, Any](), job.notes.get("pool")
         if self.preset.test_set is not None:
             for name, net in (("teacher", job.teacher), ("student", student.net)):
                 found = test_scores(net, self.preset.test_set)
@@ -150,8 +144,8 @@ class MethodRun:
             "preset": self.preset.name,
             "method": self.method,
             "seed": self.seed,
-            "pool": job.notes.get("pool"),
-            "declared": self._declared(job),
+            "pool": pool,
+            "declared": self.preset.job.trained_on() | (told(pool=pool_declares(pool)) if pool else {}),
             **scores,
             "agreement": student.agreement,
             **facts,

@@ -16,6 +16,7 @@ from synthkd.engine.backends import Execution
 from synthkd.engine.batch import SampleStream
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
+from synthkd.engine.declared import OverlapError
 from synthkd.engine.encoders import encoder_of
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
@@ -122,7 +123,7 @@ def _say_what_was_seen(job: SynthJob) -> None:
     """The set is there: that its prior is not apart from its teacher's data is said, and refuses nothing."""
     try:
         job.check_apart()
-    except SynthkdError as error:
+    except OverlapError as error:
         _log.warning("%s; the set is there, so its images are drawn again all the same", error)
 
 

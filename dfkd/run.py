@@ -168,7 +168,7 @@ class Run:
             },
             "confusion": {name: score.confusion for name, score in scores.items()},
             "test_set": self.preset.test_set or "none",
-            "declared": self.preset.job.source()["declared"],
+            "declared": self.preset.job.trained_on(),
             "device": environment(torch.device(self.preset.job.device), 0)["device"],
             "workers": self.workers_used,
             "versions": versions(),

@@ -49,6 +49,10 @@ _SHARE = (
 )  # fmt: skip
 
 
+class OverlapError(SynthkdError):
+    """A network has seen the data that a teacher declares as its own."""
+
+
 def check_names(where: str, names: Any) -> tuple[str, ...]:
     """Names of data sets, at least one; raises SynthkdError, which begins with `where`, for anything else."""
     if not isinstance(names, (list, tuple)):
@@ -127,10 +131,10 @@ def _held_by(whole: str) -> Iterator[str]:
 
 
 def check_apart(what: str, ours: Sequence[str] | None, teacher: Sequence[str] | None) -> None:
-    """Raise SynthkdError where `what` has seen data that the teacher declares as its own; None: nothing is declared."""
+    """Raise OverlapError where `what` has seen data that the teacher declares as its own; None: nothing is declared."""
     found = overlap(ours or (), teacher or ())
     if found is not None:
-        raise SynthkdError(
+        raise OverlapError(
             f"{what} declares that it has seen {found[0]!r}, and the teacher was trained on {found[1]!r}, which is the "
             "same data set or shares images with it: that is not data-free; use one that has not seen the teacher's "
             "data (no option allows it)"
