@@ -274,10 +274,11 @@ def card_toml(card: Mapping[str, Any]) -> str:
 
 
 def _model_card(student: Student, spec: DistillSpec, about: Mapping[str, Any]) -> str:
+    images = "synthetic images, a pool's, or both" if "pool" in about else "synthetic images only"
     lines = [
         "# Student model card",
         "",
-        "Trained by synthkd on synthetic images only: no image of the teacher's training set was used.",
+        f"Trained by synthkd on {images}: no image of the teacher's training set was read.",
         "",
         f"- Parameters: {count_parameters(student.net.net):,}",
         f"- Input: {student.net.input_size[0]}x{student.net.input_size[1]} RGB in [0,1], normalised as in student.toml",
