@@ -112,6 +112,7 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(data / "train.npz"), "--test", str(data / "test.npz"), "--out", str(data / "t"), "--name", "n"]
     words += ["--set", "steps=4", "--set", "batch_size=8", "--set", "held_out=0.25"]
     words += ["--set", "arch_args={widths=[8],blocks=[1]}"]
+    write(data / "test.npz", "test", 1, trained_on=None)  # need not say what it is
     assert main([*words, "--minutes", "1e-9"]) == 75
     assert main(words) == 0
     said = capsys.readouterr().out
@@ -127,7 +128,7 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("changes", "expected"),
     [
         ({"trained_on": None}, "classes and trained_on are missing"),
-        ({"trained_on": ["Bars"]}, "names of data sets in lower case"),
+        ({"trained_on": ["Bars"]}, "of data sets in lower case"),
         ({"classes": ["up", "down"]}, "labels 0..2; the teacher has 2 classes"),
         ({"x": np.zeros((48, 16, 16), np.float32)}, "expected uint8"),
         ({"classes": np.array(["up", None, 3], dtype=object)}, "expected an .npz of x, y, classes and trained_on"),
