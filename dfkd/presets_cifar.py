@@ -24,15 +24,15 @@ _COMPARED = ("mosaickd", "fastdfkd", "pool")
 # `python -m synthkd.bench.kin` finds them; the guidance does the rest.
 WORDS = {
     "airplane": "shark|mountain|plain|road|trout|whale",
-    "automobile": "motorcycle|lawn mower|clock|plate|bowl|can",
-    "bird": "worm|flatfish|skunk|cup|snail|butterfly",
-    "cat": "hamster|possum|orange|mouse|apple|wardrobe",
-    "deer": "elephant|kangaroo|forest|cattle|spider|rabbit",
-    "dog": "chimpanzee|girl|woman|baby|boy|man",
-    "frog": "bee|oak tree|crab|crocodile|snake|beetle",
-    "horse": "cattle|camel|elephant|bicycle|kangaroo|man",
-    "ship": "sea|bridge|castle|skyscraper|rocket|bottle",
-    "truck": "television|house|train|wardrobe|can|castle",
+    "automobile": "motorcycle|lawn mower|clock|plate|bowl|telephone",
+    "bird": "worm|skunk|sunflower|cup|flatfish|shrew",
+    "cat": "possum|apple|hamster|wardrobe|mouse|orange",
+    "deer": "kangaroo|cattle|elephant|forest|spider|rabbit",
+    "dog": "chimpanzee|girl|hamster|baby|woman|boy",
+    "frog": "oak tree|crab|crocodile|bee|snake|lizard",
+    "horse": "cattle|elephant|camel|bicycle|man|motorcycle",
+    "ship": "sea|bridge|skyscraper|rocket|castle|whale",
+    "truck": "television|house|train|wardrobe|castle|can",
 }
 
 
