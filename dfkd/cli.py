@@ -40,6 +40,7 @@ from synthkd.dfkd.cli_methods import (
 from synthkd.dfkd.cli_online import online
 from synthkd.dfkd.cli_patches import fit as fit_patches
 from synthkd.dfkd.cli_plan import plan
+from synthkd.dfkd.cli_prior import EPILOG as FIT_PRIOR
 from synthkd.dfkd.cli_prior import fit as fit_prior
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.cli_sets import merge, repair, verify
@@ -72,7 +73,7 @@ app.command("compare", epilog="Example: synthkd compare digits --methods mosaick
 app.command("evaluate", epilog="Example: synthkd evaluate students/a/student.toml --data digits:test")(evaluate)
 app.command("plan", epilog="Example: synthkd plan --num-samples 1e9 --gpus 1024 --from sets/small --price 2")(plan)
 app.command("fit-patches", epilog="Example: synthkd fit-patches --preset digits --out patches/digits")(fit_patches)
-app.command("fit-prior", epilog="Example: synthkd fit-prior data/cifar10/prior_pool.npz --out priors/cifar")(fit_prior)
+app.command("fit-prior", epilog=FIT_PRIOR)(fit_prior)
 app.command("fit-decoder", epilog="Example: synthkd fit-decoder --preset digits --out decoders/digits")(fit)
 app.command("index", epilog="Example: synthkd index sets/digits --where 'confidence > 0.9'")(index)
 app.command("stats", epilog="Example: synthkd stats sets/digits --out stats.html")(stats)

@@ -10,11 +10,17 @@ from rich.console import Console
 from synthkd.dfkd import cli_options as options
 from synthkd.dfkd.cli_methods import Deadline, Minutes, parsed_options
 from synthkd.dfkd.cli_progress import Bars, StopFlag
-from synthkd.dfkd.fit_prior import PIPELINE, SHEET, PriorFit
+from synthkd.dfkd.fit_prior import PIPELINE, PriorFit
 from synthkd.dfkd.prior_data import load_captioned
-from synthkd.dfkd.prior_spec import SIZES, prior_spec
+from synthkd.dfkd.prior_report import REPORT
+from synthkd.dfkd.prior_spec import SIZES, fields_help, prior_spec
 from synthkd.dfkd.training import Stopped
 
+EPILOG = f"""Fields of --set, and what the sizes set them to:
+
+{fields_help()}
+
+Example: synthkd fit-prior data/cifar10/pool.npz --out priors/cifar --minutes 9 --set steps=20000"""
 out = Console()
 
 
@@ -23,7 +29,8 @@ def fit(
     out_dir: options.Out,
     size: Annotated[str, typer.Option(help=f"Networks and steps: {' or '.join(SIZES)}.")] = "small",
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the size, NAME=VALUE; may be given several times.")
+        list[str] | None,
+        typer.Option("--set", help="A field of the size, NAME=VALUE, see below; may be given several times."),
     ] = None,
     seed: options.Seed = 0,
     minutes: Minutes = None,
@@ -50,6 +57,6 @@ def fit(
     weights = sum(told["parameters"].values()) / 1e6
     out.print(
         f"{out_dir / PIPELINE}: {weights:.1f} million weights, autoencoder {told['vae']['psnr_held_out']:.1f} dB, "
-        f"held-out loss {told['unet']['held_out_loss']:.4f}; samples: {out_dir / SHEET}",
+        f"held-out loss {told['unet']['held_out_loss']:.4f}; report: {out_dir / REPORT}",
         soft_wrap=True, highlight=False,
     )  # fmt: skip

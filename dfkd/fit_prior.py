@@ -5,30 +5,33 @@ are a function of (seed, step), so a training that was stopped ends in the same 
 """
 
 import json
-import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from synthkd.dfkd.prior_data import Captioned
-from synthkd.dfkd.prior_loop import StageLoop, StagePlan, autocast, checkpoint_of, generator_of
+from synthkd.dfkd.prior_latents import encode_all
+from synthkd.dfkd.prior_loop import StageLoop, StagePlan, autocast, checkpoint_of, generator_of, moved
+from synthkd.dfkd.prior_objective import Autoencoding, Denoising, Drawn, draw, learn_words
+from synthkd.dfkd.prior_report import REPORT, write_report
 from synthkd.dfkd.prior_spec import PriorSpec
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
+from synthkd.dfkd.training import Stopped
 from synthkd.engine.declared import write_declaration
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.locks import folder_lock
 from synthkd.engine.models import weights_digest
 from synthkd.engine.new_prior import (
     PriorShape,
     decoded,
     draw_samples,
     mean_latents,
-    new_scheduler,
     new_text_encoder,
     new_tokenizer,
     new_unet,
@@ -39,17 +42,21 @@ from synthkd.engine.new_prior import (
 )
 from synthkd.engine.rows import write_atomically
 
-PIPELINE, LATENTS, RESULT, SHEET = "pipeline", "latents.safetensors", "prior.json", "samples.png"
-_VAE = "vae.safetensors"
-_WORD_STEPS, _WORD_BATCH, _WORD_RATE = 1200, 64, 2e-3
+PIPELINE, RESULT, SHEET = "pipeline", "prior.json", "samples.png"
+_VAE, _LATENTS = "vae.safetensors", "latents.safetensors"
+_HALF_WRITTEN = re.compile(r"(vae|unet|latents)(\.checkpoint)?\.safetensors\.\d+\.tmp")
 _TEXT_RATE = 0.3  # of the denoiser's: an encoder that moves fast leaves the denoiser behind
-_ENCODE_AT_ONCE = 256
+_SETTLE_ON = 2048  # images
+_ENCODED_PIXELS, _ENCODE_AT_ONCE = 2**21, 256  # of a part of the images, and their number, at most
 _SHEET_CAPTIONS, _SHEET_EACH = 12, 8
 
 
 @dataclass(kw_only=True)
 class PriorFit:
-    """One training in a folder: `pipeline/`, `prior.json`, `log.jsonl`, `samples.png`; checkpoints until it is done."""
+    """One training in a folder: `pipeline/`, `prior.json`, `log.jsonl`, `samples.png`, `training.html`.
+
+    Checkpoints and latents are there until it is done.
+    """
 
     data: Captioned
     spec: PriorSpec
@@ -63,27 +70,56 @@ class PriorFit:
 
         Raises SynthkdError where the folder holds another training, and for a loss that is not finite.
         """
-        high, wide = self.data.images.shape[2:]
         if self.spec.held_out >= len(self.data):
             raise SynthkdError(f"fit-prior: held_out is {self.spec.held_out} of {len(self.data)} images; leave some")
+        self._shape = self._shape_of(self.spec)
+        self._identity = {"data": self.data.digest, **json.loads(json.dumps(asdict(self.spec)))}
+        self.out.mkdir(parents=True, exist_ok=True)
+        with folder_lock(self.out):
+            return self._locked()
+
+    def _shape_of(self, spec: PriorSpec) -> PriorShape:
+        high, wide = self.data.images.shape[2:]
         longest = max(len(caption.split()) for caption in self.data.captions)
-        spec = self.spec
-        self._shape = PriorShape(
+        return PriorShape(
             height=high, width=wide, words=self.data.words, length=longest + 2, vae_widths=spec.vae_widths,
             latent_channels=spec.latent_channels, unet_widths=spec.unet_widths, layers=spec.layers,
             text_width=spec.text_width,
         )  # fmt: skip
-        self._identity = {"data": self.data.digest, **json.loads(json.dumps(asdict(spec)))}
-        if (known := self._finished()) is not None:
-            return known
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._rows = torch.randperm(len(self.data), generator=generator_of(spec.seed, "held out", 0))
-        self._held, self._taken = self._rows[: spec.held_out], self._rows[spec.held_out :]
-        with torch.random.fork_rng(devices=[]):
-            vae, figures = self._vae()
-            latents = self._latents(vae)
-            figures |= self._denoiser(vae, latents)
-        return self._told(figures)
+
+    def _locked(self) -> dict[str, Any]:
+        for path in [path for path in self.out.iterdir() if _HALF_WRITTEN.fullmatch(path.name)]:
+            path.unlink(missing_ok=True)
+        told = self._finished()
+        if told is None:
+            rows = torch.randperm(len(self.data), generator=generator_of(self.spec.seed, "held out", 0))
+            self._held, self._taken = rows[: self.spec.held_out], rows[self.spec.held_out :]
+            with torch.random.fork_rng(devices=[]):
+                told = self._fitted()
+            write_atomically(self.out / RESULT, json.dumps(told, indent=2) + "\n")
+        if not (self.out / SHEET).is_file():
+            self._draw_sheet()
+        if not (self.out / REPORT).is_file():
+            write_report(self.out, told, self._shown(), (self.out / SHEET).read_bytes())
+        for path in (checkpoint_of(self.out, "vae"), checkpoint_of(self.out, "unet"), self.out / _VAE,
+                     self.out / _LATENTS):  # fmt: skip
+            path.unlink(missing_ok=True)
+        return told
+
+    def _fitted(self) -> dict[str, Any]:
+        """Both stages, the pipeline and its sheet; what prior.json says."""
+        vae, figures = self._vae()
+        latents = self._latents(vae)
+        ema, figures["unet"], tokenizer = self._denoiser(latents)
+        del latents
+        parts = {"unet": ema.unet, "text_encoder": ema.text, "vae": vae}
+        figures["parameters"] = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        sums = save_pipeline(ema.unet, ema.text, vae, tokenizer, self.out / PIPELINE, self._declare)
+        self._draw_sheet()
+        return self._told(figures, sums)
+
+    def _declare(self, folder: Path) -> dict[str, str]:
+        return write_declaration(folder, self.data.trained_on, self.data.digest)
 
     def _finished(self) -> dict[str, Any] | None:
         """What an earlier call wrote at its end; raises SynthkdError where it is of other data or another spec."""
@@ -92,71 +128,80 @@ class PriorFit:
             return None
         try:
             found: dict[str, Any] = json.loads(path.read_text())
-            same = found["identity"] == self._identity and (self.out / PIPELINE / "model_index.json").is_file()
+            same = found["identity"] == self._identity
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SynthkdError(f"{path}: not readable; delete it and run the command again") from error
         if not same:
             raise SynthkdError(f"{self.out}: holds a prior of another pool or spec; choose another folder")
+        if not (self.out / PIPELINE / "model_index.json").is_file():
+            raise SynthkdError(f"{path}: tells of a pipeline that is gone; delete it to train the prior again")
         return found
 
     def _pixels(self, rows: Tensor, flipped: Tensor | None = None) -> Tensor:
         """Images of rows as float32 [B,3,H,W] of -1..1 on the device, some mirrored."""
-        images = self.data.images[rows].to(self.device).float() / 127.5 - 1
+        images = moved(self.data.images[rows], self.device).float() / 127.5 - 1
         if flipped is not None:
-            images = torch.where(flipped.to(self.device).view(-1, 1, 1, 1), images.flip(3), images)
+            images = torch.where(moved(flipped, self.device).view(-1, 1, 1, 1), images.flip(3), images)
         return images.contiguous(memory_format=torch.channels_last)
 
     def _vae(self) -> tuple[Any, dict[str, Any]]:
-        """The autoencoder, settled, and its figures."""
-        spec = self.spec
-        torch.manual_seed(spec.seed)
-        vae = new_vae(self._shape)
+        """The autoencoder, settled, and its figures; always as its file has it, so that a restart changes no bit."""
         path = self.out / _VAE
-        if path.is_file():
-            tensors, note = read_tensors(path)
-            self._check_same(path, note)
+        torch.manual_seed(self.spec.seed)
+        vae = new_vae(self._shape)
+        if not path.is_file():
+            self._train_vae(vae)
+            torch.manual_seed(self.spec.seed)
+            vae = new_vae(self._shape)
+        checkpoint_of(self.out, "vae").unlink(missing_ok=True)
+        tensors, note = read_tensors(path)
+        if note.get("identity") != self._identity:
+            raise SynthkdError(f"{path}: is of another pool or spec; choose another folder, or delete this one")
+        try:
             vae.load_state_dict(tensors)
-            vae.register_to_config(scaling_factor=1.0)
-            return vae.to(self.device).eval().requires_grad_(False), note["figures"]
+            figures = dict(note["figures"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise SynthkdError(f"{path}: does not fit; delete it and run the command again") from error
+        return vae.to(self.device).eval().requires_grad_(False), figures
+
+    def _train_vae(self, vae: Any) -> None:
+        """Train an autoencoder, settle it, and write its file."""
+        spec = self.spec
         plan = StagePlan("vae", spec.vae_steps, spec.vae_learning_rate, 100, 0.995, spec.vae_batch_size)
-        net = _Autoencoding(vae, spec.latent_noise)
+        net = Autoencoding(vae, spec.latent_noise)
         loop = StageLoop(plan, net, self.out, self._identity, self.device, self.progress, self.should_stop)
 
         def loss(step: int) -> Tensor:
             random = generator_of(spec.seed, "vae", step)
             rows = self._taken[torch.randint(len(self._taken), (spec.vae_batch_size,), generator=random)]
             flipped = torch.rand(len(rows), generator=random) < 0.5 * spec.flip
-            noise = torch.randn(len(rows), *self._shape.latent, generator=random).to(self.device)
-            found: Tensor = loop.module(self._pixels(rows, flipped), noise)
+            noise = torch.randn(len(rows), *self._shape.latent, generator=random)
+            found: Tensor = loop.module(self._pixels(rows, flipped), moved(noise, self.device))
             return found
 
-        vae = loop.run(loss, lambda ema: {"psnr_held_out": self._psnr(ema.vae)}).vae
-        sample = self._taken[: 8 * _ENCODE_AT_ONCE]
-        settle_vae(vae, self._means(vae, sample))
-        figures = {"vae": {**loop.figures, "psnr_held_out": self._psnr(vae)}}
-        write_tensors(path, vae.state_dict(), {"identity": self._identity, "figures": figures})
-        loop.forget()
-        return vae, figures
+        trained = loop.run(loss, lambda ema: {"psnr_held_out": self._psnr(ema.vae)}).vae
+        settle_vae(trained, torch.cat([self._means(trained, rows) for rows in self._parts(self._taken[:_SETTLE_ON])]))
+        figures = {"vae": {**loop.figures, "psnr_held_out": self._psnr(trained)}}
+        write_tensors(self.out / _VAE, trained.state_dict(), {"identity": self._identity, "figures": figures})
 
-    def _check_same(self, path: Path, note: dict[str, Any]) -> None:
-        if note.get("identity") != self._identity:
-            raise SynthkdError(f"{path}: is of another pool or spec; choose another folder, or delete this one")
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows in parts that a network takes at once: fewer where images are large."""
+        high, wide = self.data.images.shape[2:]
+        return torch.split(rows, max(1, min(_ENCODE_AT_ONCE, _ENCODED_PIXELS // (high * wide))))
 
     @torch.no_grad()
     def _means(self, vae: Any, rows: Tensor, flip: bool = False) -> Tensor:
         """Latents [N,C,h,w] of rows, unscaled, in float32 on the host."""
-        out = []
-        for part in torch.split(rows, _ENCODE_AT_ONCE):
-            mirrored = torch.ones(len(part), dtype=torch.bool) if flip else None
-            with autocast(self.device):
-                out.append(mean_latents(vae, self._pixels(part, mirrored)).float().cpu())
-        return torch.cat(out)
+        mirrored = torch.ones(len(rows), dtype=torch.bool) if flip else None
+        with autocast(self.device):
+            means: Tensor = mean_latents(vae, self._pixels(rows, mirrored)).float().cpu()
+        return means
 
     @torch.no_grad()
     def _psnr(self, vae: Any) -> float:
         """Mean over held-out images, dB, of what comes back without noise."""
         found = []
-        for part in torch.split(self._held, _ENCODE_AT_ONCE):
+        for part in self._parts(self._held):
             images = self._pixels(part)
             back = decoded(vae, mean_latents(vae, images)).clamp(-1, 1)
             found.append(-10 * ((back - images).square().mean((1, 2, 3)) / 4).clamp_min(1e-8).log10())
@@ -164,78 +209,83 @@ class PriorFit:
 
     def _latents(self, vae: Any) -> Tensor:
         """float16 [F,N,C,h,w] of all images, as they are and, with `flip`, mirrored; kept in the folder."""
-        path, note = self.out / LATENTS, {"vae": weights_digest([vae]), "data": self._identity["data"]}
-        if path.is_file():
-            tensors, found = read_tensors(path)
-            if found == note:
-                return tensors["latents"]
-        every = torch.arange(len(self.data))
-        sides = [self._means(vae, every, flip).half() for flip in ((False, True) if self.spec.flip else (False,))]
-        latents = torch.stack(sides)
-        write_tensors(path, {"latents": latents}, note)
-        return latents
+        sides = (False, True) if self.spec.flip else (False,)
+        parts = [(rows, side) for side in sides for rows in self._parts(torch.arange(len(self.data)))]
+        note = {"vae": weights_digest([vae]), "data": self._identity["data"]}
+        found = encode_all(
+            lambda rows, side: self._means(vae, rows, side).half(), parts, self.out / _LATENTS, note, self.progress,
+            self.should_stop,
+        )  # fmt: skip
+        return found.view(len(sides), len(self.data), *found.shape[1:])
 
-    def _denoiser(self, vae: Any, latents: Tensor) -> dict[str, Any]:
-        """Train the denoiser and its text encoder, and save the pipeline; returns figures."""
+    def _denoiser(self, latents: Tensor) -> tuple[Any, dict[str, Any], Any]:
+        """Train the denoiser and its text encoder; returns both averaged, figures, and the tokenizer."""
         spec = self.spec
         torch.manual_seed(spec.seed + 1)
         tokenizer = new_tokenizer(self._shape)
         ids = token_ids(tokenizer, [*self.data.captions, ""])
-        net = _Denoising(new_unet(self._shape), new_text_encoder(self._shape, tokenizer), spec.dropout)
+        net = Denoising(new_unet(self._shape), new_text_encoder(self._shape, tokenizer), spec.dropout)
         plan = StagePlan(
             "unet", spec.steps, spec.learning_rate, spec.warmup_steps, spec.ema, spec.batch_size, {"text.": _TEXT_RATE}
         )
         if not checkpoint_of(self.out, plan.name).is_file():
-            learn_words(net.text, ids[:-1], spec.seed)
+            learn_words(net.text, ids[:-1], spec.seed, self.should_stop)
         loop = StageLoop(plan, net, self.out, self._identity, self.device, self.progress, self.should_stop)
-        ids, labels = ids.to(self.device), self.data.labels.to(self.device)
-        latents = latents.to(self.device)
+        told = ids.to(self.device), self.data.labels.to(self.device), latents.to(self.device)
 
         def loss(step: int) -> Tensor:
-            random = generator_of(spec.seed, "unet", step)
-            drawn = _draw(random, self._taken, len(latents), spec, self._shape.latent)
-            found: Tensor = self._loss(loop.module, latents, labels, ids, drawn)
+            drawn = draw(generator_of(spec.seed, "unet", step), self._taken, len(latents), spec, self._shape.latent)
+            found: Tensor = self._loss(loop.module, *told, drawn)
             return found
 
-        held = _draw(generator_of(spec.seed, "held out loss", 0), self._held, 1, spec, self._shape.latent, True)
-        ema = loop.run(loss, lambda ema: {"held_out_loss": self._held_loss(ema, latents, labels, ids, held)})
-        save_pipeline(ema.unet, ema.text, vae, tokenizer, self.out / PIPELINE)
-        self._draw_sheet()
-        loop.forget()
-        (self.out / LATENTS).unlink(missing_ok=True)
-        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in
-                  (("unet", ema.unet), ("text_encoder", ema.text), ("vae", vae))}  # fmt: skip
-        return {"unet": loop.figures, "parameters": counts}
+        held = draw(generator_of(spec.seed, "held out loss", 0), self._held, 1, spec, self._shape.latent, True)
+        ema = loop.run(loss, lambda ema: {"held_out_loss": self._held_loss(ema, *told, held)})
+        return ema, loop.figures, tokenizer
 
-    def _loss(self, module: Callable[..., Any], latents: Tensor, labels: Tensor, ids: Tensor, drawn: "_Drawn") -> Any:
-        rows = drawn.rows.to(self.device)
-        clean = latents[drawn.sides.to(self.device), rows].float()
-        told = torch.where(drawn.dropped.to(self.device), len(ids) - 1, labels[rows])
-        return module(clean, drawn.noise.to(self.device), drawn.steps.to(self.device), ids[told])
+    def _loss(self, module: Callable[..., Any], ids: Tensor, labels: Tensor, latents: Tensor, drawn: Drawn) -> Any:
+        rows, sides, steps, noise, dropped = (
+            moved(t, self.device) for t in (drawn.rows, drawn.sides, drawn.steps, drawn.noise, drawn.dropped)
+        )
+        told = torch.where(dropped, len(ids) - 1, labels[rows])
+        return module(latents[sides, rows].float(), noise, steps, ids[told])
 
     @torch.no_grad()
-    def _held_loss(self, ema: nn.Module, latents: Tensor, labels: Tensor, ids: Tensor, drawn: "_Drawn") -> float:
-        with autocast(self.device):
-            return round(float(self._loss(ema, latents, labels, ids, drawn)), 5)
+    def _held_loss(self, ema: nn.Module, ids: Tensor, labels: Tensor, latents: Tensor, drawn: Drawn) -> float:
+        """Of every held-out image at one timestep, the same each time."""
+        total = 0.0
+        for at in range(0, len(drawn.rows), _ENCODE_AT_ONCE):
+            part = drawn[at : at + _ENCODE_AT_ONCE]
+            with autocast(self.device):
+                total += float(self._loss(ema, ids, labels, latents, part)) * len(part.rows)
+        return round(total / len(drawn.rows), 5)
+
+    def _shown(self) -> list[str]:
+        """The captions of the sheet's rows."""
+        count = min(_SHEET_CAPTIONS, len(self.data.captions))
+        return [self.data.captions[i * len(self.data.captions) // count] for i in range(count)]
 
     def _draw_sheet(self) -> None:
         """samples.png: some captions, a row each, drawn by diffusers' own loop."""
         from synthkd.dfkd.report_images import sheet_png
 
-        count = min(_SHEET_CAPTIONS, len(self.data.captions))
-        chosen = [self.data.captions[i * len(self.data.captions) // count] for i in range(count)]
-        asked = [caption for caption in chosen for _ in range(_SHEET_EACH)]
-        images = draw_samples(self.out / PIPELINE, asked, seed=self.spec.seed, steps=25, scale=2.0, device=self.device)
+        shown = self._shown()
+        asked = [caption for caption in shown for _ in range(_SHEET_EACH)]
+        images = draw_samples(
+            self.out / PIPELINE, asked, seed=self.spec.seed, steps=25, scale=2.0, device=self.device, at_step=self._heed
+        )
         pixels = {str(i): image.permute(1, 2, 0).numpy() for i, image in enumerate(images)}
-        rows = [[str(_SHEET_EACH * r + c) for c in range(_SHEET_EACH)] for r in range(count)]
+        rows = [[str(_SHEET_EACH * r + c) for c in range(_SHEET_EACH)] for r in range(len(shown))]
         (self.out / SHEET).write_bytes(sheet_png(pixels, rows)[0])
 
-    def _told(self, figures: dict[str, Any]) -> dict[str, Any]:
-        """Write the declaration into the pipeline, and prior.json as the last file of all."""
+    def _heed(self) -> None:
+        if self.should_stop():
+            raise Stopped
+
+    def _told(self, figures: dict[str, Any], sums: dict[str, str]) -> dict[str, Any]:
+        """What prior.json says; sums: SHA-256 of the pipeline's weight files."""
         from synthkd.engine.environment import environment, versions
 
-        sums = write_declaration(self.out / PIPELINE, self.data.trained_on, self.data.digest)
-        told = {
+        return {
             "identity": self._identity,
             "trained_on": list(self.data.trained_on),
             "images": len(self.data),
@@ -246,96 +296,3 @@ class PriorFit:
             "device": environment(torch.device(self.device), 0)["device"],
             "versions": versions(),
         }
-        write_atomically(self.out / RESULT, json.dumps(told, indent=2) + "\n")
-        return told
-
-
-class _Autoencoding(nn.Module):
-    """The autoencoder's objective: what comes back of noised means, in squares and absolute values."""
-
-    def __init__(self, vae: Any, noise: float) -> None:
-        super().__init__()
-        self.vae, self._noise = vae, noise
-
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """images [B,3,H,W] of -1..1, noise [B,C,h,w] -> the loss."""
-        latents = mean_latents(self.vae, images).float()
-        back = decoded(self.vae, latents + self._noise * noise).float()
-        return F.mse_loss(back, images) + 0.3 * F.l1_loss(back, images) + 3e-4 * latents.square().mean()
-
-
-class _Denoising(nn.Module):
-    """The v-prediction objective (arXiv 2202.00512), weighted by min-SNR-5 (arXiv 2303.09556, sec. 3.4)."""
-
-    def __init__(self, unet: Any, text: Any, dropout: float) -> None:
-        super().__init__()
-        self.unet, self.text, self._dropout = unet, text, dropout
-        alphas: Tensor = new_scheduler().alphas_cumprod
-        self.register_buffer("alphas_cumprod", alphas.float(), persistent=False)
-
-    def forward(self, clean: Tensor, noise: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
-        """clean, noise [B,C,h,w], steps int64 [B], token ids int64 [B,L] -> the loss."""
-        a = self.get_buffer("alphas_cumprod")[steps].view(-1, 1, 1, 1)
-        noisy, target = a.sqrt() * clean + (1 - a).sqrt() * noise, a.sqrt() * noise - (1 - a).sqrt() * clean
-        states = self.text(ids)[0]
-        found = self.unet(noisy.contiguous(memory_format=torch.channels_last), steps, states, return_dict=False)[0]
-        snr = (a / (1 - a)).flatten()
-        weight = (snr.clamp(max=5.0) / (snr + 1)).clamp_min(0.3)
-        return ((found.float() - target).square().mean((1, 2, 3)) * weight).mean()
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Of one step: rows, sides (mirrored or not), timesteps, noise, and whose caption is left out."""
-
-    rows: Tensor
-    sides: Tensor
-    steps: Tensor
-    noise: Tensor
-    dropped: Tensor
-
-
-def _draw(
-    random: torch.Generator,
-    rows: Tensor,
-    sides: int,
-    spec: PriorSpec,
-    latent: tuple[int, int, int],
-    every: bool = False,
-) -> _Drawn:
-    """every: take each row once, and keep every caption."""
-    count = len(rows) if every else spec.batch_size
-    chosen = rows if every else rows[torch.randint(len(rows), (count,), generator=random)]
-    even = (torch.arange(count) + torch.rand(count, generator=random)) / count  # one timestep in each of `count` parts
-    steps = (even * 1000).long().clamp_max(999)
-    return _Drawn(
-        rows=chosen,
-        sides=torch.randint(sides, (count,), generator=random),
-        steps=steps,
-        noise=torch.randn(count, *latent, generator=random),
-        dropped=torch.rand(count, generator=random) < (0.0 if every else spec.dropout),
-    )
-
-
-def learn_words(text: nn.Module, ids: Tensor, seed: int, steps: int = _WORD_STEPS) -> float:
-    """Warm a text encoder up: its mean state tells which words a caption holds. Returns the last loss.
-
-    ids: int64 [K,L]. Without it the denoiser learns to do without the words before the encoder tells them apart.
-    """
-    vocabulary = text.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    width = text.get_input_embeddings().embedding_dim  # type: ignore[operator]
-    head = nn.Linear(width, vocabulary)
-    optimizer = torch.optim.AdamW([*text.parameters(), *head.parameters()], lr=_WORD_RATE)
-    random, loss = generator_of(seed, "words", 0), torch.zeros(())
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = _WORD_RATE * min(1.0, (step + 1) / 50) * (1 - step / steps)
-        rows = ids[torch.randint(len(ids), (_WORD_BATCH,), generator=random)]
-        present = torch.zeros(_WORD_BATCH, vocabulary).scatter_(1, rows, 1.0)
-        loss = F.binary_cross_entropy_with_logits(head(text(rows)[0].mean(1)), present)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    found = float(loss.detach())
-    if not math.isfinite(found):
-        raise SynthkdError("fit-prior: the text encoder's loss is not finite")
-    return found

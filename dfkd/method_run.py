@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from synthkd.dfkd.apart import check_pool, pool_declares, student_seen, told
 from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
@@ -52,6 +53,7 @@ class MethodRun:
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and return the result, which is in result.json; raises Stopped where that is asked."""
         make = load_method(self.method)
+        self.check_apart()
         if self.out.exists() and not self.out.is_dir():
             raise SynthkdError(f"{self.out}: is a file; choose a folder")
         with one_thread(self.preset.job.device):
@@ -62,7 +64,7 @@ class MethodRun:
                 return known
             spent = Spent(self.out / SPENT, json.dumps(identity, sort_keys=True))
             student, feed_facts = self._taught(make, job, identity, spent)
-            save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
+            save_student(student, job.spec, self.out, self._about(job))
             result = self._result(job, student, feed_facts, spent) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
         write_report(self.out)
@@ -77,6 +79,17 @@ class MethodRun:
         load_method(self.method)
         with torch.random.fork_rng(devices=[]):
             return self._identity(self._job(teacher))
+
+    def check_apart(self) -> None:
+        """Raise OverlapError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
+        self.preset.job.check_apart()
+        check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
+
+    def _about(self, job: MethodJob) -> dict[str, Any]:
+        """What the student's card says beside its network."""
+        asked, pool = self.preset.job.teacher, job.notes.get("pool")
+        shown = {} if pool is None else {"pool": pool}
+        return {"teacher": asked, "method": self.method, **shown, **student_seen(asked, pool)}
 
     def _job(self, teacher: Teacher) -> MethodJob:
         # A method's batches have the teacher beside them: stored labels are of one method's kind of set only.
@@ -131,7 +144,7 @@ class MethodRun:
     def _result(
         self, job: MethodJob, student: Student, facts: dict[str, Any], spent: Spent
     ) -> dict[str, Any]:
-        scores: dict[str, Any] = {}
+        scores, pool = dict[str, Any](), job.notes.get("pool")
         if self.preset.test_set is not None:
             for name, net in (("teacher", job.teacher), ("student", student.net)):
                 found = test_scores(net, self.preset.test_set)
@@ -142,7 +155,8 @@ class MethodRun:
             "seed": self.seed,
             "teacher": teacher_name(self.preset),
             "student": job.spec.arch,
-            "pool": job.notes.get("pool"),
+            "pool": pool,
+            "declared": self.preset.job.trained_on() | (told(pool=pool_declares(pool)) if pool else {}),
             **scores,
             "agreement": student.agreement,
             **facts,

@@ -20,6 +20,8 @@ _OWN = {
     "cifar10": "synthkd.dfkd.presets_cifar:cifar10",
     "cifar10-small": "synthkd.dfkd.presets_cifar:cifar10_small",
     "cifar10-mosaickd": "synthkd.dfkd.presets_cifar:cifar10_mosaickd",
+    "pacs-sketch": "synthkd.dfkd.presets_pacs:pacs_sketch",
+    "pacs-sketch-small": "synthkd.dfkd.presets_pacs:pacs_sketch_small",
 }
 
 

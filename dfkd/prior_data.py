@@ -6,12 +6,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from synthkd.engine.declared import check_names
 from synthkd.engine.errors import SynthkdError
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
@@ -52,22 +54,33 @@ def load_captioned(path: Path) -> Captioned:
     """
     try:
         with np.load(path, allow_pickle=False) as data:
-            x, y = data["x"], data["y"].astype(np.int64)
-            captions, trained_on = (tuple(map(str, data[name].tolist())) for name in ("captions", "trained_on"))
+            x, y = data["x"], data["y"]
+            captions, trained_on = (_texts(data, name) for name in ("captions", "trained_on"))
     except _UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         raise SynthkdError(f"pool {path}: expected arrays x, y, captions and trained_on ({reason})") from error
     _check(path, x, y, captions)
     if not trained_on:
         raise SynthkdError(f"pool {path}: trained_on is empty; name the data sets that the images are from")
-    return Captioned(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), captions, trained_on)
+    check_names(f"pool {path}: trained_on", list(trained_on))
+    images, labels = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))
+    return Captioned(images, labels, captions, trained_on)
 
 
-def _check(path: Path, x: NDArray[np.uint8], y: NDArray[np.int64], captions: tuple[str, ...]) -> None:
+def _texts(data: Any, name: str) -> tuple[str, ...]:
+    """A list of texts; raises ValueError for an array of anything else."""
+    found = data[name]
+    if found.ndim != 1 or found.dtype.kind != "U":
+        raise ValueError(f"{name} is {found.dtype} {found.shape}, not a list of texts")
+    return tuple(map(str, found.tolist()))
+
+
+def _check(path: Path, x: NDArray[Any], y: NDArray[Any], captions: tuple[str, ...]) -> None:
     if x.dtype != np.uint8 or x.ndim != 4 or x.shape[3] != 3 or x.size == 0:
         raise SynthkdError(f"pool {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3]")
-    if y.shape != (len(x),):
-        raise SynthkdError(f"pool {path}: y has shape {y.shape}; expected a caption's number for all {len(x)} images")
+    if y.shape != (len(x),) or y.dtype.kind not in "iu":
+        found = f"{y.dtype} {y.shape}"
+        raise SynthkdError(f"pool {path}: y is {found}; expected the whole number of a caption for all {len(x)} images")
     if y.min() < 0 or y.max() >= len(captions):
         raise SynthkdError(f"pool {path}: y is {y.min()}..{y.max()}; there are {len(captions)} captions")
     wrong = next((c for c in captions if not _CAPTION.fullmatch(c)), None)

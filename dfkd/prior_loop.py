@@ -21,7 +21,9 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
 
 LOG = "log.jsonl"
-_EVERY, _HELD_PARTS, _SAVE_SECONDS = 50, 10, 120.0
+SAVE_SECONDS = 120.0
+_EVERY, _HELD_PARTS = 50, 10
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 _LOWEST = 0.02  # of the learning rate, at the end
 
 
@@ -29,6 +31,13 @@ def generator_of(seed: int, purpose: str, step: int) -> torch.Generator:
     """The random numbers of one step, on the host: the same on every device and after every kill."""
     digest = hashlib.blake2b(f"{purpose} {step} {seed}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
+
+
+def moved(tensor: Tensor, device: str) -> Tensor:
+    """A host tensor on a device; a GPU gets it without a wait, from page-locked memory."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -44,7 +53,7 @@ def checkpoint_of(folder: Path, stage: str) -> Path:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """slower: beginnings of parameters' names -> factor of their learning rate."""
+    """slower: beginnings of parameters' names -> factor of their learning rate; command: how errors begin."""
 
     name: str
     steps: int
@@ -53,6 +62,7 @@ class StagePlan:
     ema: float
     batch_size: int
     slower: Mapping[str, float] = field(default_factory=dict)
+    command: str = "fit-prior"
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5) to a fiftieth."""
@@ -79,17 +89,23 @@ class StageLoop:
         self._live = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._live.train()
         self._ema = deepcopy(self._live).requires_grad_(False).eval()
-        named = dict(self._live.named_parameters())
-        self._factors = [self._factor(name) for name in named]
-        groups = [{"params": [p]} for p in named.values()] if plan.slower else list(named.values())
-        self._adam = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+        self._cuda = torch.device(device).type == "cuda"
+        self._adam = torch.optim.AdamW(
+            self._groups(), lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=self._cuda or None
+        )
         self._step, self._seconds = 0, 0.0
         self.figures: dict[str, Any] = {}
         self._resume()
-        self.module = torch.compile(self._live) if torch.device(device).type == "cuda" else self._live
+        self._restart_window()
+        self.module = torch.compile(self._live) if self._cuda else self._live
 
-    def _factor(self, name: str) -> float:
-        return next((f for start, f in self._plan.slower.items() if name.startswith(start)), 1.0)
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by the factor of their learning rate: few groups, so that an optimizer step is few launches."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, p in self._live.named_parameters():
+            factor = next((f for start, f in self._plan.slower.items() if name.startswith(start)), 1.0)
+            groups.setdefault(factor, []).append(p)
+        return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
     def _resume(self) -> None:
         path = checkpoint_of(self._folder, self._plan.name)
@@ -99,14 +115,23 @@ class StageLoop:
         tensors, note = read_tensors(path)
         if note.get("identity") != self._identity:
             raise SynthkdError(f"{path}: is of another pool or spec; choose another folder, or delete this one")
+        try:
+            self._load(tensors, note)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise SynthkdError(f"{path}: does not fit ({reason}); delete it and run the command again") from error
+        self._cut_log(self._step)
+
+    def _load(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> None:
+        """Weights, averages and AdamW's moments, in the memory layout of the parameters."""
         for kind, net in (("live", self._live), ("ema", self._ema)):
             net.load_state_dict({n[len(kind) + 1 :]: t for n, t in tensors.items() if n.startswith(f"{kind}.")})
         self._step, self._seconds = int(note["step"]), float(note["seconds"])
+        self.figures = dict(note.get("figures", {}))
         for name, p in self._live.named_parameters():
-            moments = {kind: tensors[f"{kind}.{name}"].to(p.device) for kind in ("exp_avg", "exp_avg_sq")}
-            moments = {kind: torch.empty_like(p).copy_(value) for kind, value in moments.items()}
-            self._adam.state[p] = {"step": torch.tensor(float(self._step)), **moments}
-        self._cut_log(self._step)
+            moments = {kind: torch.empty_like(p).copy_(tensors[f"{kind}.{name}"]) for kind in _MOMENTS}
+            counted = torch.tensor(float(self._step), device=p.device if self._cuda else "cpu")  # fused: on the device
+            self._adam.state[p] = {"step": counted, **moments}
 
     def _save(self) -> None:
         tensors: dict[str, Tensor] = {}
@@ -114,8 +139,8 @@ class StageLoop:
             tensors |= {f"{kind}.{name}": value for name, value in net.state_dict().items()}
         for name, p in self._live.named_parameters():
             state = self._adam.state[p]
-            tensors |= {f"{kind}.{name}": state[kind] for kind in ("exp_avg", "exp_avg_sq")}
-        note = {"identity": self._identity, "step": self._step, "seconds": self._seconds}
+            tensors |= {f"{kind}.{name}": state[kind] for kind in _MOMENTS}
+        note = {"identity": self._identity, "step": self._step, "seconds": self._seconds, "figures": self.figures}
         write_tensors(checkpoint_of(self._folder, self._plan.name), tensors, note)
 
     def forget(self) -> None:
@@ -132,34 +157,31 @@ class StageLoop:
         told.begin(plan.name, plan.steps, "steps")
         told.advance(plan.name, self._step)
         began, saved = time.monotonic() - self._seconds, time.monotonic()
-        total, since, counted = torch.zeros((), device=self._device), time.monotonic(), 0
         while self._step < plan.steps:
-            total += self._one(loss)
-            counted += 1
+            self._total += self._one(loss)
+            self._counted += 1
             last = self._step == plan.steps
-            if counted == _EVERY or last:
-                row = self._row(total, counted, since)
-                if last or self._step % max(_EVERY, plan.steps // _HELD_PARTS) < counted:
-                    row |= held(self._ema)
-                self._seconds = time.monotonic() - began
-                self._log(row | {"seconds": round(self._seconds, 2)}, last)
-                total, since, counted = torch.zeros_like(total), time.monotonic(), 0
+            if last or self._step % _EVERY == 0:
+                self._note(held, began, last)
             told.advance(plan.name, 1)
-            if (stop := self._should_stop()) or time.monotonic() - saved > _SAVE_SECONDS:
+            stop = self._should_stop()
+            if stop or last or time.monotonic() - saved > SAVE_SECONDS:
                 self._seconds = time.monotonic() - began
                 self._save()
                 saved = time.monotonic()
-            if stop and not last:
+            if stop:
                 told.end(plan.name)
                 raise Stopped
         told.end(plan.name)
+        if not self.figures:  # saved at the last step by an earlier version
+            self.figures = {"steps": plan.steps, "batch_size": plan.batch_size, **held(self._ema)}
         return self._ema
 
     def _one(self, loss: Callable[[int], Tensor]) -> Tensor:
         """One step; its loss, on the device."""
         rate = self._plan.rate(self._step)
-        for group, factor in zip(self._adam.param_groups, self._factors, strict=False):
-            group["lr"] = rate * factor
+        for group in self._adam.param_groups:
+            group["lr"] = rate * group["factor"]
         with autocast(self._device):
             found = loss(self._step)
         found.backward()  # type: ignore[no-untyped-call]
@@ -172,33 +194,58 @@ class StageLoop:
         torch._foreach_lerp_(averaged, live, 1 - decay)
         return found.detach()
 
-    def _row(self, total: Tensor, counted: int, since: float) -> dict[str, float]:
-        mean = float(total) / counted
+    def _restart_window(self) -> None:
+        """Begin the steps of the next row of the log."""
+        self._total, self._counted = torch.zeros((), device=self._device), 0
+        self._since = time.monotonic()
+
+    def _note(self, held: Callable[[Any], dict[str, float]], began: float, last: bool) -> None:
+        """A row of the log; what is held out is looked at now and then, and at the end."""
+        plan, row = self._plan, self._row()
+        if last or self._step % _held_every(plan.steps) == 0:
+            row |= held(self._ema)
+        self._seconds = time.monotonic() - began
+        self._log(row | {"seconds": round(self._seconds, 2)})
+        if last:
+            mean = plan.steps * plan.batch_size / max(self._seconds, 1e-9)
+            about = {"seconds": round(self._seconds, 2), "images_per_second": round(mean, 1)}
+            self.figures = {"steps": plan.steps, "batch_size": plan.batch_size, **row, **about}
+        self._restart_window()
+
+    def _row(self) -> dict[str, float]:
+        mean = float(self._total) / self._counted
         if not math.isfinite(mean):
+            plan, checkpoint = self._plan, checkpoint_of(self._folder, self._plan.name)
             raise SynthkdError(
-                f"fit-prior: the loss of the {self._plan.name} is not finite at step {self._step}; lower its learning "
-                f"rate and delete {checkpoint_of(self._folder, self._plan.name)}"
+                f"{plan.command}: the loss of the {plan.name} is not finite at step {self._step}; lower its learning "
+                f"rate and delete {checkpoint}"
             )
-        rate = counted * self._plan.batch_size / (time.monotonic() - since)
+        rate = self._counted * self._plan.batch_size / max(time.monotonic() - self._since, 1e-9)
         return {"loss": round(mean, 5), "images_per_second": round(rate, 1)}
 
-    def _log(self, row: dict[str, float], last: bool) -> None:
+    def _log(self, row: dict[str, float]) -> None:
         line = json.dumps({"stage": self._plan.name, "step": self._step, **row})
         with (self._folder / LOG).open("a") as f:
             f.write(line + "\n")
         self._progress.note(self._plan.name, f"loss {row['loss']:.4f}, {row['images_per_second']:.0f} images/s")
-        if last:
-            self.figures = {"steps": self._plan.steps, "batch_size": self._plan.batch_size, **row}
-            mean = self._plan.steps * self._plan.batch_size / max(self._seconds, 1e-9)
-            self.figures["images_per_second"] = round(mean, 1)
 
     def _cut_log(self, step: int) -> None:
         """Drop this stage's rows of steps that are taken again, and a line that a kill left half."""
-        path, kept = self._folder / LOG, []
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                row = json.loads(line)
-                if row["stage"] != self._plan.name or row["step"] <= step:
-                    kept.append(line)
-        if path.is_file():
-            write_atomically(path, "".join(f"{line}\n" for line in kept))
+        rows = [row for row in read_log(self._folder) if row["stage"] != self._plan.name or row["step"] <= step]
+        if (self._folder / LOG).is_file():
+            write_atomically(self._folder / LOG, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _held_every(steps: int) -> int:
+    """Steps between two looks at what is held out: a tenth of all, in whole rows of the log."""
+    return max(_EVERY, steps // _HELD_PARTS // _EVERY * _EVERY)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a training's log, without lines that cannot be read."""
+    path, rows = folder / LOG, []
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            row = json.loads(line)
+            rows.append({**row, "stage": str(row["stage"]), "step": int(row["step"])})
+    return rows

@@ -100,6 +100,8 @@ def summary(run: Run) -> h.Section:
     used = "the teacher's weights, its class names" + (" and the image prior" if _has_prior(run) else "")
     used += " and a pool of other images" if run.text("pool") else ""
     text = f"Not used: any image the teacher was trained on. The input was {used}."
+    if isinstance(said := (run.result or {}).get("declared"), dict):
+        text += f" Trained on, as declared: {'; '.join(f'{who}: {what}' for who, what in said.items())}."
     if hero:
         text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure {words}, never to train."
     return h.Section("summary", "Summary", _summary_sentence(run, teacher, student, plain), [*body, h.note(text)])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from synthkd.dfkd.apart import check_pool
 from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.controls import Controls
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
@@ -71,6 +72,7 @@ class Run:
         """
         started, job = time.perf_counter(), self.preset.job
         job.check()
+        check_pool(self.preset.pool, job.teacher)
         count = self.num_images or self.preset.num_images
         resumed = (self.out / "shards" / MANIFEST).exists()
         with self._stage("evaluate_teacher"):
@@ -209,6 +211,7 @@ class Run:
             },
             "confusion": {name: score.confusion for name, score in scores.items()},
             "test_set": self.preset.test_set or "none",
+            "declared": self.preset.job.trained_on(),
             "device": environment(torch.device(self.preset.job.device), 0)["device"],
             "workers": self.workers_used,
             "versions": versions(),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from synthkd.dfkd.apart import student_seen
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.spent import SPENT, Spent
@@ -85,7 +86,7 @@ def train_student(job: StudentJob, should_stop: Callable[[], bool] = lambda: Fal
         except OtherTrainingError:  # left by a training that was killed before the run got other settings, or images
             (job.out_dir / CHECKPOINT).unlink()
             student = distill(source, teacher, job.spec, **how)
-    about = {"teacher": job.teacher, "images": len(source)}
+    about = {"teacher": job.teacher, "images": len(source), **student_seen(job.teacher)}
     save_student(student, job.spec, job.out_dir, about)
     write_atomically(marker, job.stamp)
     (job.out_dir / CHECKPOINT).unlink(missing_ok=True)

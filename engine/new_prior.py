@@ -6,24 +6,29 @@ Its words are few: the tokenizer knows those of its captions alone, each as one 
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.models import libraries
 
+T = TypeVar("T")
+
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _Merge = tuple[str, str]
 _TRAIN_STEPS = 1000
-# Ends at a signal-to-noise ratio of 1e-4: a mean brightness of small latents does not leak through (arXiv 2305.08891).
+_STOCK = 8  # pixels: stock pipelines draw multiples of it
+# Ends at a signal-to-noise ratio of 2.3e-4: little of a mean brightness leaks through (arXiv 2305.08891).
 _BETAS = (0.00085, 0.02)
 
 
@@ -48,7 +53,7 @@ class PriorShape:
 
     def __post_init__(self) -> None:
         """Raise SynthkdError for a size that the halvings do not divide, and widths that groups of 16 do not."""
-        step = self.factor * 2 ** (len(self.unet_widths) - 1)
+        step = max(_STOCK, self.factor * 2 ** (len(self.unet_widths) - 1))
         for name, value in (("height", self.height), ("width", self.width)):
             if value < step or value % step:
                 raise SynthkdError(f"prior: {name} is {value}; this network needs a multiple of {step}")
@@ -195,10 +200,13 @@ def settle_vae(vae: Any, latents: Tensor) -> None:
     vae.register_to_config(scaling_factor=1.0)
 
 
-def save_pipeline(unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, folder: Path) -> None:
+def save_pipeline(
+    unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, folder: Path, declare: Callable[[Path], T]
+) -> T:
     """Write a whole StableDiffusionPipeline in float16; a kill leaves the old folder, or none, or this one.
 
-    Raises SynthkdError for a weight that is not finite in float16.
+    declare: writes what belongs beside the weights into the folder before it is in its place; what it returns is
+    returned. Raises SynthkdError for a weight that is not finite in float16, and where the disk is full.
     """
     diffusers, _ = libraries()
     parts = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
@@ -210,11 +218,33 @@ def save_pipeline(unet: Any, text_encoder: Any, vae: Any, tokenizer: Any, folder
         **halves, tokenizer=tokenizer, scheduler=new_scheduler(), safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
-    fresh, old = (folder.with_name(f"{folder.name}.{word}") for word in ("new", "old"))
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipe.save_pretrained(fresh, safe_serialization=True)
-    _tidy(fresh)
+    fresh = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        pipe.save_pretrained(fresh, safe_serialization=True)
+        _tidy(fresh)
+        told = declare(fresh)
+        _to_disk(fresh)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        reason = " ".join(str(error).split())[:160]
+        raise SynthkdError(f"{folder}: cannot be written ({reason}); free space or make it writable") from error
+    _replace(folder, fresh)
+    return told
+
+
+def _to_disk(folder: Path) -> None:
+    """Force all files of a folder to disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as f:
+                os.fsync(f.fileno())
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Put a fresh folder in another one's place."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
     fresh.rename(folder)
@@ -232,9 +262,26 @@ def _tidy(folder: Path) -> None:
 
 
 @torch.no_grad()
-def draw_samples(folder: Path, captions: Sequence[str], *, seed: int, steps: int, scale: float, device: str) -> Tensor:
-    """uint8 [N,3,H,W] by diffusers' own loop from a saved pipeline, one image for each caption."""
+def draw_samples(
+    folder: Path,
+    captions: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    scale: float,
+    device: str,
+    at_step: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """uint8 [N,3,H,W] by diffusers' own loop from a saved pipeline, one image for each caption.
+
+    at_step: called after every denoiser call; what it raises ends the drawing.
+    """
     diffusers, _ = libraries()
+
+    def after(pipe: Any, index: int, timestep: Any, state: dict[str, Any]) -> dict[str, Any]:
+        at_step()
+        return state
+
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, use_safetensors=True, dtype=torch.float32
     ).to(device)
@@ -246,7 +293,7 @@ def draw_samples(folder: Path, captions: Sequence[str], *, seed: int, steps: int
         part = list(captions[at : at + 64])
         made = pipe(
             part, num_inference_steps=steps, guidance_scale=scale, generator=generator, output_type="pt",
-            height=high * pipe.vae_scale_factor, width=wide * pipe.vae_scale_factor,
+            height=high * pipe.vae_scale_factor, width=wide * pipe.vae_scale_factor, callback_on_step_end=after,
         )  # fmt: skip
         out.append((made.images.float().clamp(0, 1) * 255).round().to("cpu", torch.uint8))
     return torch.cat(out)
