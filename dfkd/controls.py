@@ -59,7 +59,7 @@ class Controls:
     def _done(self, name: str) -> dict[str, Any]:
         job, identity = self._run(name), self._identities[name]
         if self._marked(job.out) not in (None, identity):
-            shutil.rmtree(job.out)
+            _cleared(job.out)
         job.out.mkdir(parents=True, exist_ok=True)
         write_atomically(job.out / MARK, json.dumps(identity) + "\n")
         in_own_process(job, self.progress, self.should_stop)
@@ -68,10 +68,19 @@ class Controls:
 
     def _marked(self, folder: Path) -> Any:
         """The identity of the control that a folder holds, None for an empty one; raises SynthkdError for any other."""
-        if not folder.exists() or not any(folder.iterdir()):
+        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        if there <= {MARK + ".tmp"}:  # which a call leaves that was killed just then
             return None
         try:
             found = json.loads((folder / MARK).read_text())
         except (OSError, ValueError, RecursionError) as error:
             raise SynthkdError(f"{folder}: holds no control of a run; choose another --out") from error
         return found if isinstance(found, Mapping) else {}
+
+
+def _cleared(folder: Path) -> None:
+    """Take a folder away as a whole: killed meanwhile, the next call finds either all of it or nothing."""
+    gone = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(gone, ignore_errors=True)
+    folder.rename(gone)
+    shutil.rmtree(gone)

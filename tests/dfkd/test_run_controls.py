@@ -70,7 +70,7 @@ def data(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         **PARTS, vae_steps=2, vae_batch_size=4, steps=2, batch_size=4, warmup_steps=0, held_out=2
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit_prior, "_WORD_STEPS", 2)
+        patch.setattr(fit_prior, "learn_words", lambda *_: 0.0)
         patch.setattr(fit_prior, "_SHEET_CAPTIONS", 1)
         patch.setattr(fit_prior, "_SHEET_EACH", 1)
         pool = load_captioned(folder / "cifar10/pool.npz")
