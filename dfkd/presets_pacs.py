@@ -34,9 +34,9 @@ def pacs_sketch() -> Preset:
 
 
 def pacs_sketch_small() -> Preset:
-    """2,100 images of the small prior, 64x64: a run for a CPU."""
-    student = {"steps": 1500, "batch_size": 64, "ema": 0.98}
-    made = _preset("pacs-sketch-small", "small", 2_100, student, {"samples_per_class": 4, "groups_per_shard": 15})
+    """1,050 images of the small prior, 64x64: a run for a CPU."""
+    student = {"steps": 800, "batch_size": 64, "ema": 0.98}
+    made = _preset("pacs-sketch-small", "small", 1_050, student, {"samples_per_class": 4, "groups_per_shard": 15})
     fast = {"samples_per_class": 4, "widths": [64, 64, 32], "warmup": 5}
     mosaic = {"widths": [64, 32, 16], "patch_width": 32, "lr": 2e-3}
     return replace(made, methods={"fastdfkd": fast, "mosaickd": mosaic})
@@ -74,7 +74,7 @@ def _job(name: str, path: Path, card: TeacherCard, pipeline: Path, fields: dict[
         steps=20,
         guidance_scale=2.0,
         cfg_start=0.5,
-        guidance=GuidanceSpec(scale=0.8, start=0.4, decoder="vae"),
+        guidance=GuidanceSpec(scale=0.8, start=0.5, decoder="vae"),
         classes_per_group=len(card.classes),
         **fields,
     )
