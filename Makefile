@@ -3,9 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out/digits
+# Of the evidence on natural images: the evaluation pack's folder, where files lie, which prior, which presets.
+PACK ?=
+DATA ?= $(or $(SYNTHKD_DATA),data)
+SIZE ?= small
+SIDE ?= $(if $(filter base,$(SIZE)),128,64)
+PACS_PRIOR ?= $(if $(filter base,$(SIZE)),--set 'vae_widths=[64$(,)128$(,)128]')
+SEEDS ?= 0,1,2
+EVIDENCE ?= $(if $(shell command -v nvidia-smi),cifar10 pacs-sketch,cifar10-small pacs-sketch-small)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-backends lint bench soak gpu assets clean
+, := ,
+# Each pack's files are made by one command; the target is the last that it writes.
+# A command in parts of at most 9 minutes: it ends with 75 as long as it is not done, and goes on when called again.
+in_parts = until $(1) --minutes 9; do code=$$?; [ $$code -eq 75 ] || exit $$code; done
+
+.PHONY: demo test test-backends lint bench soak gpu assets clean prior-cifar prior-pacs evidence
 .DEFAULT_GOAL := help
 
 help: ## say what the targets do
@@ -48,6 +61,32 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 
 soak: $(VENV)/.ready ## 20,000 images by a Ray cluster under 20 SIGKILLs, a lost actor, a lost node and a full disk
 	$(BIN)/python -m synthkd.bench.soak --record
+
+$(DATA)/cifar10/teacher/resnet56.toml: | $(VENV)/.ready
+	$(call needs_pack)
+	$(BIN)/python -m synthkd.bench.cifar_pack "$(PACK)" $(DATA)/cifar10
+
+$(DATA)/pacs/test.npz: | $(VENV)/.ready
+	$(call needs_pack)
+	$(BIN)/python -m synthkd.bench.pacs_pack "$(PACK)" $(DATA)/pacs --side $(SIDE)
+
+needs_pack = @test -n "$(PACK)" || { echo "$@ is not there: name the evaluation pack, as in PACK=../evaluation" >&2; exit 2; }
+
+prior-cifar: $(DATA)/cifar10/teacher/resnet56.toml ## with PACK=folder: CIFAR files, and a prior of SIZE=small (a CPU, an hour or two) or base
+	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/cifar10/pool.npz --out $(DATA)/cifar10/prior-$(SIZE) --size $(SIZE))
+
+prior-pacs: $(DATA)/pacs/test.npz ## with PACK=folder: PACS files, the sketch teacher, and a prior of SIZE=small or base
+	$(call in_parts,$(BIN)/python -m synthkd.bench.fit_teacher $(DATA)/pacs/train.npz --test $(DATA)/pacs/test.npz \
+		--out $(DATA)/pacs/teacher)
+	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/pacs/pool.npz --out $(DATA)/pacs/prior-$(SIZE) --size $(SIZE) \
+		$(PACS_PRIOR))
+
+evidence: $(VENV)/.ready ## guided runs and controls on natural images, of the presets that fit this machine; then docs/evidence.md
+	for preset in $(EVIDENCE); do \
+		$(call in_parts,SYNTHKD_DATA=$(DATA) $(BIN)/synthkd bench evidence $$preset --seeds $(SEEDS) --out out/evidence/$$preset \
+			--record); \
+		$(BIN)/python -m synthkd.bench.evidence $$preset --sheet out/evidence/$$preset/seed-$(firstword $(subst $(,), ,$(SEEDS))) \
+			|| exit 2; done
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd

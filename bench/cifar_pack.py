@@ -1,5 +1,6 @@
 """CIFAR as the `cifar10` presets want it, from the evaluation pack: `python -m synthkd.bench.cifar_pack PACK OUT`.
 
+The presets look for OUT as $SYNTHKD_DATA/cifar10, which is data/cifar10 by default.
 OUT/teacher/resnet20.toml and resnet56.toml with weights, OUT/test.npz (CIFAR-10's test images), OUT/pool.npz (those of
 CIFAR-100 that are of no CIFAR-10 class, with the names of their own). The pack is lossless: a colour transform, the
 median predictor of LOCO-I (Weinberger, Seroussi and Sapiro 2000, IEEE TIP 9, sec. III) and LZMA2.

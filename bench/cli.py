@@ -16,6 +16,7 @@ from synthkd.bench.ablation import AblationSpec, measure_ablation, recorded
 from synthkd.bench.adversarial import run_seed as adversarial_seed
 from synthkd.bench.cli_backends import backends
 from synthkd.bench.cli_distill import distill
+from synthkd.bench.cli_evidence import evidence
 from synthkd.bench.cli_methods import methods
 from synthkd.bench.cli_writing import writing
 from synthkd.bench.decoder import DecoderSpec, measure_decoder
@@ -39,6 +40,7 @@ app = typer.Typer(
 
 app.command(epilog="Example: synthkd bench backends --role unet --backend onnx --json")(backends)
 app.command(epilog="Example: synthkd bench distill --stage read --size 32 --json")(distill)
+app.command(epilog="Example: synthkd bench evidence cifar10-small --seeds 0,1,2 --out out/cifar --record")(evidence)
 app.command(epilog="Example: synthkd bench methods --methods mosaickd,pool --out out/methods --record")(methods)
 app.command(epilog="Example: synthkd bench writing --case cheap --format png --record")(writing)
 

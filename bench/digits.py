@@ -10,7 +10,8 @@ from synthkd.dfkd.data import load_test_set
 from synthkd.dfkd.evaluate import evaluate
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress
-from synthkd.dfkd.run import Run, StudentJob, train_students
+from synthkd.dfkd.run import Run
+from synthkd.dfkd.students import StudentJob, train_students
 from synthkd.dfkd.teachers import load_teacher
 
 SIZES = (250, 1000)

@@ -25,6 +25,7 @@ from synthkd.bench.digits import run_seed
 from synthkd.bench.distill import measure_distill
 from synthkd.bench.distill_variants import END, READ, STEP, WAIT_BAR, DistillBench
 from synthkd.bench.engine import EngineSpec, measure_engine
+from synthkd.bench.evidence_gpu import evidence_parts, skipped
 from synthkd.bench.kernels import measure, workloads
 from synthkd.bench.methods import measure_methods
 from synthkd.bench.million import measure_million
@@ -68,7 +69,7 @@ DISTILL = (
 METHODS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("digits", ("mosaickd", "fastdfkd", "deepinversion", "dda", "diffdfkd", "diffusion", "pool"), (0, 1, 2)),
     ("segments", ("mosaickd", "pool"), (0, 1, 2)),
-    ("cifar10", ("mosaickd", "fastdfkd", "pool"), (0,)),
+    ("cifar10-small", ("mosaickd", "fastdfkd", "pool"), (0,)),
     ("cifar10-mosaickd", ("mosaickd", "pool"), (0,)),
 )
 TRY_AGAIN = 75  # exit code of a part whose time was over before its end
@@ -270,7 +271,7 @@ def parts() -> Parts:
     found |= {f"kernels, {LATER[0]}: {s.name}": partial(kernels_part, s.name, LATER) for s in SUITES}
     suites = {"digits": digits_part, "adversarial": adversarial_part}
     found |= {f"{name} seed {seed}": partial(part, seed) for name, part in suites.items() for seed in SEEDS}
-    return found | scale_parts() | methods_parts()  # the longest training last
+    return found | scale_parts() | methods_parts() | evidence_parts(_tell)  # the longest training last
 
 
 def apart(name: str) -> None:
@@ -332,6 +333,8 @@ def main() -> None:
         except Stopped:
             sys.exit(TRY_AGAIN)
         return
+    for line in skipped():
+        _tell(line)
     left = run_parts({name: partial(apart, name) for name in parts()}, STATE, arguments.minutes)
     _tell(f"left for the next call: {', '.join(left.todo)}" if left.todo else "all parts done")
     if left.failed:

@@ -13,7 +13,8 @@ from synthkd.dfkd.patches import save_patches
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress
 from synthkd.dfkd.rounds import draw_set
-from synthkd.dfkd.run import StudentJob, reading, train_students
+from synthkd.dfkd.run import reading
+from synthkd.dfkd.students import StudentJob, train_students
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine import Request
 

@@ -47,7 +47,7 @@ def stamped(row: Mapping[str, Any]) -> dict[str, Any]:
 def with_table(text: str, begin: str, end: str, table: str) -> str:
     """A page whose table, between two marks, is made anew."""
     before, rest = text.split(begin)
-    return before + begin + table + end + rest.split(end)[1]
+    return before + begin + table + end + rest.split(end, 1)[1]
 
 
 def append_row(name: str, row: Mapping[str, Any]) -> Path:

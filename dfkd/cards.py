@@ -15,6 +15,7 @@ from torch import Tensor
 from synthkd.dfkd.fields import TABLE, Kind, are_texts, check_fields, check_value, is_number, is_whole, kind_of
 from synthkd.dfkd.toml_files import read_toml
 from synthkd.engine.assets import embedded_path
+from synthkd.engine.declared import check_names, is_name
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.models import EMBEDDED
 
@@ -24,6 +25,8 @@ CLASSIFICATION, SEGMENTATION = TASKS = ("classification", "segmentation")
 _FIELDS = (*_REQUIRED, "task", "arch_args", "moments", "about")
 # ImageNet's mean and deviation are near 0.45 and 0.22 for images in [0,1], near 115 and 57 for 0..255.
 _LARGEST = 1.5
+# Of `about`: what the network saw in training, and what the one saw whose answers it learned.
+TRAINED_ON, TEACHER_TRAINED_ON = _SEEN = ("trained_on", "teacher_trained_on")
 _UNIT_SCALE = Kind(
     lambda v: max(map(abs, v)) <= _LARGEST,
     "values for images in [0,1] (for a network trained on 0..255, divide mean and std by 255)",
@@ -74,6 +77,22 @@ class TeacherCard:
     about: Mapping[str, Any] = field(default_factory=dict)
     folder: Path = Path()
 
+    @property
+    def trained_on(self) -> tuple[str, ...] | None:
+        """Names of data sets whose images, or what they taught, are in the network; None where it declares none.
+
+        Of a student those of its teacher too: an image of them is no news to it. Sentences declare nothing.
+        """
+        found = [name for field_ in _SEEN for name in _names_in(self.about.get(field_))]
+        return tuple(dict.fromkeys(found)) or None
+
+
+def _names_in(value: object) -> tuple[str, ...]:
+    """Names of a checked field: a list of them, or one alone."""
+    if isinstance(value, str):
+        return (value,) if is_name(value) else ()
+    return tuple(value) if isinstance(value, (list, tuple)) else ()
+
 
 def card_path(reference: str) -> Path:
     """Path of a card: a file, or `embedded:digits` (`embedded:digits/judge` for another card of the default)."""
@@ -118,6 +137,10 @@ def _check_card(path: Path, data: Mapping[str, Any]) -> None:
     check_fields(f"teacher card {path}", {name: data[name] for name in _FIELDS if name in data}, _KINDS)
     for name in ("mean", "std"):
         check_value(f"teacher card {path}: {name}", data[name], _UNIT_SCALE)
+    for name in _SEEN:
+        found = data.get("about", {}).get(name)
+        if found is not None and (is_name(found) or not isinstance(found, str)):  # other texts are for readers
+            check_names(f"teacher card {path}: about.{name}", [found] if isinstance(found, str) else found)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

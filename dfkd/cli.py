@@ -21,15 +21,20 @@ from synthkd.dfkd.cli_distill import distill, labels
 from synthkd.dfkd.cli_evaluate import evaluate
 from synthkd.dfkd.cli_export import export
 from synthkd.dfkd.cli_methods import (
+    ControlChoice,
     Deadline,
     Method,
     MethodOptions,
     Minutes,
     Patch,
     Pool,
+    StudentChoice,
+    TeacherChoice,
+    chosen_preset,
     compare,
     parsed_options,
     run_method,
+    run_summary,
     shortened,
 )
 from synthkd.dfkd.cli_online import online
@@ -83,6 +88,9 @@ def run(
     preset: Annotated[str, typer.Argument(help="Preset to run; `synthkd info` lists them.")],
     out_dir: options.Out,
     seed: options.Seed = 0,
+    teacher: TeacherChoice = None,
+    student: StudentChoice = None,
+    controls: ControlChoice = None,
     num_images: Annotated[int | None, typer.Option("--num-images", help="Images per set, not the preset's.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of the students instead of the preset's.")] = None,
     method: Method = None,
@@ -116,17 +124,19 @@ def run(
 ) -> None:
     """Do the whole job: guided set, unguided control, both students, scores on real data, report.
 
+    A preset may name further controls, methods at equal steps of the same student; --controls chooses others, or none.
     With --method another one: what it makes, its student, its score; `synthkd compare` puts several beside one another.
     """
     from synthkd.dfkd.method_run import MethodRun
-    from synthkd.dfkd.presets import load_preset
     from synthkd.dfkd.run import Interrupted, Run
 
     for name, seconds in {"--deadline": deadline, "--grace": grace}.items():
         options.check_seconds(name, seconds)
     if method is not None and deadline is not None:
         raise SynthkdError("--deadline is for groups of a diffusion prior; leave it out with --method")
-    chosen = load_preset(preset)
+    if method is not None and controls is not None:
+        raise SynthkdError("--controls are what a whole run compares with; leave them out with --method")
+    chosen = chosen_preset(preset, teacher, student, controls)
     asked = options.Asked(
         gamma=gamma, rounds=rounds, divergence=divergence,
         patches=patches, patch=patch_weight, allow_code=allow_code, decoder=decoder, fuse=fuse,
@@ -156,23 +166,8 @@ def run(
             result = job.execute()
         except Interrupted:
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here")) from None
-    out.print(_summary(result))
+    out.print(run_summary(result))
     out.print(f"report: {out_dir / 'report.html'}", highlight=False, soft_wrap=True)
-
-
-def _summary(result: dict[str, object]) -> Table:
-    table = Table(title=f"{result['preset']}, seed {result['seed']}", show_header=False)
-    for name in (
-        "teacher_accuracy",
-        "student_accuracy",
-        "unguided_student_accuracy",
-        "num_images",
-        "images_per_second",
-        "guided_images_per_second",
-        "seconds",
-    ):
-        table.add_row(name.replace("_", " "), str(result.get(name, "not measured")))
-    return table
 
 
 @app.command(epilog="Example: synthkd synth --preset digits --num-samples 500 --out sets/digits --scale 0.3")

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.apart import hand_down
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.fit_decoder import FitSpec, Source, Stopped, about, fit_decoder
 from synthkd.dfkd.presets import load_preset
@@ -54,6 +55,7 @@ def fit(
         except Stopped:
             raise typer.Exit(stop.exit_code(out, "nothing was written; the same command begins anew")) from None
     save_fitted(fitted.net, out_dir, about(source, fitted))
+    hand_down(out_dir, *job.seen().values())
     if json_output:
         print(json.dumps(fitted.errors))
         return

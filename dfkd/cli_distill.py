@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.apart import check_set, student_seen
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.parallel import Ranks, joined
@@ -131,6 +132,7 @@ def opened(
 ) -> tuple[str, SetSource, Teacher]:
     """The teacher's card, the set and the teacher; raises SynthkdError where they do not fit each other."""
     card = teacher or options.set_teacher(set_dir)
+    check_set(set_dir, card)
     network = load_teacher(card, device, allow_code=allow_code)
     options.check_limit(limit, options.set_size(set_dir))
     source = open_set(set_dir, limit, previews)
@@ -218,7 +220,7 @@ class _Job:
             f.write(json.dumps(row) + "\n")
 
     def _save(self, student: Student, source: SetSource, network: Teacher, seconds: float) -> None:
-        about = {"teacher": self.card, "set": self.set_dir.name, "images": len(source)}
+        about = {"teacher": self.card, "set": self.set_dir.name, "images": len(source), **student_seen(self.card)}
         path = save_student(student, self.spec, self.out_dir, about)
         summary = {
             "identity": identity_of(self.spec, source, network),

@@ -2,7 +2,7 @@
 
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.choices import with_controls, with_student, with_teacher
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.compare import Comparison, Row, score_column, summarised
 from synthkd.dfkd.method_run import MethodRun
@@ -35,6 +36,16 @@ MethodOptions = Annotated[
 ]
 Minutes = Annotated[
     float | None, typer.Option(help="Stop after so many minutes with exit code 75; the same command goes on.")
+]
+TeacherChoice = Annotated[
+    str | None, typer.Option("--teacher", help="A teacher of the preset by name, or the path of any card.")
+]
+StudentChoice = Annotated[
+    str | None, typer.Option("--student", help="The student's network, such as resnet8 or wrn16_1, not the preset's.")
+]
+ControlChoice = Annotated[
+    str | None,
+    typer.Option("--controls", help="Methods to compare with, such as pool,fastdfkd, or none (default: the preset's)."),
 ]
 out = Console()
 
@@ -90,9 +101,24 @@ def run_method(job: MethodRun, minutes: float | None, grace: float | None = None
     out.print(f"report: {job.out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+def run_summary(result: Mapping[str, Any]) -> Table:
+    """What `synthkd run` prints of its result."""
+    table = Table(title=f"{result['preset']}, seed {result['seed']}", show_header=False)
+    chosen = [name for name in ("teacher", "student") if name in result]
+    for name in (*chosen, "teacher_accuracy", "student_accuracy", "unguided_student_accuracy"):
+        table.add_row(name.replace("_", " "), str(result.get(name, "not measured")))
+    for name, control in result.get("controls", {}).items():
+        table.add_row(f"{name} student accuracy", str(control.get("student_accuracy", "not measured")))
+    for name in ("num_images", "images_per_second", "guided_images_per_second", "seconds"):
+        table.add_row(name.replace("_", " "), str(result.get(name, "not measured")))
+    return table
+
+
 def compare(
     preset: Annotated[str, typer.Argument(help="Preset to run; `synthkd info` lists them.")],
     out_dir: options.Out,
+    teacher: TeacherChoice = None,
+    student: StudentChoice = None,
     methods: Annotated[str, typer.Option(help="Names, such as mosaickd,fastdfkd,pool (default: the preset's).")] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, such as 0,1,2.")] = "0",
     num_images: Annotated[int | None, typer.Option("--num-images", help="Images a method may make.")] = None,
@@ -106,7 +132,7 @@ def compare(
 
     One run after the other, each in a process of its own. What is finished is kept: add methods or seeds later.
     """
-    chosen = load_preset(preset)
+    chosen = chosen_preset(preset, teacher, student)
     names = named_methods(methods, chosen)
     job = MethodRun(
         preset=shortened(chosen, steps).on(options.pick_device(device)), method=names[0], out=out_dir,
@@ -126,6 +152,14 @@ def compare(
             raise typer.Exit(stop.exit_code(out, "the same command goes on from here", "step")) from None
     out.print(comparison_table(rows))
     out.print(f"report: {out_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def chosen_preset(name: str, teacher: str | None, student: str | None, controls: str | None = None) -> Preset:
+    """A preset by name with --teacher, --student and --controls; raises SynthkdError for a wrong one."""
+    found = load_preset(name)
+    found = found if teacher is None else with_teacher(found, teacher)
+    found = found if student is None else with_student(found, student)
+    return found if controls is None else with_controls(found, controls)
 
 
 def named_methods(text: str, preset: Preset) -> list[str]:

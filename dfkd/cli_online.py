@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.apart import student_seen
 from synthkd.dfkd.cli_distill import averages
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.online import PoolSpec, distill_online
@@ -71,7 +72,8 @@ def online(
             student = distill_online(job.build(), request, network, spec, pool=held, options=how, hooks=hooks)
         except Stopped:
             raise typer.Exit(stop.exit_code(out, "nothing is kept: begin again", "training step")) from None
-    path = save_student(student, spec, out_dir, {"teacher": job.teacher, "images": num_samples, "online": True})
+    about = {"teacher": job.teacher, "images": num_samples, "online": True, **student_seen(job.teacher)}
+    path = save_student(student, spec, out_dir, about)
     write_atomically(out_dir / STUDENT_LOG, "".join(json.dumps(row) + "\n" for row in rows))
     summary = {"online": asdict(held), "agreement": student.agreement, **averages(rows)}
     write_atomically(out_dir / TRAINING, json.dumps(summary, indent=2, sort_keys=True) + "\n")

@@ -264,6 +264,8 @@ def build_job(base: SynthJob | None, asked: Asked, device: str | None) -> SynthJ
         "micro_batch": part_of(asked.micro_batch),
         "execution": asked.execution,
     }
+    if asked.model is not None:
+        changes["model_missing"] = ""
     changes |= {n: v for n in _WEIGHTS if (v := getattr(asked, n)) is not None}
     if asked.loras:
         changes["loras"] = tuple(asked.loras)

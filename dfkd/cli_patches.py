@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
+from synthkd.dfkd.apart import check_pool, hand_down, pool_declares
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.fit_patches import PatchSpec, fit_patches
 from synthkd.dfkd.patches import save_patches
@@ -41,6 +42,7 @@ def fit(
     job = options.build_job(load_preset(preset).job if preset else None, asked, device)
     given = {"samples": samples, "steps": steps, "patch": patch}
     spec = PatchSpec(**{name: value for name, value in given.items() if value is not None}, seed=seed)
+    check_pool(pool, job.teacher)
     real = open_images(pool) if pool is not None else None
     with Bars(out) as bars, StopFlag() as stop:
         try:
@@ -48,6 +50,7 @@ def fit(
         except Stopped:
             raise typer.Exit(stop.exit_code(out, "nothing was written; the same command begins anew")) from None
     save_patches(fitted.critic, out_dir, fitted.about)
+    hand_down(out_dir, *job.seen().values(), pool_declares(pool) if pool is not None else None)
     if json_output:
         print(json.dumps(fitted.held_out))
         return

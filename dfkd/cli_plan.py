@@ -61,6 +61,8 @@ def plan(
     yours. Without it the rates are those recorded with this version, and the page says where.
     """
     request = Request(num_samples=parse_count(num_samples))
+    if preset is not None:
+        load_preset(preset).job.check_apart()
     for name, value in {"--student-steps": student_steps, "--batch-size": batch_size, "--views": views}.items():
         if value < 0:
             raise SynthkdError(f"{name} is {value}; expected a whole number >= 0")

@@ -48,6 +48,6 @@ def draw_by_actors(
     told = Told(on_batch=on_batch, on_present=on_present, on_actors=on_actors, should_stop=should_stop)
     there = replace(job, device=session.device)
     return draw_on_cluster(
-        session, there.build, plan, folder, shards=shards, part=part, source=job.source(), told=told, writing=writing,
+        session, there.build, plan, folder, shards=shards, part=part, source=job.origin(), told=told, writing=writing,
         remote=remote,
     )  # fmt: skip

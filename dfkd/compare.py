@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.method_run import RESULT, MethodRun, Stopped
 from synthkd.dfkd.methods.base import load_method
 from synthkd.dfkd.progress import Progress, Silent
@@ -25,7 +26,8 @@ from synthkd.engine.rows import write_atomically
 COMPARISON = "compare.json"
 Row = dict[str, Any]
 _SHOWN = (
-    "preset", "method", "seed", "teacher_accuracy", "student_accuracy", "teacher_miou", "student_miou", "agreement",
+    "preset", "method", "seed", "teacher", "student", "teacher_accuracy", "student_accuracy", "teacher_miou",
+    "student_miou", "agreement",
     "num_images", "steps", "batch_size", "seconds", "stage_seconds", "cpu_seconds", "peak_mb", "device",
 )  # fmt: skip
 
@@ -54,6 +56,7 @@ class Comparison:
 
         for name in self.methods:
             load_method(name)
+        self.run.check_apart()
         if len(set(self.methods)) < len(self.methods):
             raise SynthkdError(f"methods {', '.join(self.methods)}: expected distinct names")
         rows: list[Row] = []
@@ -74,17 +77,19 @@ class Comparison:
             return []
         spec = self.run.preset.distill
         mine = {"preset": self.run.preset.name, "steps": spec.steps, "batch_size": spec.batch_size}
+        chosen = {"teacher": teacher_name(self.run.preset), "student": spec.arch}  # which older rows do not say
         return [
             row
             for row in read_rows(self.run.out)
             if all(row.get(name) == value for name, value in mine.items())
+            and all(row.get(name, value) == value for name, value in chosen.items())
             and (row["method"] not in self.methods or row["seed"] not in self.seeds)
         ]
 
     def _row(self, name: str, seed: int) -> Row:
         job = replace(self.run, method=name, seed=seed, out=self.run.out / name / f"seed-{seed}")
         self.progress.begin(f"{name} {seed}", 1, "runs")
-        _in_own_process(job, self.progress, self.should_stop)
+        in_own_process(job, self.progress, self.should_stop)
         self.progress.advance(f"{name} {seed}", 1)
         self.progress.end(f"{name} {seed}")
         found = json.loads((job.out / RESULT).read_text())
@@ -126,7 +131,7 @@ def _child(job: MethodRun, to: Any, stop: Any) -> None:
         to.put(("failed", (f"{type(error).__name__}: {error}", 1)))
 
 
-def _in_own_process(job: MethodRun, progress: Progress, should_stop: Callable[[], bool]) -> None:
+def in_own_process(job: MethodRun, progress: Progress, should_stop: Callable[[], bool]) -> None:
     """Run a method; raises what it raises, WorkerLostError where its process ends without a word."""
     context = mp.get_context("spawn")
     told, stop = context.Queue(), context.Event()

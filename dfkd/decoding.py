@@ -56,7 +56,7 @@ def settle_decoder(
     declared = {name: value for name, value in synth.identity(request.seed).items() if name != "look"}
     folder.mkdir(parents=True, exist_ok=True)
     with settle_lock(folder, part), one_thread(job.device):
-        claim_folder(folder, declared, request.num_samples, job.source())
+        claim_folder(folder, declared, request.num_samples, job.origin())
         if not decoder_note(read_manifest(folder)) and next(folder.glob("shard-*"), None) is not None:
             note_decoder(folder, _as_begun(job))
         try:

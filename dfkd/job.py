@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from synthkd.dfkd import apart
 from synthkd.dfkd.cards import CLASSIFICATION
 from synthkd.dfkd.distill_spec import DistillSpec, spec_from
 from synthkd.dfkd.fields import AMOUNT, TABLE, TEXT, TEXTS, Kind, check_fields, check_value
@@ -17,6 +18,7 @@ from synthkd.engine.errors import suggest
 from synthkd.engine.fitted import read_card as read_decoder_card
 from synthkd.engine.fusion import FUSE_CHOICES, FuseChoice
 from synthkd.engine.memory import checked_part
+from synthkd.engine.models import EMBEDDED
 from synthkd.engine.roles import parse_backends
 
 _WEIGHTS = ("alpha", "beta", "gamma", "divergence", "entropy", "head", "bn_momentum", "patch")
@@ -38,6 +40,8 @@ class SynthJob:
     draws, and the card of that student. allow_code: whether a card may name a `module:callable`; no manifest keeps it.
     fuse, compile, micro_batch, execution: how networks run (see `Synthesizer`), which no manifest keeps either.
     look: what guidance looks through where the set's calibration decided (see `dfkd.decoding`), None for the recipe's.
+    model_missing: what is said where the model, a folder that has to be made first, is not there.
+    again: draws images of a set that is there, so that `check` passes over a prior that has seen the teacher's data.
     """
 
     model: str
@@ -62,13 +66,19 @@ class SynthJob:
     compile: CompileChoice = "auto"
     micro_batch: int | Literal["auto"] = "auto"
     look: str | None = None
+    model_missing: str = ""
     execution: Execution = Execution()  # noqa: RUF009
+    again: bool = False
 
     def check(self) -> None:
-        """Raise SynthkdError where teacher, recipe and rounds disagree; reads no weights."""
+        """Raise SynthkdError where teacher, recipe and rounds disagree, or the prior is not apart; reads no weights."""
         if not self.model:
             raise SynthkdError("model is empty: this preset has no diffusion prior to draw with; name another method")
+        if self.model_missing and not (Path(self.model) / "model_index.json").is_file():
+            raise SynthkdError(self.model_missing)
         card = read_card(card_path(self.teacher))
+        if not self.again:
+            self.check_apart()
         recipe = self.recipe
         if self.fuse not in FUSE_CHOICES:
             raise SynthkdError(f"fuse {self.fuse!r}: {suggest(self.fuse, FUSE_CHOICES)}")
@@ -109,6 +119,24 @@ class SynthJob:
         if recipe.rounds > 1 and self.gamma == 0:
             raise SynthkdError(f"rounds is {recipe.rounds}, but gamma is 0: nothing would change between rounds")
 
+    def check_apart(self) -> None:
+        """Raise OverlapError where a network that draws has seen the teacher's data, as both declare it."""
+        apart.check_parts(self.seen(), self.teacher)
+
+    def seen(self) -> dict[str, apart.Names]:
+        """What every network beside the teacher declares that it was trained on; the prior first, where there is one.
+
+        Raises SynthkdError for a declaration that cannot be read.
+        """
+        named = {f"prior {self.model!r}": self.model} if self.model else {}
+        named |= {f"lora {entry!r}": _without_weight(entry)[0] for entry in self.loras}
+        if self.patch > 0 and self.patches:
+            named[f"patches {self.patches!r}"] = self.patches
+        kind, _, decoder = self.recipe.guidance.decoder.partition(":")
+        if kind == "fitted" and not decoder.startswith(EMBEDDED):
+            named[f"decoder {decoder!r}"] = decoder
+        return {what: apart.model_declares(reference) for what, reference in named.items()}
+
     def build(self) -> Synthesizer:
         """Load prior and teacher, and the round's student; picklable as a worker's factory."""
         self.check()
@@ -145,6 +173,15 @@ class SynthJob:
         if self.gamma > 0:
             out["round_student"] = asdict(self.round_student)
         return out
+
+    def trained_on(self) -> dict[str, str]:
+        """What teacher and prior declare that they were trained on, in words; no prior where the job names none."""
+        prior = {apart.PRIOR: apart.model_declares(self.model)} if self.model else {}
+        return apart.told(**{apart.TEACHER: apart.card_declares(self.teacher)}, **prior)
+
+    def origin(self) -> dict[str, Any]:
+        """What a manifest keeps of the networks: `source`, and what they declare, which no fingerprint knows."""
+        return {**self.source(), "declared": self.trained_on()}
 
     @classmethod
     def from_manifest(
@@ -191,6 +228,12 @@ def _absolute(reference: str) -> str:
 
 
 def _absolute_lora(entry: str) -> str:
-    """The same for `PATH[@WEIGHT]`, read as `load_model` reads it: a path that is there has no weight."""
+    """The same for `PATH[@WEIGHT]`."""
+    path, weight = _without_weight(entry)
+    return _absolute(path) + weight
+
+
+def _without_weight(entry: str) -> tuple[str, str]:
+    """Path and `@WEIGHT` of a LoRA, read as `load_model` reads it: a path that is there has no weight."""
     path, at, weight = entry.rpartition("@")
-    return _absolute(entry) if not path or Path(entry).exists() else _absolute(path) + at + weight
+    return (entry, "") if not path or Path(entry).exists() else (path, at + weight)

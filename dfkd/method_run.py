@@ -1,10 +1,8 @@
 """One method of one preset in a folder: what it makes, its student, a score. Killed, the same call goes on."""
 
-import hashlib
 import json
 import resource
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import torch
 
+from synthkd.dfkd.apart import check_pool, pool_declares, student_seen, told
+from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
 from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
@@ -21,6 +21,7 @@ from synthkd.dfkd.pools import open_images
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
+from synthkd.dfkd.spent import SPENT, Spent
 from synthkd.dfkd.student import Student, fresh_student, save_student
 from synthkd.dfkd.teachers import Teacher, load_teacher, teacher_digest
 from synthkd.dfkd.train_options import TrainOptions
@@ -30,7 +31,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.rows import write_atomically
 from synthkd.engine.workers import one_thread
 
-RESULT, SPENT = "result.json", "spent.json"
+RESULT = "result.json"
 
 
 @dataclass(kw_only=True)
@@ -52,6 +53,7 @@ class MethodRun:
     def execute(self) -> dict[str, Any]:
         """Do what is left to do and return the result, which is in result.json; raises Stopped where that is asked."""
         make = load_method(self.method)
+        self.check_apart()
         if self.out.exists() and not self.out.is_dir():
             raise SynthkdError(f"{self.out}: is a file; choose a folder")
         with one_thread(self.preset.job.device):
@@ -60,14 +62,34 @@ class MethodRun:
             identity = self._identity(job)
             if (known := _finished(self.out, identity)) is not None:
                 return known
-            spent = _Spent(self.out / SPENT, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
+            spent = Spent(self.out / SPENT, json.dumps(identity, sort_keys=True))
             student, feed_facts = self._taught(make, job, identity, spent)
-            save_student(student, job.spec, self.out, {"teacher": self.preset.job.teacher, "method": self.method})
+            save_student(student, job.spec, self.out, self._about(job))
             result = self._result(job, student, feed_facts, spent) | {"identity": identity}
         write_atomically(self.out / RESULT, json.dumps(result, indent=2) + "\n")
         write_report(self.out)
         (self.out / CHECKPOINT).unlink(missing_ok=True)
         return result
+
+    def identity(self, teacher: Teacher) -> dict[str, Any]:
+        """What the student is a function of, for the preset's teacher, loaded; nothing is written.
+
+        Raises SynthkdError for an unknown method, a pool that is not there and a student that does not fit.
+        """
+        load_method(self.method)
+        with torch.random.fork_rng(devices=[]):
+            return self._identity(self._job(teacher))
+
+    def check_apart(self) -> None:
+        """Raise OverlapError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
+        self.preset.job.check_apart()
+        check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
+
+    def _about(self, job: MethodJob) -> dict[str, Any]:
+        """What the student's card says beside its network."""
+        asked, pool = self.preset.job.teacher, job.notes.get("pool")
+        shown = {} if pool is None else {"pool": pool}
+        return {"teacher": asked, "method": self.method, **shown, **student_seen(asked, pool)}
 
     def _job(self, teacher: Teacher) -> MethodJob:
         # A method's batches have the teacher beside them: stored labels are of one method's kind of set only.
@@ -92,7 +114,7 @@ class MethodRun:
         return done
 
     def _taught(
-        self, make: Method, job: MethodJob, identity: dict[str, Any], spent: "_Spent"
+        self, make: Method, job: MethodJob, identity: dict[str, Any], spent: Spent
     ) -> tuple[Student, dict[str, Any]]:
         with spent("synthesize"):
             feed = make(job)
@@ -120,9 +142,9 @@ class MethodRun:
         return Student(job.student, training.log, agreement, dict(feed.damaged)), _facts(feed)
 
     def _result(
-        self, job: MethodJob, student: Student, facts: dict[str, Any], spent: "_Spent"
+        self, job: MethodJob, student: Student, facts: dict[str, Any], spent: Spent
     ) -> dict[str, Any]:
-        scores: dict[str, Any] = {}
+        scores, pool = dict[str, Any](), job.notes.get("pool")
         if self.preset.test_set is not None:
             for name, net in (("teacher", job.teacher), ("student", student.net)):
                 found = test_scores(net, self.preset.test_set)
@@ -131,7 +153,10 @@ class MethodRun:
             "preset": self.preset.name,
             "method": self.method,
             "seed": self.seed,
-            "pool": job.notes.get("pool"),
+            "teacher": teacher_name(self.preset),
+            "student": job.spec.arch,
+            "pool": pool,
+            "declared": self.preset.job.trained_on() | (told(pool=pool_declares(pool)) if pool else {}),
             **scores,
             "agreement": student.agreement,
             **facts,
@@ -165,47 +190,6 @@ def _finished(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         return None
     there = isinstance(found, dict) and found.get("identity") == identity and (folder / "student.toml").exists()
     return found if there else None
-
-
-class _Spent:
-    """Seconds of each stage, by the clock and of the processor, over all calls of a run; a killed one's are lost.
-
-    Those of another run in the same folder are forgotten.
-    """
-
-    def __init__(self, path: Path, run: str) -> None:
-        self._path, self._run, self._name, self._began = path, run, "", (0.0, 0.0)
-        self.seconds, self.cpu = self._known("seconds"), self._known("cpu")
-
-    def _known(self, what: str) -> dict[str, float]:
-        try:
-            found = json.loads(self._path.read_text())
-            return {str(n): float(v) for n, v in found[what].items()} if found["run"] == self._run else {}
-        except (OSError, ValueError, AttributeError, TypeError, KeyError):
-            return {}
-
-    def __call__(self, name: str) -> "_Spent":
-        self._name = name
-        return self
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter(), cpu_seconds()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not issubclass(kind, Stopped):
-            return
-        now = time.perf_counter(), cpu_seconds()
-        for known, end, began in zip((self.seconds, self.cpu), now, self._began, strict=True):
-            known[self._name] = known.get(self._name, 0.0) + end - began
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"run": self._run, "seconds": self.seconds, "cpu": self.cpu}
-        write_atomically(self._path, json.dumps(told) + "\n")
-
-
-def cpu_seconds() -> float:
-    """Of the processor, by this process and those of its workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def peak_mb(device: str) -> float:

@@ -1,8 +1,10 @@
 """Presets: a name -> everything a run needs. A plugin adds one through the entry-point group `synthkd.presets`."""
 
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd import plugins
@@ -16,7 +18,10 @@ _OWN = {
     "digits": "synthkd.dfkd.presets:digits",
     "segments": "synthkd.dfkd.presets_dense:segments",
     "cifar10": "synthkd.dfkd.presets_cifar:cifar10",
+    "cifar10-small": "synthkd.dfkd.presets_cifar:cifar10_small",
     "cifar10-mosaickd": "synthkd.dfkd.presets_cifar:cifar10_mosaickd",
+    "pacs-sketch": "synthkd.dfkd.presets_pacs:pacs_sketch",
+    "pacs-sketch-small": "synthkd.dfkd.presets_pacs:pacs_sketch_small",
 }
 
 
@@ -27,6 +32,8 @@ class Preset:
     judge: card of an independent network that only scores; test_set: as for `synthkd evaluate --data`.
     pool: out-of-domain images for the methods that want some (see `dfkd/pools.py`); methods: options by method name;
     compared: the methods that `synthkd compare` takes by itself, all that are installed where empty.
+    teachers: cards by the name that `--teacher` takes, the job's own among them; controls: methods that `synthkd run`
+    compares with too, at equal steps of the same student, beside guided and unguided images.
     """
 
     name: str
@@ -38,10 +45,17 @@ class Preset:
     pool: str | None = None
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     compared: tuple[str, ...] = ()
+    teachers: Mapping[str, str] = field(default_factory=dict)
+    controls: tuple[str, ...] = ()
 
     def on(self, device: str) -> "Preset":
         """The same on another device."""
         return replace(self, job=replace(self.job, device=device))
+
+
+def data_folder(name: str) -> Path:
+    """Where a data set's made files lie: a folder of $SYNTHKD_DATA, which is `data` by default."""
+    return Path(os.environ.get("SYNTHKD_DATA") or "data") / name
 
 
 def unguided(job: SynthJob) -> SynthJob:

@@ -53,7 +53,7 @@ def checkpoint_of(folder: Path, stage: str) -> Path:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """slower: beginnings of parameters' names -> factor of their learning rate."""
+    """slower: beginnings of parameters' names -> factor of their learning rate; command: how errors begin."""
 
     name: str
     steps: int
@@ -62,6 +62,7 @@ class StagePlan:
     ema: float
     batch_size: int
     slower: Mapping[str, float] = field(default_factory=dict)
+    command: str = "fit-prior"
 
     def rate(self, step: int) -> float:
         """Linear warm-up, then half a cosine (arXiv 1608.03983, eq. 5) to a fiftieth."""
@@ -214,9 +215,10 @@ class StageLoop:
     def _row(self) -> dict[str, float]:
         mean = float(self._total) / self._counted
         if not math.isfinite(mean):
+            plan, checkpoint = self._plan, checkpoint_of(self._folder, self._plan.name)
             raise SynthkdError(
-                f"fit-prior: the loss of the {self._plan.name} is not finite at step {self._step}; lower its learning "
-                f"rate and delete {checkpoint_of(self._folder, self._plan.name)}"
+                f"{plan.command}: the loss of the {plan.name} is not finite at step {self._step}; lower its learning "
+                f"rate and delete {checkpoint}"
             )
         rate = self._counted * self._plan.batch_size / max(time.monotonic() - self._since, 1e-9)
         return {"loss": round(mean, 5), "images_per_second": round(rate, 1)}

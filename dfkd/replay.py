@@ -1,5 +1,6 @@
 """One image again, from the manifest alone."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from synthkd.engine.backends import Execution
 from synthkd.engine.batch import SampleStream
 from synthkd.engine.compiled import MODES, CompileChoice
 from synthkd.engine.config import Recipe, Request
+from synthkd.engine.declared import OverlapError
 from synthkd.engine.encoders import encoder_of
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.fusion import FuseChoice
@@ -25,6 +27,8 @@ from synthkd.engine.reading import decode_image, members
 from synthkd.engine.rows import group_rows, read_index
 from synthkd.engine.runner import open_stream
 from synthkd.export import ExportError, Options
+
+_log = logging.getLogger("synthkd")
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Again:
         Raises SynthkdError where model, teacher, student or decoder are not the ones that drew the set.
         """
         manifest = read_manifest(self.set_dir)
-        job = SynthJob.from_manifest(manifest, self.device, self.allow_code, **self.moved)
+        job = replace(SynthJob.from_manifest(manifest, self.device, self.allow_code, **self.moved), again=True)
+        _say_what_was_seen(job)
         chosen: Any = self.fuse or _fused(said)  # checked when the job is built
         execution = replace(_execution(said), artifacts=self.artifacts)
         job = obey(replace(job, fuse=chosen, compile=_compiled(said), execution=execution), self.set_dir)
@@ -112,6 +117,14 @@ def replay_sample(
     path = target or Path(f"{sample_key(sample_id)}.{recipe.image_format}")
     path.write_bytes(data)
     return path, _compare(set_dir, group // recipe.groups_per_shard, sample_id, data, recipe)
+
+
+def _say_what_was_seen(job: SynthJob) -> None:
+    """The set is there: that its prior is not apart from its teacher's data is said, and refuses nothing."""
+    try:
+        job.check_apart()
+    except OverlapError as error:
+        _log.warning("%s; the set is there, so its images are drawn again all the same", error)
 
 
 def _environment(set_dir: Path, group: int, place: int, shard: int) -> Mapping[str, Any]:

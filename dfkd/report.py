@@ -9,6 +9,7 @@ import numpy as np
 
 from synthkd.dfkd import report_charts as c
 from synthkd.dfkd import report_html as h
+from synthkd.dfkd.report_controls import controls
 from synthkd.dfkd.report_data import CLASSES_SHOWN, Run, load_run, read_log
 from synthkd.dfkd.report_guidance import guidance
 from synthkd.dfkd.report_images import copies, images
@@ -42,7 +43,7 @@ def write_report(run_dir: Path) -> Path:
 
 def sections(run: Run) -> list[h.Section]:
     """What there is to say about the run, in the order of the page."""
-    before: list[Maker] = [summary, images, copies, distance, _steered]
+    before: list[Maker] = [summary, controls, images, copies, distance, _steered]
     learned: list[Maker] = [distillation, lambda run: players(run.folder / STUDENT_LOG)] if run.result else []
     scored: list[Maker] = [classes, confusion] if run.result else []
     makers = [*before, *learned, balance, confidence, *scored, throughput, provenance]
@@ -99,6 +100,8 @@ def summary(run: Run) -> h.Section:
     used = "the teacher's weights, its class names" + (" and the image prior" if _has_prior(run) else "")
     used += " and a pool of other images" if run.text("pool") else ""
     text = f"Not used: any image the teacher was trained on. The input was {used}."
+    if isinstance(said := (run.result or {}).get("declared"), dict):
+        text += f" Trained on, as declared: {'; '.join(f'{who}: {what}' for who, what in said.items())}."
     if hero:
         text += f" Real images ({run.text('test_set') or 'the test set'}) served to measure {words}, never to train."
     return h.Section("summary", "Summary", _summary_sentence(run, teacher, student, plain), [*body, h.note(text)])

@@ -200,7 +200,7 @@ class _Drawing:
             self.folder,
             shards=shards,
             part=how.part,
-            source=job.source(),
+            source=job.origin(),
             writing=how.writing,
             on_batch=lambda n: told.advance(stage, n),
             on_present=lambda n: told.advance(stage, n),
@@ -214,7 +214,7 @@ def _claim(job: SynthJob, request: Request, folder: Path, part: Part | None) -> 
     if (folder / MANIFEST).exists():
         identity = job.build().identity(request.seed)
         with settle_lock(folder, part):
-            claim_folder(folder, identity, request.num_samples, job.source())
+            claim_folder(folder, identity, request.num_samples, job.origin())
 
 
 def _say_what_gamma_does(job: SynthJob, plan: Plan) -> None:

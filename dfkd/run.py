@@ -2,18 +2,18 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from synthkd.dfkd.apart import check_pool
+from synthkd.dfkd.choices import teacher_name
+from synthkd.dfkd.controls import Controls
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
 from synthkd.dfkd.evaluate import Score, evaluate, predict
 from synthkd.dfkd.job import SynthJob
@@ -23,18 +23,18 @@ from synthkd.dfkd.presets import Preset, unguided
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.rounds import DrawOptions, draw_set
-from synthkd.dfkd.sets import open_set
-from synthkd.dfkd.student import DistillSpec, distill, save_student
+from synthkd.dfkd.spent import Spent, cpu_seconds
+from synthkd.dfkd.student import fresh_student
+from synthkd.dfkd.students import StudentJob, train_students
 from synthkd.dfkd.teachers import Teacher, load_teacher
-from synthkd.dfkd.training import CHECKPOINT, OtherTrainingError
+from synthkd.dfkd.training import Stopped
 from synthkd.engine import Request
 from synthkd.engine.environment import environment, versions
-from synthkd.engine.errors import WorkerLostError
 from synthkd.engine.index import MANIFEST
-from synthkd.engine.pool import follow_parent
-from synthkd.engine.rows import all_group_rows, read_index, write_atomically
-from synthkd.engine.workers import cores, default_workers
+from synthkd.engine.rows import all_group_rows, write_atomically
+from synthkd.engine.workers import default_workers
 
+STAGES = "stages.json"
 _FIELD = {
     "teacher": "teacher_accuracy",
     "student": "student_accuracy",
@@ -42,13 +42,16 @@ _FIELD = {
 }
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the same command goes on later
-    """The run was asked to stop and did, after a whole group."""
+class Interrupted(Stopped):
+    """The run was asked to stop and did, after a whole group or step; the same command goes on later."""
 
 
 @dataclass
 class Run:
-    """One run of a preset in a folder: `shards/` guided, `control/` the same with guidance scale 0."""
+    """One run of a preset in a folder: `shards/` guided, `control/` the same with guidance scale 0.
+
+    `controls/NAME/` has each method that the preset's `controls` name, at the same budget.
+    """
 
     preset: Preset
     out: Path
@@ -62,22 +65,33 @@ class Run:
     _drawn: dict[str, int] = field(default_factory=dict)
 
     def execute(self) -> dict[str, Any]:
-        """Do what is left to do, write result.json and report.html, return the result."""
+        """Do what is left to do, write result.json and report.html, return the result.
+
+        Raises SynthkdError before anything is drawn where teacher, student and controls do not fit; Interrupted where
+        it was asked to stop.
+        """
         started, job = time.perf_counter(), self.preset.job
         job.check()
+        check_pool(self.preset.pool, job.teacher)
         count = self.num_images or self.preset.num_images
         resumed = (self.out / "shards" / MANIFEST).exists()
         with self._stage("evaluate_teacher"):
             teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
             test = self._test_set(teacher)
             scores = {"teacher": evaluate(teacher, test)} if test else {}
+        with torch.random.fork_rng(devices=[]):
+            fresh_student(teacher, self.preset.distill)
+        controls = Controls(self.preset, self.out, self.seed, self.num_images, self.progress, self.should_stop)
+        controls.check(teacher)
         for name, this in (("synthesize", job), ("synthesize_unguided", unguided(job))):
             with self._stage(name):
                 self._synthesize(name, this, count)
         with self._stage("distill"):
             cards = self._distill(count)
+        with self._stopping():
+            compared = controls.execute()
         scores |= {name: evaluate(load_teacher(str(c)), test) for name, c in cards.items()} if test else {}
-        result = self._result(teacher, scores, count, cards)
+        result = self._result(teacher, scores, count, cards) | self._arms(compared, count)
         result["resumed"] = resumed
         result["seconds"] = round(time.perf_counter() - started, 2)
         result["stage_seconds"] = {k: round(v, 2) for k, v in self._seconds.items()}
@@ -95,17 +109,26 @@ class Run:
         yield
         self._seconds[name] = time.perf_counter() - started
 
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        try:
+            yield
+        except Stopped as stop:
+            raise Interrupted from stop
+
     def _test_set(self, teacher: Teacher) -> LabelledImages | None:
         if self.preset.test_set is None:
             return None
         return load_test_set(self.preset.test_set, teacher.classes, teacher.input_size)
 
     def _synthesize(self, name: str, job: SynthJob, count: int) -> None:
-        folder = self.folder(name) / "shards"
+        folder, spent, started = self.folder(name) / "shards", self._spent(), (time.perf_counter(), cpu_seconds())
         summary = draw_set(
             job, Request(num_samples=count, seed=self.seed), folder, name, self.workers, self.progress,
             self.should_stop, DrawOptions(deadline=self.deadline),
         )  # fmt: skip
+        if summary.drawn:
+            spent.add(name, time.perf_counter() - started[0], cpu_seconds() - started[1])
         if summary.stopped or self.should_stop():
             raise Interrupted
         self._drawn[name] = summary.drawn
@@ -119,25 +142,47 @@ class Run:
 
     def _distill(self, count: int) -> dict[str, Path]:
         """Train both students; a finished one is not trained again."""
-        folders = {"student": self.out, "unguided": self.out / "control"}
-        spec = replace(self.preset.distill, seed=self.seed)
-        job = self.preset.job
-        jobs = [
-            StudentJob(
-                set_dir=f / "shards",
-                out_dir=f,
-                teacher=job.teacher,
-                spec=spec,
-                device=job.device,
-                limit=count,
-                allow_code=job.allow_code,
-            )
-            for f in folders.values()
-        ]
+        jobs = self._students(count)
         self.progress.begin("distill", len(jobs), "students")
-        cards = train_students(jobs, lambda n: self.progress.advance("distill", n))
+        with self._stopping():
+            cards = train_students(
+                list(jobs.values()), lambda n: self.progress.advance("distill", n), self.should_stop
+            )
         self.progress.end("distill")
-        return dict(zip(folders, cards, strict=True))
+        return dict(zip(jobs, cards, strict=True))
+
+    def _students(self, count: int) -> dict[str, StudentJob]:
+        """The guided student and that of the control."""
+        job, spec = self.preset.job, replace(self.preset.distill, seed=self.seed)
+        return {
+            name: StudentJob(
+                set_dir=folder / "shards", out_dir=folder, teacher=job.teacher, spec=spec, device=job.device,
+                limit=count, allow_code=job.allow_code,
+            )
+            for name, folder in (("student", self.out), ("unguided", self.out / "control"))
+        }  # fmt: skip
+
+    def _spent(self) -> Spent:
+        """Seconds of the drawing over all calls, however many images were asked for."""
+        return Spent(self.out / STAGES, json.dumps({"job": self.preset.job.declared(), "seed": self.seed}))
+
+    def _arms(self, controls: Mapping[str, Any], count: int) -> dict[str, Any]:
+        """What a result says more where a preset has teachers by name or controls.
+
+        arm_seconds: drawing and training of guided and unguided, over all calls, but for those that were killed.
+        """
+        if not controls and not self.preset.teachers:
+            return {}
+        spec, drawn, jobs = self.preset.distill, self._spent().seconds, self._students(count)
+        stages = {"guided": ("synthesize", "student"), "unguided": ("synthesize_unguided", "unguided")}
+        return {
+            "teacher": teacher_name(self.preset),
+            "student": spec.arch,
+            "steps": spec.steps,
+            "batch_size": spec.batch_size,
+            "arm_seconds": {n: round(drawn.get(a, 0.0) + jobs[b].seconds, 2) for n, (a, b) in stages.items()},
+            "controls": dict(controls),
+        }
 
     def _result(
         self, teacher: Teacher, scores: Mapping[str, Score], count: int, cards: Mapping[str, Path]
@@ -166,6 +211,7 @@ class Run:
             },
             "confusion": {name: score.confusion for name, score in scores.items()},
             "test_set": self.preset.test_set or "none",
+            "declared": self.preset.job.trained_on(),
             "device": environment(torch.device(self.preset.job.device), 0)["device"],
             "workers": self.workers_used,
             "versions": versions(),
@@ -175,79 +221,6 @@ class Run:
     def workers_used(self) -> int:
         """Processes that draw."""
         return self.workers or default_workers(self.preset.job.device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudentJob:
-    """A student to train: from which set (its first `limit` images), under which teacher, into which folder.
-
-    previews: whether it is shown the set's clean-latent previews too.
-    """
-
-    set_dir: Path
-    out_dir: Path
-    teacher: str
-    spec: DistillSpec
-    device: str
-    limit: int | None = None
-    allow_code: bool = False
-    previews: bool = True
-
-    @property
-    def stamp(self) -> str:
-        """What the student is a function of."""
-        parts = {
-            "spec": repr(self.spec),
-            "set": _set_digest(self.set_dir),
-            "limit": self.limit,
-            "teacher": self.teacher,
-        } | ({} if self.previews else {"previews": False})
-        return json.dumps(parts, sort_keys=True)
-
-
-def train_student(job: StudentJob) -> Path:
-    """Train and save a student, unless the same one is there; on a CPU with one thread. Returns its card."""
-    marker, card = job.out_dir / ".student-of", job.out_dir / "student.toml"
-    if marker.exists() and marker.read_text() == job.stamp and card.exists():
-        return card
-    if job.device == "cpu":
-        torch.set_num_threads(1)
-    teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
-    source = open_set(job.set_dir, job.limit, job.previews)
-    job.out_dir.mkdir(parents=True, exist_ok=True)
-    where: dict[str, Any] = {"folder": job.out_dir, "labels_root": job.set_dir}
-    try:
-        student = distill(source, teacher, job.spec, **where)
-    except OtherTrainingError:  # left by a training that was killed before the run got other settings, or more images
-        (job.out_dir / CHECKPOINT).unlink()
-        student = distill(source, teacher, job.spec, **where)
-    about = {"teacher": job.teacher, "images": len(source)}
-    save_student(student, job.spec, job.out_dir, about)
-    write_atomically(marker, job.stamp)
-    (job.out_dir / CHECKPOINT).unlink(missing_ok=True)
-    return card
-
-
-def train_students(jobs: Sequence[StudentJob], advance: Callable[[int], None] = lambda _: None) -> list[Path]:
-    """Train students side by side, one core each; on a GPU one after the other. Returns their cards."""
-    if jobs[0].device == "cpu" and cores() > 1:
-        try:
-            with ProcessPoolExecutor(2, get_context("spawn"), initializer=follow_parent) as pool:
-                return [_told(card, advance) for card in pool.map(train_student, jobs)]
-        except BrokenProcessPool as error:
-            raise WorkerLostError(
-                "a training process ended unasked (out of memory?); run the same command again"
-            ) from error
-    return [_told(train_student(job), advance) for job in jobs]
-
-
-def _told(card: Path, advance: Callable[[int], None]) -> Path:
-    advance(1)
-    return card
-
-
-def _set_digest(folder: Path) -> list[str]:
-    return [row.sha256 for _, row in sorted(read_index(folder).items())]
 
 
 def reading(net: Teacher, data: LabelledImages) -> float:

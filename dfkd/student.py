@@ -243,7 +243,7 @@ def save_student(student: Student, spec: DistillSpec, folder: Path, about: Mappi
     fresh = folder / "student.safetensors.tmp"
     save_file(state, fresh, metadata={"card": json.dumps(_card(student, spec, about))})
     fresh.replace(folder / "student.safetensors")
-    write_atomically(folder / "student.toml", _toml(_card(student, spec, about)))
+    write_atomically(folder / "student.toml", card_toml(_card(student, spec, about)))
     write_atomically(folder / "student_log.jsonl", "".join(json.dumps(row) + "\n" for row in student.log))
     write_atomically(folder / "student.md", _model_card(student, spec, about))
     return folder / "student.toml"
@@ -264,7 +264,7 @@ def _card(student: Student, spec: DistillSpec, about: Mapping[str, Any]) -> dict
     }
 
 
-def _toml(card: Mapping[str, Any]) -> str:
+def card_toml(card: Mapping[str, Any]) -> str:
     """A card as TOML; JSON's strings, numbers and arrays are TOML's."""
     top = [f"{k} = {json.dumps(v)}" for k, v in card.items() if not isinstance(v, Mapping)]
     for name, table in card.items():
@@ -274,10 +274,11 @@ def _toml(card: Mapping[str, Any]) -> str:
 
 
 def _model_card(student: Student, spec: DistillSpec, about: Mapping[str, Any]) -> str:
+    images = "synthetic images, a pool's, or both" if "pool" in about else "synthetic images only"
     lines = [
         "# Student model card",
         "",
-        "Trained by synthkd on synthetic images only: no image of the teacher's training set was used.",
+        f"Trained by synthkd on {images}: no image of the teacher's training set was read.",
         "",
         f"- Parameters: {count_parameters(student.net.net):,}",
         f"- Input: {student.net.input_size[0]}x{student.net.input_size[1]} RGB in [0,1], normalised as in student.toml",
@@ -300,6 +301,7 @@ __all__ = [
     "Stopped",
     "Student",
     "TrainOptions",
+    "card_toml",
     "distill",
     "identity_of",
     "learning_rate",

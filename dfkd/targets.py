@@ -15,8 +15,8 @@ def read_targets(path: Path, classes: Sequence[str]) -> dict[str, Any]:
     """Recipe fields class_weights and class_words from tables named after classes.
 
     A table has `weight` (a whole number, 1 by default), `exclude = true`, or `words`, the text that stands for the
-    class in prompts (for a class-conditional prior: its label). Raises SynthkdError for an unknown class or field,
-    and for a value of the wrong type.
+    class in prompts (for a class-conditional prior: its label; `a|b`: one of two, drawn per sample). Raises
+    SynthkdError for an unknown class or field, and for a value of the wrong type.
     """
     data = read_toml(path, f"--targets {path}")
     for name in data:

@@ -142,7 +142,8 @@ class Recipe:
     """Everything that decides what an image looks like, but for the seed; frozen and checked on birth.
 
     classes: class names in the order of the teacher's outputs; class_words: what prompts call them, where that
-    differs; class_weights: images of each class in proportion, 0 leaves a class out (all alike where empty);
+    differs, `a|b|c` for one of several, drawn per sample; class_weights: images of each class in proportion, 0 leaves a
+    class out (all alike where empty);
     prompts: templates with `{class}`, one drawn per sample.
     sampler, steps: the solver and its denoiser calls; eta: DDIM's fresh noise; spacing: which timesteps are called,
     the prior's own by default; prediction_type: what the prior must predict (checked; `model`: whatever it does);
@@ -220,7 +221,8 @@ class Recipe:
         count = len(self.classes)
         if self.class_words:
             _check(len(self.class_words) == count, "class_words", len(self.class_words), f"{count}, one per class")
-            _check(all(self.class_words), "class_words", self.class_words, "no empty words")
+            whole = all(part.strip() for word in self.class_words for part in word.split("|"))
+            _check(whole, "class_words", self.class_words, "no empty words (a|b is one of two, drawn per sample)")
         if self.class_weights:
             _check(len(self.class_weights) == count, "class_weights", len(self.class_weights), f"{count} numbers")
             whole = all(0 <= w <= 1000 for w in self.class_weights) and any(self.class_weights)
@@ -298,8 +300,12 @@ class Recipe:
         return tuple(c for c, weight in enumerate(weights) for _ in range(weight))
 
     def word(self, class_number: int) -> str:
-        """What prompts call a class."""
-        return (self.class_words or self.classes)[class_number]
+        """What prompts call a class, the first of several words."""
+        return self.words(class_number)[0]
+
+    def words(self, class_number: int) -> tuple[str, ...]:
+        """All that prompts call a class, one of them drawn per sample."""
+        return tuple(self.class_words[class_number].split("|")) if self.class_words else (self.classes[class_number],)
 
     def round_of(self, group: int) -> int:
         """The round that a group belongs to; a function of the recipe alone, so that a set can grow."""

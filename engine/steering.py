@@ -88,7 +88,7 @@ def _looks(
 
 def check_prompts(prior: LatentModel, recipe: Recipe) -> None:
     """Refuse a class that the prior cannot draw now, not when its group comes."""
-    words = [recipe.word(c) for c in sorted(set(recipe.drawn_classes))]
+    words = [word for c in sorted(set(recipe.drawn_classes)) for word in recipe.words(c)]
     prompts = (template.replace("{class}", word) for template in recipe.prompts for word in words)
     prior.check_prompts(prompts, recipe.negative_prompt)
 

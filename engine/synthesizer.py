@@ -245,8 +245,13 @@ class Synthesizer:
         """The prompt of each member of a group: a template drawn per sample, with its class name."""
         templates = self.recipe.prompts
         picks = [rng.integer(seed, i, "prompt", len(templates)) for i in unit.ids]
-        pairs = zip(picks, unit.classes, strict=True)
-        return tuple(templates[pick].replace("{class}", self.recipe.word(c)) for pick, c in pairs)
+        words = [self._word(c, i, seed) for i, c in zip(unit.ids, unit.classes, strict=True)]
+        return tuple(templates[pick].replace("{class}", word) for pick, word in zip(picks, words, strict=True))
+
+    def _word(self, class_number: int, sample: int, seed: int) -> str:
+        """What the prompt of a sample calls its class."""
+        words = self.recipe.words(class_number)
+        return words[rng.integer(seed, sample, "word", len(words))] if len(words) > 1 else words[0]
 
     def _draw(self, unit: WorkUnit, seed: int, attempt: int, start: Start | None = None) -> Batch | None:
         """One attempt at a group; None where a latent, a term or an image is not finite."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from synthkd.dfkd import plugins
+from synthkd.dfkd.apart import check_pool
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.feed import Feed, Source
 from synthkd.dfkd.fields import Kind, check_fields
@@ -123,6 +124,7 @@ class MethodJob:
                 f"method {self.name}: needs out-of-domain images; give --pool a folder of images or of tar shards, an "
                 ".npz of x, or embedded:digits/pool"
             )
+        check_pool(self.pool, self.preset.job.teacher)
         self.notes["pool"] = self.pool
         return open_pool(self.pool, self.teacher, self.how, keep=self.folder, progress=self.progress)
 

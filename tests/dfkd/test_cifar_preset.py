@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from synthkd.bench.cifar_pack import main, make, read_packed, unpacked
 from synthkd.dfkd.nets import build_net
-from synthkd.dfkd.presets_cifar import cifar10, cifar10_mosaickd
+from synthkd.dfkd.presets_cifar import cifar10, cifar10_mosaickd, cifar10_small
 from synthkd.dfkd.teachers import load_teacher
 from synthkd.engine.errors import SynthkdError
 
@@ -58,6 +58,7 @@ def pack(tmp_path: Path) -> Path:
     flags = np.eye(3, dtype=bool)
     for i in range(4):
         beside = {"in_cifar10": flags[i % 3], "dup_earlier": flags[(i + 1) % 3], "near_cifar10_class": np.zeros(3) > 0}
+        beside["y"] = np.arange(3)
         write(folder / f"cifar100_part{i}.npz", x[2 + 3 * i : 5 + 3 * i], classes=np.arange(100), **beside)
     for name in ("resnet20", "resnet56"):
         save_file(build_net(name, 10, {}).state_dict(), folder / f"cifar10_{name}_akamaster.safetensors")
@@ -81,20 +82,25 @@ def test_unpacking_gives_back_what_was_packed(shape: tuple[int, ...]) -> None:
 def test_the_command_makes_what_the_presets_read(
     pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Test set, pool without flagged images, teachers; the presets name them and need no prior."""
-    out = tmp_path / "data"
+    """Test set, pool without flagged images, teachers; the presets name them, and say which prior they lack."""
+    out = tmp_path / "data" / "cifar10"
     assert main([str(pack), str(out)]) == 0
     assert "2 test images, 4 out-of-domain images, 2 teachers" in capsys.readouterr().out
     x = np.load(pack / "all.npy")
     kept = [2 + 3 * i + j for i in range(4) for j in range(3) if j not in (i % 3, (i + 1) % 3)]
     assert np.array_equal(np.load(out / "pool.npz")["x"], x[kept])
     assert np.array_equal(np.load(out / "test.npz")["x"], x[:2])
-    monkeypatch.setenv("SYNTHKD_DATA", str(out))
-    for preset, name in ((cifar10(), "resnet20"), (cifar10_mosaickd(), "resnet56")):
-        assert Path(preset.job.teacher) == out / "teacher" / f"{name}.toml"
+    monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path / "data"))
+    lacking = "preset {}: .*/cifar10/prior-{}/pipeline not found; make it with `make prior-cifar SIZE={}`"
+    for preset, said in (
+        (cifar10(), lacking.format("cifar10", "base", "base")),
+        (cifar10_small(), lacking.format("cifar10-small", "small", "small")),
+        (cifar10_mosaickd(), "has no diffusion prior to draw with"),
+    ):
+        assert Path(preset.job.teacher) == out / "teacher" / "resnet56.toml"
         assert load_teacher(preset.job.teacher).classes == NAMES
         assert preset.pool == str(out / "pool.npz")
-        with pytest.raises(SynthkdError, match="has no diffusion prior to draw with"):
+        with pytest.raises(SynthkdError, match=said):
             preset.job.check()
 
 
@@ -103,7 +109,7 @@ def test_what_is_missing_or_damaged_is_one_line(
 ) -> None:
     """The file, and the command that makes it."""
     monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path / "none"))
-    with pytest.raises(SynthkdError, match=r"resnet20.toml not found; make it with python -m synthkd.bench.cifar_pack"):
+    with pytest.raises(SynthkdError, match=r"resnet56.toml not found; make it with `python -m synthkd"):
         cifar10()
     part = pack / "cifar100_part2.npz"
     whole = part.read_bytes()

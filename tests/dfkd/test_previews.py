@@ -13,8 +13,8 @@ from synthkd.dfkd.cached import MemorySource
 from synthkd.dfkd.data import LabelledImages, load_synthetic
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.report_data import load_set
-from synthkd.dfkd.run import StudentJob, train_student
 from synthkd.dfkd.student import DistillSpec, split
+from synthkd.dfkd.students import StudentJob, train_student
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.reading import read_set
 
@@ -76,11 +76,11 @@ def test_held_out_are_finished_images_of_samples_that_are_not_trained_on() -> No
 def test_students_are_trained_on_both_unless_told_otherwise(
     folder: Path, tmp_path: Path, teacher_card: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from synthkd.dfkd import run
+    from synthkd.dfkd import students
 
     trained = []
-    inner = run.distill
-    monkeypatch.setattr(run, "distill", lambda data, *a, **kw: trained.append(len(data)) or inner(data, *a, **kw))
+    inner = students.distill
+    monkeypatch.setattr(students, "distill", lambda data, *a, **kw: trained.append(len(data)) or inner(data, *a, **kw))
     spec = DistillSpec(arch_args={"widths": [8], "blocks": [1]}, steps=1, batch_size=4)
     job = StudentJob(set_dir=folder, out_dir=tmp_path, teacher=str(teacher_card), spec=spec, device="cpu")
     for this in (job, replace(job, previews=False), replace(job, limit=7)):

@@ -15,8 +15,10 @@ import pytest
 
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.presets import Preset, digits, unguided
+from synthkd.dfkd.progress import Silent
 from synthkd.dfkd.run import Interrupted, Run
 from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.training import CHECKPOINT
 from synthkd.engine.index import flatten, read_manifest
 
 
@@ -68,12 +70,30 @@ def test_finished_stages_are_kept(preset: Preset, tmp_path: Path) -> None:
         assert first[name] == second[name]
 
 
+class Drawn(Silent):
+    """Says when all is drawn, and the students begin."""
+
+    begun = False
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        self.begun |= stage == "distill"
+
+    def is_set(self) -> bool:
+        return self.begun
+
+
 def test_a_stop_leaves_whole_groups(preset: Preset, tmp_path: Path) -> None:
-    """Asked to stop, the run ends after a group and goes on from there."""
+    """Asked to stop, the run ends after a group and goes on from there; asked within the students, after a step."""
     asked = iter([False, True])
     with pytest.raises(Interrupted):
         Run(preset, tmp_path / "run", workers=1, should_stop=lambda: next(asked, True)).execute()
     assert len((tmp_path / "run/shards/shard-000000.tar.journal").read_text().splitlines()) == 2
+    told = Drawn()
+    with pytest.raises(Interrupted):
+        Run(preset, tmp_path / "run", workers=1, progress=told, should_stop=told.is_set).execute()
+    for name in ("", "control"):
+        assert (tmp_path / "run" / name / CHECKPOINT).exists()
+        assert not (tmp_path / "run" / name / "student.toml").exists()
     result = Run(preset, tmp_path / "run", workers=1).execute()
     assert result["num_images"] == 14
 

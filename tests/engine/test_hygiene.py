@@ -176,6 +176,20 @@ def test_words_stand_in_prompts_not_in_labels(synthesizer: Callable[..., Synthes
     assert synth.recipe.classes == ("cat", "dog", "bird")
 
 
+def test_one_of_several_words_is_drawn_for_each_sample(synthesizer: Callable[..., Synthesizer]) -> None:
+    synth = synthesizer(class_words=("tabby|tom cat", "hound", "fowl"), prompts=("a {class}",))
+    units = list(synth.stream(Request(num_samples=60)).plan.units())
+    drawn = [(c, i, p) for u in units for c, i, p in zip(u.classes, u.ids, synth.prompts(u, 0), strict=True)]
+    cats = {i: prompt for c, i, prompt in drawn if c == 0}
+    assert set(cats.values()) == {"a tabby", "a tom cat"}
+    assert 4 <= list(cats.values()).count("a tabby") <= 16
+    assert {prompt for c, _, prompt in drawn if c > 0} == {"a hound", "a fowl"}
+    again = {i: p for u in reversed(units) for i, p in zip(u.ids, synth.prompts(u, 0), strict=True)}
+    assert {i: again[i] for i in cats} == cats
+    assert len(set(synth.recipe.words(0))) == 2
+    assert synth.recipe.word(0) == "tabby"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -185,6 +199,7 @@ def test_words_stand_in_prompts_not_in_labels(synthesizer: Callable[..., Synthes
         ({"class_weights": (1, 1, 0)}, "classes_per_group is 3; expected at most the 2 classes that are drawn"),
         ({"class_words": ("a", "b")}, "class_words is 2; expected 3"),
         ({"class_words": ("a", "b", "")}, "no empty words"),
+        ({"class_words": ("a", "b", "c||d")}, "no empty words"),
     ],
 )
 def test_targets_that_do_not_fit(recipe: Callable[..., Recipe], fields: dict[str, Any], message: str) -> None:

@@ -70,7 +70,8 @@ def write(state: dict[str, Tensor], iou: float, pixels: float) -> None:
     target.chmod(0o644)
     about = {
         "description": "The dense network to distil: DeepLabV3+-type, reads scenes of handwritten digits.",
-        "trained_on": "scenes of the 1,000 train digits (digits_split.json) on striped grounds, new ones each step",
+        "trained_on": ["digits/train"],
+        "data": "scenes of the 1,000 train digits (digits_split.json) on striped grounds, new ones each step",
         "license": LICENSE,
         "mean_iou": f"{iou:.2f} % of the 500 test scenes, {pixels:.2f} % of their pixels",
     }

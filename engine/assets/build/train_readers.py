@@ -32,12 +32,14 @@ DIGITS_FOLDER = Path(__file__).resolve().parents[1] / "digits"
 LICENSE = "UCI Optical Recognition of Handwritten Digits, CC BY 4.0, as shipped with scikit-learn"
 TEACHER_ABOUT = {
     "description": "The classifier to distil: a BatchNorm ResNet that reads scikit-learn's digits.",
-    "trained_on": "1,000 of the 1,797 digits (digits_split.json), enlarged bilinearly to 32x32 RGB",
+    "trained_on": ["digits/train"],
+    "data": "1,000 of the 1,797 digits (digits_split.json), enlarged bilinearly to 32x32 RGB",
     "license": LICENSE,
 }
 JUDGE_ABOUT = {
     "description": "An independent reader of digits in any style, without BatchNorm; used only to score.",
-    "trained_on": "the teacher's 1,000 digits and 47,000 glyphs rendered from fonts",
+    "trained_on": ["digits/train", "glyphs"],
+    "data": "the teacher's 1,000 digits and 47,000 glyphs rendered from fonts",
     "license": LICENSE,
 }
 
@@ -134,7 +136,7 @@ def keep(net: nn.Module, name: str) -> None:
     target.chmod(0o644)
 
 
-def card(name: str, arch: str, args: dict, split: Split, about: dict[str, str]) -> None:
+def card(name: str, arch: str, args: dict, split: Split, about: dict[str, object]) -> None:
     """Write the card beside the weights."""
     lines = [f'arch = "{arch}"', f'weights = "{name}.safetensors"', "input_size = [32, 32]"]
     lines += [f"mean = {[round(split.mean, 6)] * 3}", f"std = {[round(split.std, 6)] * 3}"]

@@ -23,6 +23,7 @@ from train_vae import mean_latents, to_tensor, update_ema
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from synthkd.dfkd.nets import PlainCNN
+from synthkd.engine.declared import write_declaration
 
 SEED = 23
 HELD_OUT = 1_000
@@ -217,6 +218,7 @@ def publish(pipe: StableDiffusionPipeline, target: Path) -> None:
     half.save_pretrained(fresh, safe_serialization=True)
     words.write(fresh / "tokenizer")
     tidy_configs(fresh)
+    write_declaration(fresh, ("glyphs",), "")
     for path in fresh.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
     if target.exists():
