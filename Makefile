@@ -8,7 +8,8 @@ PACK ?=
 DATA ?= $(or $(SYNTHKD_DATA),data)
 SIZE ?= small
 SIDE ?= $(if $(filter base,$(SIZE)),128,64)
-PACS_PRIOR ?= $(if $(filter base,$(SIZE)),--set 'vae_widths=[64$(,)128$(,)128]')
+PACS_PRIOR ?= $(if $(filter base,$(SIZE)),--set 'vae_widths=[64$(,)128$(,)128]',$(PACS_SMALL))
+PACS_SMALL := --set 'vae_widths=[16$(,)32$(,)64]' --set latent_channels=8 --set vae_steps=800 --set vae_batch_size=16 --set steps=2000
 SEEDS ?= 0,1,2
 EVIDENCE ?= $(if $(shell command -v nvidia-smi),cifar10 pacs-sketch,cifar10-small pacs-sketch-small)
 export OMP_NUM_THREADS ?= 1

@@ -53,7 +53,7 @@ class PriorSpec:
     vae_batch_size: int = 32
     vae_learning_rate: float = 1e-3
     latent_noise: float = 0.1
-    steps: int = 6000
+    steps: int = 4000
     batch_size: int = 64
     learning_rate: float = 1e-3
     warmup_steps: int = 200
