@@ -142,8 +142,8 @@ class TeacherFit:
         """Take the steps that are left and return what NAME.json says; raises Stopped where that is asked for.
 
         test: scored once, at the end, or now where a training that is done has scored none. Raises SynthkdError where
-        the folder holds another training of that name, for
-        too few images, a network that does not take them, and a loss that is not finite.
+        the folder holds another training of that name, for too few images, a network that does not take them, and a
+        loss that is not finite.
         """
         self._identity = {"data": self.training.digest, **json.loads(json.dumps(asdict(self.spec)))}
         self._split()

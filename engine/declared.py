@@ -3,9 +3,8 @@
 A data set has a name of parts, from the whole to the part: `pacs`, `pacs/sketch`, `pacs/sketch/train`. Two names have
 images in common where one begins with the other, where one has a split where they part (who has seen `cifar10/test`
 has seen the teacher's data set, and what its students are scored on; `pacs/train` is of all domains), and where the
-data sets, or what they hold, are known to share some.
-`cifar100/without-cifar10` says that what was shared was taken out. A declaration is a promise of whoever
-trained; nothing here can check it, and no option overrules it.
+data sets, or what they hold, are known to share some. `cifar100/without-cifar10` says that what was shared was taken
+out. A declaration is a promise of whoever trained; nothing here can check it, and no option overrules it.
 """
 
 import hashlib
