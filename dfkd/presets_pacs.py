@@ -74,7 +74,7 @@ def _job(name: str, path: Path, card: TeacherCard, pipeline: Path, fields: dict[
         steps=20,
         guidance_scale=2.0,
         cfg_start=0.5,
-        guidance=GuidanceSpec(scale=0.8, start=0.5, decoder="vae"),
+        guidance=GuidanceSpec(scale=0.3, start=0.5, decoder="vae"),
         classes_per_group=len(card.classes),
         **fields,
     )
