@@ -15,7 +15,6 @@ EVIDENCE ?= $(if $(shell command -v nvidia-smi),cifar10 pacs-sketch,cifar10-smal
 export OMP_NUM_THREADS ?= 1
 
 , := ,
-# Each pack's files are made by one command; the target is the last that it writes.
 # A command in parts of at most 9 minutes: it ends with 75 as long as it is not done, and goes on when called again.
 in_parts = until $(1) --minutes 9; do code=$$?; [ $$code -eq 75 ] || exit $$code; done
 
@@ -63,6 +62,7 @@ bench: $(VENV)/.ready ## the benchmark suites of this machine; rows go to bench/
 soak: $(VENV)/.ready ## 20,000 images by a Ray cluster under 20 SIGKILLs, a lost actor, a lost node and a full disk
 	$(BIN)/python -m synthkd.bench.soak --record
 
+# Each pack's files are made by one command; the target is the last that it writes.
 $(DATA)/cifar10/teacher/resnet56.toml: | $(VENV)/.ready
 	$(call needs_pack)
 	$(BIN)/python -m synthkd.bench.cifar_pack "$(PACK)" $(DATA)/cifar10
@@ -71,23 +71,35 @@ $(DATA)/pacs/test.npz: | $(VENV)/.ready
 	$(call needs_pack)
 	$(BIN)/python -m synthkd.bench.pacs_pack "$(PACK)" $(DATA)/pacs --side $(SIDE)
 
+# Files of another size of prior are not trained on: one line says what to do.
+of_side = $(BIN)/python -m synthkd.bench.made_files $(DATA)/$(1)/pool.npz --side $(2)
 needs_pack = @test -n "$(PACK)" || { echo "$@ is not there: name the evaluation pack, as in PACK=../evaluation" >&2; exit 2; }
 
-prior-cifar: $(DATA)/cifar10/teacher/resnet56.toml ## with PACK=folder: CIFAR files, and a prior of SIZE=small (a CPU, an hour or two) or base
+prior-cifar: $(DATA)/cifar10/teacher/resnet56.toml ## with PACK=folder: CIFAR files, and a prior of SIZE=small (an hour or two of one core) or base
+	$(call of_side,cifar10,32)
 	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/cifar10/pool.npz --out $(DATA)/cifar10/prior-$(SIZE) --size $(SIZE))
 
-prior-pacs: $(DATA)/pacs/test.npz ## with PACK=folder: PACS files, the sketch teacher, and a prior of SIZE=small or base
+prior-pacs: $(DATA)/pacs/test.npz ## with PACK=folder: PACS files, the sketch teacher, and a prior of SIZE=small (an hour or two of one core) or base
+	$(call of_side,pacs,$(SIDE))
 	$(call in_parts,$(BIN)/python -m synthkd.bench.fit_teacher $(DATA)/pacs/train.npz --test $(DATA)/pacs/test.npz \
 		--out $(DATA)/pacs/teacher)
 	$(call in_parts,$(BIN)/synthkd fit-prior $(DATA)/pacs/pool.npz --out $(DATA)/pacs/prior-$(SIZE) --size $(SIZE) \
 		$(PACS_PRIOR))
 
+# Of one preset: its rows, then what the page shows of its prior, its teacher where that was trained here, and its images.
+define evidence_of
+	$(call in_parts,SYNTHKD_DATA=$(DATA) $(BIN)/synthkd bench evidence $(1) --seeds $(SEEDS) --out out/evidence/$(1) --record)
+	$(PAGE) $(1) --trained $(DATA)/$(call set_of,$(1))/prior-$(if $(findstring small,$(1)),small,base)
+	$(if $(findstring pacs,$(1)),$(PAGE) $(1) --trained $(DATA)/pacs/teacher)
+	$(PAGE) $(1) --sheet out/evidence/$(1)/seed-$(firstword $(subst $(,), ,$(SEEDS)))
+
+endef
+PAGE = $(BIN)/python -m synthkd.bench.evidence
+set_of = $(if $(findstring cifar,$(1)),cifar10,pacs)
+
 evidence: $(VENV)/.ready ## guided runs and controls on natural images, of the presets that fit this machine; then docs/evidence.md
-	for preset in $(EVIDENCE); do \
-		$(call in_parts,SYNTHKD_DATA=$(DATA) $(BIN)/synthkd bench evidence $$preset --seeds $(SEEDS) --out out/evidence/$$preset \
-			--record); \
-		$(BIN)/python -m synthkd.bench.evidence $$preset --sheet out/evidence/$$preset/seed-$(firstword $(subst $(,), ,$(SEEDS))) \
-			|| exit 2; done
+	$(foreach preset,$(EVIDENCE),$(call evidence_of,$(preset)))
+	$(PAGE) --table
 
 gpu: ## with the GPU machine's own Python: all GPU tests, then its benchmark suites, in resumable parts
 	@mkdir -p build/typing && ln -sfn ../.. build/typing/synthkd

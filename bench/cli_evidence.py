@@ -15,13 +15,12 @@ from safetensors import SafetensorError
 from synthkd.bench.evidence import Evidence, Row
 from synthkd.bench.evidence_page import PAGE, page, recorded
 from synthkd.bench.evidence_pictures import keep_training, write_sheet
-from synthkd.dfkd.choices import with_controls, with_student, with_teacher
-from synthkd.dfkd.cli_methods import Deadline, Minutes, shortened
+from synthkd.dfkd.cli_methods import Deadline, Minutes, chosen_preset, shortened
 from synthkd.dfkd.cli_options import Device, parse_numbers, pick_device
 from synthkd.dfkd.cli_progress import Bars, StopFlag
-from synthkd.dfkd.presets import Preset, load_preset
 from synthkd.dfkd.training import Stopped
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.rows import write_atomically
 
 
 def evidence(
@@ -53,7 +52,7 @@ def evidence(
         return
     if not preset or out_dir is None:
         raise SynthkdError("evidence: name a preset and --out, or ask for --table")
-    chosen = _chosen(preset, teacher, student, controls, steps).on(pick_device(device))
+    chosen = shortened(chosen_preset(preset, teacher, student, controls), steps).on(pick_device(device))
     job = Evidence(preset=chosen, seeds=parse_numbers("--seeds", seeds), out=out_dir, num_images=num_images,
                    workers=workers, record=record)  # fmt: skip
     console = Console(stderr=True)
@@ -77,16 +76,7 @@ def _paged(preset: str, sheet: Path | None, trained: Path | None) -> None:
         print(write_sheet(sheet, preset))
     if trained is not None:
         print(keep_training(trained, preset))
-    PAGE.write_text(page(PAGE.read_text(), recorded()))
-
-
-def _chosen(name: str, teacher: str | None, student: str | None, controls: str | None, steps: int | None) -> Preset:
-    """The preset as asked for."""
-    preset = load_preset(name)
-    preset = preset if teacher is None else with_teacher(preset, teacher)
-    preset = preset if student is None else with_student(preset, student)
-    preset = preset if controls is None else with_controls(preset, controls)
-    return shortened(preset, steps)
+    write_atomically(PAGE, page(PAGE.read_text(), recorded()))
 
 
 def _shown(rows: Sequence[Row]) -> Table:

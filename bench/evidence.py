@@ -14,6 +14,7 @@ from typing import Any
 
 from synthkd.bench import record
 from synthkd.dfkd.cards import card_path, read_card
+from synthkd.dfkd.controls import arm_spec
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.run import Run
@@ -79,7 +80,7 @@ def facts_of(preset: Preset, num_images: int) -> dict[str, Any]:
 
     Raises SynthkdError as `prior_facts` does, and for a card that cannot be read.
     """
-    job, spec = preset.job, preset.distill
+    job, spec = preset.job, arm_spec(preset)
     card = read_card(card_path(job.teacher))
     teacher = hashlib.sha256(card.weights.read_bytes()).hexdigest() if card.weights else None
     prior, device = prior_facts(job.model), job.device.partition(":")[0]
@@ -93,6 +94,7 @@ def facts_of(preset: Preset, num_images: int) -> dict[str, Any]:
     return {
         "preset": preset.name, "size": prior["size"], "teacher": Path(job.teacher).stem, "teacher_sha256": teacher,
         "student": spec.arch, "budget": num_images, "steps": spec.steps, "batch_size": spec.batch_size, "prior": prior,
+        "image_size": [job.recipe.height, job.recipe.width],
         "guidance": {
             "scale": guided.scale, "start": guided.start, "alpha": job.alpha, "beta": job.beta,
             "steps": job.recipe.steps, "guidance_scale": job.recipe.guidance_scale,
@@ -167,9 +169,10 @@ def _row(
     device, hours = str(result["device"]), round(seconds / 3600, 4)
     guidance = {"guided": asked["guidance"], "unguided": {**asked["guidance"], "scale": 0.0}}.get(name)
     return {
-        **asked, "control": name, "seed": int(result["seed"]), "teacher_accuracy": float(result["teacher_accuracy"]),
-        "student_accuracy": accuracy, "student_sha256": _digest(home / "student.safetensors"), "images": images,
-        "images_per_second": rate, "guidance": guidance, "hours": hours, "device": device,
+        **asked, "control": name, "seed": int(result["seed"]), "parameters": result.get("parameters"),
+        "teacher_accuracy": float(result["teacher_accuracy"]), "student_accuracy": accuracy,
+        "student_sha256": _digest(home / "student.safetensors"), "images": images, "images_per_second": rate,
+        "guidance": guidance, "hours": hours, "device": device,
         "gpu_hours": hours if device.startswith("cuda") else 0.0,
     }  # fmt: skip
 

@@ -12,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.bench import cifar_pack, fit_teacher, pacs_pack
-from synthkd.bench.evidence import Evidence
-from synthkd.dfkd.fit_prior import PIPELINE, PriorFit
+from synthkd.bench.evidence import PRIOR_RESULT, Evidence
+from synthkd.bench.made_files import check_made
+from synthkd.dfkd.fit_prior import PriorFit
 from synthkd.dfkd.presets import data_folder, load_preset
+from synthkd.dfkd.presets_pacs import POOL, TEACHERS
 from synthkd.dfkd.prior_data import load_captioned
 from synthkd.dfkd.prior_spec import prior_spec
 from synthkd.dfkd.training import Stopped
 from synthkd.engine.errors import SynthkdError
 
-POOL, TEACHER = "pool.npz", "teacher/resnet.toml"
+TEACHER = TEACHERS["resnet"]
 SETS = {"prior-cifar": "cifar10", "prior-pacs": "pacs"}
 PRESETS = {"cifar10": "prior-cifar", "pacs-sketch": "prior-pacs"}
 # What the large prior of PACS has instead of the size's: images of 128 pixels, an autoencoder of two halvings.
 CHANGES: Mapping[str, Mapping[str, Any]] = {"prior-pacs": {"vae_widths": (64, 128, 128)}}
-PACS_SIDE = 128
+SIDES = {"prior-cifar": 32, "prior-pacs": 128}  # of images, pixels
 SEEDS, MINUTES = (0, 1, 2), 8.0  # of one part, which goes on in the next call
 _LAST = {"prior-cifar": "teacher/resnet56.toml", "prior-pacs": "test.npz"}  # of the files that are made, to be written
 _PACKED = {"prior-cifar": "cifar100_part3.npz", "prior-pacs": "pacs_sketch.npz"}
@@ -67,7 +69,7 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
     folder = data_folder(SETS[name])
     make_files(name)
     if name == "prior-pacs":
-        _fit_teacher(folder, device)
+        _fit_teacher(folder, device, until)
     spec = prior_spec("base", CHANGES.get(name))
     told = PriorFit(
         data=load_captioned(folder / POOL), spec=spec, out=folder / "prior-base", device=device,
@@ -77,21 +79,24 @@ def prior_part(name: str, device: str = "cuda", tell: Callable[[str], None] = pr
 
 
 def make_files(name: str) -> None:
-    """Unpack what presets read, where it is not there yet."""
+    """Unpack what presets read, where it is not there yet; raises SynthkdError where it is there in another size."""
     folder = data_folder(SETS[name])
     if not (folder / _LAST[name]).is_file():
         if name == "prior-cifar":
             cifar_pack.make(pack_folder(), folder)
         else:
-            pacs_pack.make(pack_folder(), folder, PACS_SIDE)
+            pacs_pack.make(pack_folder(), folder, SIDES[name])
+    check_made(folder / POOL, SIDES[name])
 
 
-def _fit_teacher(folder: Path, device: str) -> None:
+def _fit_teacher(folder: Path, device: str, until: float) -> None:
     """The sketch teacher, unless it is there; raises Stopped, and SynthkdError where it could not be trained."""
     if (folder / TEACHER).is_file():
         return
+    if (left := (until - time.monotonic()) / 60) <= 0:
+        raise Stopped
     words = [f"{folder}/train.npz", "--test", f"{folder}/test.npz", "--out", f"{folder}/teacher"]
-    code = fit_teacher.main([*words, "--minutes", str(MINUTES), "--device", device])
+    code = fit_teacher.main([*words, "--minutes", f"{left:.3f}", "--device", device])
     if code == 75:
         raise Stopped
     if code:
@@ -101,7 +106,7 @@ def _fit_teacher(folder: Path, device: str) -> None:
 def evidence_part(preset: str, seed: int, device: str = "cuda", tell: Callable[[str], None] = print) -> None:
     """One seed of a preset, its rows appended; raises Stopped where the time ends first, or the prior is not done."""
     folder = data_folder(SETS[PRESETS[preset]])
-    if not (folder / "prior-base" / PIPELINE / "model_index.json").is_file():
+    if not (folder / "prior-base" / PRIOR_RESULT).is_file():
         tell(f"evidence: {preset}: waits for {PRESETS[preset]}")
         raise Stopped
     until = time.monotonic() + 60 * MINUTES

@@ -14,14 +14,44 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "evidence.md"
 _MADE = "python -m synthkd.bench.evidence --table"
 END = "<!-- end of table -->\n"
 ARMS = ("guided", "unguided", "pool", "fastdfkd")
-# What the page is about: preset, teacher -> student, of which size its prior is.
-EXPECTED = {
-    "cifar10": ("resnet56 → resnet20", "base"),
-    "pacs-sketch": ("", "base"),
-    "cifar10-small": ("resnet56 → resnet20", "small"),
-    "pacs-sketch-small": ("", "small"),
-}
 NOT_RUN = "**not run**"
+
+
+class Own(NamedTuple):
+    """What a preset of the page is by itself: a row of anything else is a shortened run's.
+
+    names, parameters: of teacher and student; side: of images, pixels; gpu: whether a CPU's row is none of it.
+    """
+
+    size: str
+    names: tuple[str, str]
+    parameters: tuple[int, int]
+    side: int
+    budget: int
+    steps: int
+    batch_size: int
+    gpu: bool
+
+    @property
+    def pair(self) -> str:
+        """Teacher -> student."""
+        return _pair(self.names, self.parameters)
+
+
+_CIFAR = (("resnet56", "resnet20"), (853_018, 269_722), 32)
+_PACS = (("resnet", "resnet"), (1_228_199, 308_439))
+EXPECTED = {
+    "cifar10": Own("base", *_CIFAR, 50_000, 40_000, 256, True),
+    "pacs-sketch": Own("base", *_PACS, 128, 21_000, 20_000, 128, True),
+    "cifar10-small": Own("small", *_CIFAR, 2_000, 1_000, 128, False),
+    "pacs-sketch-small": Own("small", *_PACS, 64, 1_050, 800, 64, False),
+}
+
+
+def _pair(names: tuple[str, str], parameters: Sequence[int] | None) -> str:
+    """Teacher -> student, with millions of weights where they are known: two of one name differ in widths."""
+    sizes = ("", "") if parameters is None else tuple(f" {n / 1e6:.2f} M" for n in parameters)
+    return " → ".join(f"{name}{size}" for name, size in zip(names, sizes, strict=True))
 
 
 class Setting(NamedTuple):
@@ -30,24 +60,50 @@ class Setting(NamedTuple):
     preset: str
     size: str
     pair: str
+    teacher: str
+    side: int
     budget: int
     steps: int
     batch_size: int
     cuda: bool
 
+    @property
+    def label(self) -> str:
+        """The preset's name, and what its rows are less than it."""
+        own = EXPECTED.get(self.preset)
+        if own is None:
+            return self.preset
+        mine = (self.size, self.pair, self.side, self.budget, self.steps, self.batch_size)
+        whole = mine == (own.size, own.pair, own.side, own.budget, own.steps, own.batch_size)
+        return self.preset + ("" if whole else ", shortened") + (", on a CPU" if own.gpu and not self.cuda else "")
+
+    @property
+    def whole(self) -> bool:
+        """Whether its rows count as the preset's."""
+        return self.label == self.preset
+
 
 Found = dict[Setting, dict[str, list[Row]]]
+
+
+def setting_of(row: Row) -> Setting:
+    """A row's group; what an older row does not say is its preset's own."""
+    own, names = EXPECTED.get(row["preset"]), (str(row["teacher"]), str(row["student"]))
+    known = own.parameters if own and names == own.names else None
+    told = row.get("parameters")
+    parameters = (int(told["teacher"]), int(told["student"])) if told else known
+    side = row["image_size"][0] if "image_size" in row else own.side if own else 0
+    return Setting(
+        row["preset"], row["size"], _pair(names, parameters), row.get("teacher_sha256") or "", side, row["budget"],
+        row["steps"], row["batch_size"], str(row["device"]).startswith("cuda"),
+    )  # fmt: skip
 
 
 def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
     """By setting and arm the rows of the newest run, the newest of each seed; settings in the order of the file."""
     groups: dict[Setting, list[Row]] = {}
     for row in read_rows(path):
-        pair, cuda = f"{row['teacher']} → {row['student']}", str(row["device"]).startswith("cuda")
-        setting = Setting(
-            row["preset"], row["size"], pair, row["budget"], row["steps"], row["batch_size"], cuda
-        )  # fmt: skip
-        groups.setdefault(setting, []).append(row)
+        groups.setdefault(setting_of(row), []).append(row)
     found: Found = {}
     for setting, rows in groups.items():
         newest = {(row["control"], row["seed"]): row for row in rows if row["run"] == rows[-1]["run"]}
@@ -59,25 +115,25 @@ def recorded(path: Path = RESULTS / f"{NAME}.jsonl") -> Found:
 
 
 def results_table(found: Found) -> str:
-    """Accuracy by setting and arm; a preset of the page that has no row is said to be not run."""
+    """Accuracy by setting and arm; a preset of the page that has no row of its own is said to be not run."""
     head = ["preset", "prior", "teacher → student", "teacher, %", "arm", "student, % (spread)", "images made", "steps",
             "hours", "of a GPU", "images/s"]  # fmt: skip
     lines = []
-    for preset, (pair, size) in EXPECTED.items():
+    for preset, own in EXPECTED.items():
         mine = [setting for setting in found if setting.preset == preset]
+        if not any(setting.whole for setting in mine):
+            lines.append([preset, own.size, own.pair, "", ", ".join(ARMS), NOT_RUN, "", "", "", "", ""])
         for setting in mine:
             arms = found[setting]
             for arm in [*ARMS, *(a for a in arms if a not in ARMS)]:
                 lines.append(_arm_line(setting, arm, arms.get(arm, [])))
-        if not mine:
-            lines.append([preset, size, pair, "", ", ".join(ARMS), NOT_RUN, "", "", "", "", ""])
     return _markdown(head, lines)
 
 
 def _arm_line(setting: Setting, arm: str, rows: Sequence[Row]) -> list[str]:
-    about = [setting.preset, setting.size, setting.pair]
+    about = [setting.label, setting.size, setting.pair]
     if not rows:
-        return [*about, "", arm, NOT_RUN, "", f"{setting.steps:,}", "", "", ""]
+        return [*about, "", arm, NOT_RUN, "", f"{setting.steps:,} x {setting.batch_size}", "", "", ""]
     rates = [row["images_per_second"] for row in rows if row["images_per_second"]]
     rest = [
         f"{statistics.fmean(row['images'] for row in rows):,.0f}", f"{setting.steps:,} x {setting.batch_size}",
@@ -137,29 +193,30 @@ def expectations_table(found: Found) -> str:
     """What was expected of the GPU presets beside what was found, there and, with no claim, at a CPU's size."""
     lines = []
     for preset, wanted in WANTED.items():
-        full, small = (_means(found, name) for name in (preset, f"{preset}-small"))
+        full, small = (_arms(found, name) for name in (preset, f"{preset}-small"))
         for one in wanted:
             lines.append([preset, one.words, _verdict(one, full), _verdict(one, small)])
     return _markdown(["preset", "expected", "found", "at a CPU's size (no such claim)"], lines)
 
 
-def _means(found: Found, preset: str) -> dict[str, float]:
-    """Means over seeds by arm, and the teacher's, of the preset's largest setting with a guided row."""
-    pair = EXPECTED[preset][0]
-    mine = [s for s in found if s.preset == preset and "guided" in found[s] and pair in ("", s.pair)]
-    if not mine:
-        return {}
-    arms = found[max(mine, key=lambda s: (s.budget, s.steps, s.cuda))]
-    means = {arm: _mean(rows, "student_accuracy") for arm, rows in arms.items()}
-    return {**means, "teacher": _mean(arms["guided"], "teacher_accuracy")}
+def _arms(found: Found, preset: str) -> dict[str, list[Row]]:
+    """Rows by arm of the preset's own setting; where there are several, teachers of their own, of the last one."""
+    mine = [s for s in found if s.preset == preset and s.whole and "guided" in found[s]]
+    return found[mine[-1]] if mine else {}
 
 
-def _verdict(wanted: Wanted, means: Mapping[str, float]) -> str:
-    if any(arm not in means for arm in wanted.arms):
+def _verdict(wanted: Wanted, arms: Mapping[str, Sequence[Row]]) -> str:
+    """From means over the seeds that all of its arms have."""
+    rows = {arm: {row["seed"]: row for row in arms.get(arm, ())} for arm in wanted.arms}
+    seeds = set.intersection(*(set(one) for one in rows.values()))
+    if not seeds:
         return NOT_RUN
-    value = wanted.figure(means)
+    shared = {arm: [one[seed] for seed in sorted(seeds)] for arm, one in rows.items()}
+    means = {arm: _mean(one, "student_accuracy") for arm, one in shared.items()}
+    value = wanted.figure({**means, "teacher": _mean(shared["guided"], "teacher_accuracy")})
     reached = value > wanted.least if wanted.strict else value >= wanted.least
-    return f"{value:.2f}{wanted.unit}: {'reached' if reached else '**missed**'}"
+    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"{value:.2f}{wanted.unit}: {'reached' if reached else '**missed**'} ({count})"
 
 
 def trainings_table(folder: Path = RESULTS / TRAINED) -> str:
@@ -202,8 +259,8 @@ def pictures(images: Path = IMAGES) -> str:
         if (images / f"evidence-prior-{preset}.svg").exists():
             lines += [f"![Training of the prior of {preset}](images/evidence-prior-{preset}.svg)", ""]
         if (images / f"evidence-{preset}.png").exists():
-            alt = f"Contact sheet of {preset}: guided images above, unguided ones below, one row per class"
-            lines += [f"![{alt}](images/evidence-{preset}.png)", "", f"*{preset}: guided above, unguided below, the "
+            alt = f"Contact sheet of {preset}: unguided images left, guided ones right, one row per class"
+            lines += [f"![{alt}](images/evidence-{preset}.png)", "", f"*{preset}: unguided left, guided right, the "
                       "same noise at the same place, a row per class; the first ids, nothing picked.*", ""]  # fmt: skip
     return "\n".join(lines) + "\n" if lines else "No picture yet: **not run**.\n"
 

@@ -73,6 +73,7 @@ METHODS: tuple[tuple[str, tuple[str, ...], tuple[int, ...]], ...] = (
     ("cifar10-mosaickd", ("mosaickd", "pool"), (0,)),
 )
 TRY_AGAIN = 75  # exit code of a part whose time was over before its end
+RESUMED = ("methods: ", "evidence: ", "prior-")  # parts that go on where they were ended
 MINUTES = 8.0  # of one part that may go on in the next call
 HALF = ("onnx", "onnx-tensorrt", "tensorrt")
 LONGEST = 570  # seconds of one part, after which it is ended
@@ -308,7 +309,7 @@ def run_parts(todo: Parts, state: Path, minutes: float) -> Left:
         try:
             todo[name]()
         except Exception as error:
-            if isinstance(error, subprocess.CalledProcessError) and error.returncode == TRY_AGAIN:
+            if _goes_on(name, error):
                 _tell(f"{name}: goes on in the next call")
                 continue
             failed.append(name)
@@ -317,6 +318,13 @@ def run_parts(todo: Parts, state: Path, minutes: float) -> Left:
         note(name, True)
         _tell(f"{name}: done after {time.monotonic() - started:.0f} s")
     return Left([name for name in todo if not begun.get(name)], failed)
+
+
+def _goes_on(name: str, error: Exception) -> bool:
+    """Whether a part has not failed: its time was over, and it keeps what is done."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return name.startswith(RESUMED)
+    return isinstance(error, subprocess.CalledProcessError) and error.returncode == TRY_AGAIN
 
 
 def main() -> None:

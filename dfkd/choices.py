@@ -14,6 +14,7 @@ from synthkd.engine.models import EMBEDDED
 NONE = "none"
 _DONE = {"diffdfkd": "guided set", "diffusion": "unguided control"}  # by every run
 _OF_A_POOL = ("pool", "mosaickd", "dda")
+_WITHOUT_POOL = ("fastdfkd", "deepinversion")
 
 
 def with_teacher(preset: Preset, asked: str) -> Preset:
@@ -29,14 +30,16 @@ def with_teacher(preset: Preset, asked: str) -> Preset:
         card = asked
     theirs, ours = (read_card(card_path(c)).classes for c in (card, preset.job.teacher))
     if theirs != ours:
-        raise SynthkdError(
-            f"--teacher {asked!r}: its classes are {_few(theirs)}; expected those of preset {preset.name}, {_few(ours)}"
-        )
+        raise SynthkdError(f"--teacher {asked!r}: {_difference(theirs, ours, preset.name)}")
     return replace(preset, job=replace(preset.job, teacher=card))
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
+def _difference(found: Sequence[str], expected: Sequence[str], preset: str) -> str:
+    """How many classes there are, where the numbers differ; else the first that does."""
+    if len(found) != len(expected):
+        return f"it has {len(found)} classes; expected the {len(expected)} of preset {preset}, from {expected[0]!r} on"
+    place = next(i for i, (theirs, ours) in enumerate(zip(found, expected, strict=True)) if theirs != ours)
+    return f"its class {place} is {found[place]!r}; expected {expected[place]!r}, as preset {preset} has it"
 
 
 def teacher_name(preset: Preset) -> str:
@@ -63,6 +66,11 @@ def with_controls(preset: Preset, text: str) -> Preset:
     made = replace(preset, controls=() if names == (NONE,) else names)
     check_controls(made)
     return made
+
+
+def takes_pool(preset: Preset) -> bool:
+    """Whether a control sees the pool's images, or may: one that is not ours is not known not to."""
+    return any(name not in _WITHOUT_POOL for name in preset.controls)
 
 
 def check_controls(preset: Preset) -> None:

@@ -118,7 +118,8 @@ class _Told:
 def _child(job: MethodRun, to: Any, stop: Any) -> None:
     """A run in a process of its own: what happens is told, an error by its words and exit code."""
     follow_parent()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent is told too, and asks for a stop at a safe point
+    for number in (signal.SIGTERM, signal.SIGINT):  # the parent is told too, and asks for a stop at a safe point
+        signal.signal(number, signal.SIG_IGN)
     try:
         replace(job, progress=_Told(to), should_stop=stop.is_set).execute()
         to.put(("done", ()))

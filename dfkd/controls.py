@@ -7,12 +7,13 @@ another teacher, student or budget since, the control is done anew.
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from synthkd.dfkd.choices import check_controls
 from synthkd.dfkd.compare import in_own_process
+from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.method_run import RESULT, MethodRun
 from synthkd.dfkd.presets import Preset
 from synthkd.dfkd.progress import Progress, Silent
@@ -25,6 +26,15 @@ _SHOWN = (
     "student_accuracy", "agreement", "num_images", "steps", "batch_size", "seconds", "stage_seconds", "cpu_seconds",
     "peak_mb", "pool",
 )  # fmt: skip
+
+
+def arm_spec(preset: Preset) -> DistillSpec:
+    """How guided and unguided students are trained: where there are controls as those, with the teacher beside them.
+
+    Stored labels of a few views of each image are of a finished set only; no control's arm has them.
+    """
+    spec = preset.distill
+    return replace(spec, soft_labels="teacher", views=0) if preset.controls else spec
 
 
 @dataclass
@@ -40,7 +50,10 @@ class Controls:
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check(self, teacher: Teacher) -> None:
-        """Raise SynthkdError where a control cannot be done, and write nothing; teacher: the preset's, loaded."""
+        """Raise SynthkdError where a control cannot be done, and write nothing; teacher: the preset's, loaded.
+
+        Options and counts are among what a control may not take.
+        """
         check_controls(self.preset)
         self._identities = {name: self._run(name).identity(teacher) for name in self.preset.controls}
         for name in self.preset.controls:

@@ -14,7 +14,7 @@ from synthkd.dfkd.apart import card_declares, check_pool, pool_declares, student
 from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
-from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, load_method
+from synthkd.dfkd.methods.base import Method, MethodFeed, MethodJob, check_method, load_method
 from synthkd.dfkd.nets import count_parameters
 from synthkd.dfkd.parallel import Ranks
 from synthkd.dfkd.pools import open_images
@@ -77,11 +77,13 @@ class MethodRun:
     def identity(self, teacher: Teacher) -> dict[str, Any]:
         """What the student is a function of, for the preset's teacher, loaded; nothing is written.
 
-        Raises SynthkdError for an unknown method, a pool that is not there and a student that does not fit.
+        Raises SynthkdError for an unknown method, settings that it refuses, a pool that is not there and a student that
+        does not fit.
         """
-        load_method(self.method)
         with torch.random.fork_rng(devices=[]):
-            return self._identity(self._job(teacher))
+            job = self._job(teacher)
+            check_method(job)
+            return self._identity(job)
 
     def check_apart(self) -> None:
         """Raise OverlapError where what the method uses, prior or pool, declares that it has seen the teacher's data.

@@ -77,7 +77,7 @@ VAE_FIELDS = (
 )  # fmt: skip
 
 SIZES: Mapping[str, PriorSpec] = {
-    # 4.0 million weights, 4.2e14 floating point operations for images of 32 pixels: two to three hours of one core.
+    # 4.0 million weights, 4.2e14 floating point operations for images of 32 pixels: an hour or two of one core.
     "small": PriorSpec(),
     # 18.6 million weights, 9.4e16 floating point operations for images of 32 pixels: for a GPU.
     "base": PriorSpec(

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from synthkd.dfkd.apart import check_pool
-from synthkd.dfkd.choices import teacher_name
-from synthkd.dfkd.controls import Controls
+from synthkd.dfkd.choices import takes_pool, teacher_name
+from synthkd.dfkd.controls import Controls, arm_spec
 from synthkd.dfkd.data import LabelledImages, load_synthetic, load_test_set
 from synthkd.dfkd.evaluate import Score, evaluate, predict
 from synthkd.dfkd.job import SynthJob
@@ -23,6 +23,7 @@ from synthkd.dfkd.presets import Preset, unguided
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.report import write_report
 from synthkd.dfkd.rounds import DrawOptions, draw_set
+from synthkd.dfkd.scores import kept_score
 from synthkd.dfkd.spent import Spent, cpu_seconds
 from synthkd.dfkd.student import fresh_student
 from synthkd.dfkd.students import StudentJob, train_students
@@ -34,7 +35,7 @@ from synthkd.engine.index import MANIFEST
 from synthkd.engine.rows import all_group_rows, write_atomically
 from synthkd.engine.workers import default_workers
 
-STAGES = "stages.json"
+STAGES, TEACHER_SCORE = "stages.json", "teacher_score.json"
 _FIELD = {
     "teacher": "teacher_accuracy",
     "student": "student_accuracy",
@@ -70,34 +71,53 @@ class Run:
         Raises SynthkdError before anything is drawn where teacher, student and controls do not fit; Interrupted where
         it was asked to stop.
         """
-        started, job = time.perf_counter(), self.preset.job
-        job.check()
-        check_pool(self.preset.pool, job.teacher)
-        count = self.num_images or self.preset.num_images
+        started, count = time.perf_counter(), self.num_images or self.preset.num_images
         resumed = (self.out / "shards" / MANIFEST).exists()
+        teacher, controls = self._checked()
         with self._stage("evaluate_teacher"):
-            teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
             test = self._test_set(teacher)
-            scores = {"teacher": evaluate(teacher, test)} if test else {}
-        with torch.random.fork_rng(devices=[]):
-            fresh_student(teacher, self.preset.distill)
-        controls = Controls(self.preset, self.out, self.seed, self.num_images, self.progress, self.should_stop)
-        controls.check(teacher)
-        for name, this in (("synthesize", job), ("synthesize_unguided", unguided(job))):
+            scores = {"teacher": self._teacher_score(teacher, test)} if test else {}
+        for name, this in (("synthesize", self.preset.job), ("synthesize_unguided", unguided(self.preset.job))):
             with self._stage(name):
                 self._synthesize(name, this, count)
         with self._stage("distill"):
             cards = self._distill(count)
         with self._stopping():
             compared = controls.execute()
+        self._unless_asked()
         scores |= {name: evaluate(load_teacher(str(c)), test) for name, c in cards.items()} if test else {}
+        self._unless_asked()
         result = self._result(teacher, scores, count, cards) | self._arms(compared, count)
-        result["resumed"] = resumed
+        return self._told(result | {"resumed": resumed}, started)
+
+    def _checked(self) -> tuple[Teacher, Controls]:
+        """The teacher and the controls; raises SynthkdError where they, the student and the pool do not fit."""
+        job = self.preset.job
+        job.check()
+        if takes_pool(self.preset):
+            check_pool(self.preset.pool, job.teacher)
+        teacher = load_teacher(job.teacher, job.device, allow_code=job.allow_code)
+        with torch.random.fork_rng(devices=[]):
+            fresh_student(teacher, self.preset.distill)
+        controls = Controls(self.preset, self.out, self.seed, self.num_images, self.progress, self.should_stop)
+        controls.check(teacher)
+        return teacher, controls
+
+    def _told(self, result: dict[str, Any], started: float) -> dict[str, Any]:
+        """The result with its seconds, as result.json and report.html say it too."""
         result["seconds"] = round(time.perf_counter() - started, 2)
         result["stage_seconds"] = {k: round(v, 2) for k, v in self._seconds.items()}
         write_atomically(self.out / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.out)
         return result
+
+    def _teacher_score(self, teacher: Teacher, test: LabelledImages) -> Score:
+        """Taken once, however many parts the run has."""
+        return kept_score(self.out / TEACHER_SCORE, self.preset.job.teacher, teacher, test)
+
+    def _unless_asked(self) -> None:
+        if self.should_stop():
+            raise Interrupted
 
     def folder(self, name: str) -> Path:
         """Folder of the guided run, or of its control."""
@@ -153,7 +173,7 @@ class Run:
 
     def _students(self, count: int) -> dict[str, StudentJob]:
         """The guided student and that of the control."""
-        job, spec = self.preset.job, replace(self.preset.distill, seed=self.seed)
+        job, spec = self.preset.job, replace(arm_spec(self.preset), seed=self.seed)
         return {
             name: StudentJob(
                 set_dir=folder / "shards", out_dir=folder, teacher=job.teacher, spec=spec, device=job.device,

@@ -18,16 +18,16 @@ class Spent:
     Those of another run in the same folder are forgotten.
     """
 
-    def __init__(self, path: Path, run: str) -> None:
-        """run: what the job is, in words or as JSON; its digest stands in the file."""
-        self._path, self._run = path, hashlib.sha256(run.encode()).hexdigest()
+    def __init__(self, path: Path, run: str, *before: str) -> None:
+        """run: what the job is, in words or as JSON; its digest stands in the file; before: how it was told earlier."""
+        self._path, self._runs = path, [hashlib.sha256(r.encode()).hexdigest() for r in (run, *before)]
         self._name, self._began = "", (0.0, 0.0)
         self.seconds, self.cpu = self._known("seconds"), self._known("cpu")
 
     def _known(self, what: str) -> dict[str, float]:
         try:
             found = json.loads(self._path.read_text())
-            return {str(n): float(v) for n, v in found[what].items()} if found["run"] == self._run else {}
+            return {str(n): float(v) for n, v in found[what].items()} if found["run"] in self._runs else {}
         except (OSError, ValueError, AttributeError, TypeError, KeyError, RecursionError):
             return {}
 
@@ -51,7 +51,7 @@ class Spent:
         for known, more in ((self.seconds, seconds), (self.cpu, cpu)):
             known[name] = known.get(name, 0.0) + more
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"run": self._run, "seconds": self.seconds, "cpu": self.cpu}
+        told = {"run": self._runs[0], "seconds": self.seconds, "cpu": self.cpu}
         write_atomically(self._path, json.dumps(told) + "\n")
 
 

@@ -14,6 +14,7 @@ import torch
 
 from synthkd.dfkd.apart import student_seen
 from synthkd.dfkd.distill_spec import DistillSpec
+from synthkd.dfkd.scores import card_digest
 from synthkd.dfkd.sets import open_set
 from synthkd.dfkd.spent import SPENT, Spent
 from synthkd.dfkd.student import Hooks, distill, save_student
@@ -46,12 +47,20 @@ class StudentJob:
 
     @property
     def stamp(self) -> str:
-        """What the student is a function of."""
+        """What the student is a function of, wherever its teacher lies."""
+        return self._stamp(card_digest(self.teacher))
+
+    @property
+    def stamps(self) -> tuple[str, str]:
+        """That, and as it was written when it had the teacher's path as spelled."""
+        return self.stamp, self._stamp(self.teacher)
+
+    def _stamp(self, teacher: str) -> str:
         parts = {
             "spec": repr(self.spec),
             "set": _set_digest(self.set_dir),
             "limit": self.limit,
-            "teacher": self.teacher,
+            "teacher": teacher,
         } | ({} if self.previews else {"previews": False})
         return json.dumps(parts, sort_keys=True)
 
@@ -61,7 +70,7 @@ class StudentJob:
         return self._spent().seconds.get(_STAGE, 0.0)
 
     def _spent(self) -> Spent:
-        return Spent(self.out_dir / SPENT, self.stamp)
+        return Spent(self.out_dir / SPENT, *self.stamps)
 
 
 def train_student(job: StudentJob, should_stop: Callable[[], bool] = lambda: False) -> Path:
@@ -70,7 +79,7 @@ def train_student(job: StudentJob, should_stop: Callable[[], bool] = lambda: Fal
     Raises Stopped where that is asked for; the same call goes on from its checkpoint.
     """
     marker, card = job.out_dir / ".student-of", job.out_dir / "student.toml"
-    if marker.exists() and marker.read_text() == job.stamp and card.exists():
+    if marker.exists() and marker.read_text() in job.stamps and card.exists():
         return card
     if job.device == "cpu":
         torch.set_num_threads(1)

@@ -1,9 +1,11 @@
 """What a method of data-free distillation is: a source of labelled image batches that may learn while the student does.
 
 A method is a function of a MethodJob that returns a MethodFeed. It is found by name through the entry-point group
-`synthkd.methods`, so that a package of its own can bring one (docs/methods.md).
+`synthkd.methods`, so that a package of its own can bring one (docs/methods.md). `check_NAME` beside the function NAME,
+if there is one, takes the same job and raises SynthkdError where the method would refuse it, before anything is made.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -149,3 +151,12 @@ def load_method(name: str) -> Method:
     """A method by name; raises SynthkdError with the nearest right one."""
     made: Method = plugins.load(GROUP, _OWN, name, "method")
     return made
+
+
+def check_method(job: MethodJob) -> None:
+    """Raise SynthkdError for a method that is not known, or a job that its `check_NAME` refuses; nothing is made."""
+    make = load_method(job.name)
+    module = sys.modules.get(getattr(make, "__module__", ""))
+    check: Callable[[MethodJob], object] | None = getattr(module, f"check_{getattr(make, '__name__', '')}", None)
+    if check is not None:
+        check(job)

@@ -85,14 +85,20 @@ def dda(job: MethodJob) -> MethodFeed:
     Raises SynthkdError for a teacher without features, a prior without an encoder, and where too few variations are
     like their sources.
     """
-    job.need_classifier()
-    spec = job.settings(DdaSpec, _KINDS)
-    if job.teacher.classifier is None:
-        raise SynthkdError(f"method {job.name}: the teacher has no linear layer, so it has no features to compare")
+    spec = check_dda(job)
     job.preset.job.check()
     base = job.preset.job if spec.guided else unguided(job.preset.job)
     begins_at(spec.strength, _recipe(base.recipe, spec, ()))
     return job.set_feed(varied_set(job, spec).written())
+
+
+def check_dda(job: MethodJob) -> DdaSpec:
+    """The method's settings; raises SynthkdError for a wrong one, and for a teacher without features."""
+    job.need_classifier()
+    spec = job.settings(DdaSpec, _KINDS)
+    if job.teacher.classifier is None:
+        raise SynthkdError(f"method {job.name}: the teacher has no linear layer, so it has no features to compare")
+    return spec
 
 
 def varied_set(job: MethodJob, spec: DdaSpec) -> DrawnSet:

@@ -52,9 +52,15 @@ def deepinversion(job: MethodJob) -> MethodFeed:
     Raises SynthkdError for a statistics term on a teacher without statistics, for `compete` without a student, and
     NonFiniteError (see `redrawn`).
     """
+    return job.set_feed(inverted_set(job, check_deepinversion(job)).written())
+
+
+def check_deepinversion(job: MethodJob) -> InversionSpec:
+    """The method's settings; raises SynthkdError for a wrong one, and for what the teacher has no statistics for."""
     job.need_classifier()
     spec = job.settings(InversionSpec, _KINDS)
-    return job.set_feed(inverted_set(job, spec).written())
+    need_statistics(job, spec.bn)
+    return spec
 
 
 def inverted_set(job: MethodJob, spec: InversionSpec) -> DrawnSet:

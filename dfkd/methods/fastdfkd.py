@@ -1,4 +1,4 @@
-"""FastDFKD (arXiv 2112.15278): a generator that a few steps adapt to each new group of images, met again and again."""
+"""FastDFKD (arXiv 2112.06253): a generator that a few steps adapt to each new group of images, met again and again."""
 
 import copy
 import math
@@ -6,6 +6,7 @@ import time
 from collections.abc import Generator as Iterating
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from synthkd.dfkd.methods.growing import GrowingSet, growing_plan
 from synthkd.dfkd.methods.inversion import Jitter, OneGraph, device_of, moved, need_statistics, normal, redrawn
 from synthkd.dfkd.sight import Sight, in_memory
 from synthkd.dfkd.taps import Memory, averaged, batchnorm_layers
+from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.training import Stopped
 from synthkd.dfkd.views import ViewSpec
 from synthkd.engine import rng
@@ -28,6 +30,7 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.plan import WorkUnit
 
 METAS = ("fomaml", "reptile")
+_WARMING = "warmup.safetensors"  # the generator of a warm-up that was asked to stop
 _BETAS = (0.5, 0.999)
 _REPTILE = 67.0  # of the authors' code; Adam's step hardly knows it
 _TERMS = ("bn", "ce", "adv")
@@ -76,15 +79,33 @@ class FastSpec:
 def fastdfkd(job: MethodJob) -> MethodFeed:
     """A set that grows while the student learns from what there is of it.
 
-    Raises SynthkdError for a statistics term on a teacher without statistics, for views that need a second image, and
-    for a set of fewer than two groups; NonFiniteError (see `inversion.redrawn`).
+    Raises SynthkdError as `check_fastdfkd` does; NonFiniteError (see `inversion.redrawn`).
+    """
+    return FastFeed(job, check_fastdfkd(job))
+
+
+def check_fastdfkd(job: MethodJob) -> FastSpec:
+    """The method's settings; raises SynthkdError for a wrong one, and for a set of fewer than two groups.
+
+    And for a statistics term on a teacher without statistics, and views that need a second image.
     """
     job.need_classifier()
-    return FastFeed(job, job.settings(FastSpec, _KINDS))
+    spec, view = job.settings(FastSpec, _KINDS), ViewSpec.of(job.spec)
+    if view.crop < 1 or view.mix:
+        raise SynthkdError(f"method {job.name}: crop and mix need a finished set; set crop to 1 and mix to 0")
+    need_statistics(job, spec.bn)
+    plan = growing_plan(job, spec.samples_per_class)
+    if plan.num_groups < 2:
+        least = plan.recipe.group_size + 1
+        raise SynthkdError(
+            f"method {job.name}: {job.num_images} images are one group; make at least {least}, or lower "
+            "samples_per_class: one group is held out"
+        )
+    return spec
 
 
 class Meta:
-    """theta, its clone theta', and what theta learns once theta' has made its group (arXiv 2112.15278, sec. 3.3)."""
+    """theta, its clone theta', and what theta learns once theta' has made its group (arXiv 2112.06253, sec. 3.3)."""
 
     def __init__(self, slow: Sequence[Tensor], fast: Sequence[Tensor], kind: str, lr: float) -> None:
         """slow, fast: theta and theta', leaves of one shape; kind: one of METAS; lr: of Adam on theta."""
@@ -267,24 +288,13 @@ class FastFeed:
 
     def __init__(self, job: MethodJob, spec: FastSpec) -> None:
         """Makes the warm-up's groups, or reads them; raises Stopped where that is asked for."""
-        view = ViewSpec.of(job.spec)
-        if view.crop < 1 or view.mix:
-            raise SynthkdError(f"method {job.name}: crop and mix need a finished set; set crop to 1 and mix to 0")
-        need_statistics(job, spec.bn)
         settings = {**asdict(spec), "num_images": job.num_images, "distill": asdict(job.spec)}
         self.job, self.spec, self.waited = job, spec, 0.0
-        plan = growing_plan(job, spec.samples_per_class)
-        groups = plan.num_groups
-        if groups < 2:
-            least = plan.recipe.group_size + 1
-            raise SynthkdError(
-                f"method {job.name}: {job.num_images} images are one group; make at least {least}, or lower "
-                "samples_per_class: one group is held out"
-            )
         self.set = GrowingSet(job, settings, spec.samples_per_class)
+        groups = self.set.plan.num_groups
         self.first = min(spec.warmup, groups)
         self.making = MetaGenerator(job, spec, groups)
-        self._sight = Sight(view, job.spec.seed, job.spec.views, job.spec.batch_size)
+        self._sight = Sight(ViewSpec.of(job.spec), job.spec.seed, job.spec.views, job.spec.batch_size)
         self._warm_up()
         count = min(max(1, round(groups * job.spec.held_out)), self.first - 1)
         sizes = [self.set.plan.unit(g).kept for g in range(self.first)]
@@ -292,19 +302,36 @@ class FastFeed:
         self.held = self.set.images[self._kept_out].cpu()
 
     def _warm_up(self) -> None:
-        """Have the first groups in memory; raises Stopped where that is asked for."""
+        """Have the first groups in memory; raises Stopped where that is asked for: the next call goes on from there."""
+        kept = self.job.folder / _WARMING
         if self.set.on_disk() >= self.first:
-            return self.set.read(self.first)
+            self.set.read(self.first)
+        else:
+            self._go_on(kept)
+            self._warmed(kept)
+        kept.unlink(missing_ok=True)
+
+    def _warmed(self, kept: Path) -> None:
         told, stage, plan = self.job.progress, "synthesize", self.set.plan
         told.begin(stage, sum(plan.unit(g).kept for g in range(self.first)), "images")
+        told.advance(stage, self.set.size)
         try:
-            for group in range(self.first):
+            for group in range(self.making.made, self.first):
                 if self.job.should_stop():
+                    write_tensors(kept, self.making.state(), {"set": self.set.fingerprint})
                     raise Stopped
                 self._grow(group + 1)
                 told.advance(stage, plan.unit(group).kept)
         finally:
             told.end(stage)
+
+    def _go_on(self, kept: Path) -> None:
+        """Take up the generator that a stopped call left, if it is of this very set, whose groups are all there."""
+        if not kept.is_file():
+            return
+        state, note = read_tensors(kept)
+        if note.get("set") == self.set.fingerprint and int(state["made"]) <= self.set.on_disk():
+            self.load(state)
 
     @property
     def made(self) -> int:

@@ -151,6 +151,11 @@ class GrowingSet:
         self.groups = self.size = 0  # that are in memory
 
     @property
+    def fingerprint(self) -> str:
+        """Of what decides the images: recipe, seed, settings, teacher."""
+        return str(self._stream.identity["fingerprint"])
+
+    @property
     def full(self) -> bool:
         """Whether all groups are there."""
         return self.groups == self.plan.num_groups

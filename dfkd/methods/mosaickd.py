@@ -70,13 +70,21 @@ _KINDS: Mapping[str, Kind] = {
 def mosaickd(job: MethodJob) -> MethodFeed:
     """Made images beside the pool's, by players that learn while the student does; raises SynthkdError without a pool.
 
+    And as `check_mosaickd` does.
+    """
+    return MosaicFeed(job, check_mosaickd(job))
+
+
+def check_mosaickd(job: MethodJob) -> MosaicSpec:
+    """The method's settings; raises SynthkdError for a wrong one.
+
     And for a batch_size below 4 (halves of two), and for `mix`: a made image has no second one to be blended with.
     """
     spec = job.settings(MosaicSpec, _KINDS)
     if job.spec.batch_size < 4 or job.spec.mix:
         found = f"batch_size is {job.spec.batch_size} and mix {job.spec.mix}"
         raise SynthkdError(f"method {job.name}: {found}; expected at least 4, half of it of the pool, and mix 0")
-    return MosaicFeed(job, spec)
+    return spec
 
 
 class MosaicFeed:

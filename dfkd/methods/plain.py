@@ -42,9 +42,14 @@ class PoolSpec:
 
 def pool(job: MethodJob) -> MethodFeed:
     """Distillation on out-of-domain images alone: the control of every method that uses some."""
-    spec = job.settings(PoolSpec, {"select": whole(0)})
+    spec = check_pool(job)
     images = job.opened_pool().selected(spec.select or None)
     return job.set_feed(images.source, replace(job.spec, soft_labels="teacher", views=0))
+
+
+def check_pool(job: MethodJob) -> PoolSpec:
+    """The method's settings; raises SynthkdError for a wrong one."""
+    return job.settings(PoolSpec, {"select": whole(0)})
 
 
 @dataclass(frozen=True)

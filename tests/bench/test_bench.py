@@ -1,6 +1,7 @@
 """Benchmarks keep their bookkeeping straight: rows, sizes, resumable parts."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def test_parts_resume(tmp_path: Path) -> None:
     assert run_parts({name: part(name) for name in "abcd"}, state, 9) == ([], [])
     assert ran == ["a", "b", "c", "d", "b"]
     assert run_parts({"a": part("a"), "e": part("e")}, state, -1) == (["e"], [])
+
+
+def test_a_part_that_goes_on_has_not_failed_when_its_time_is_over(tmp_path: Path) -> None:
+    """It is left for the next call; one that begins anew failed."""
+
+    def late() -> None:
+        raise subprocess.TimeoutExpired("python", 570)
+
+    left = run_parts({"evidence: cifar10 seed 0": late, "kernels: x": late}, tmp_path / "done.json", 9)
+    assert left == (["evidence: cifar10 seed 0", "kernels: x"], ["kernels: x"])
 
 
 def test_a_killed_part_comes_last(tmp_path: Path) -> None:

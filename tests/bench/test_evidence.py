@@ -1,4 +1,4 @@
-"""Rows of evidence, each once; the page as the rows say; contact sheets; parts that go on."""
+"""Rows of evidence, each once; contact sheets; wrong inputs."""
 
 import contextlib
 import hashlib
@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,13 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from synthkd.bench import cli_evidence, evidence, evidence_gpu, evidence_page, evidence_pictures, gpu, record
+from synthkd.bench import cli_evidence, evidence, evidence_page, evidence_pictures, record
 from synthkd.bench.evidence import Evidence, facts_of, prior_facts, rows_of
 from synthkd.dfkd import students
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.presets import Preset, load_preset
-from synthkd.dfkd.prior_spec import prior_spec
 from synthkd.dfkd.training import Stopped
 from synthkd.engine import GuidanceSpec, SynthkdError
 
@@ -79,26 +76,6 @@ def preset() -> Preset:
     return replace(load_preset("digits"), name="tiny", controls=("pool", "fastdfkd"))
 
 
-def prior_folder(home: Path) -> Path:
-    """A prior's pipeline with the weights of nothing, and its prior.json."""
-    unet = home / "pipeline/unet"
-    unet.mkdir(parents=True)
-    (unet / "weights.safetensors").write_bytes(b"weights")
-    stage = {"steps": 10, "batch_size": 4, "seconds": 1800.0, "images_per_second": 70.0, "loss": 0.5}
-    told = {
-        "trained_on": ["cifar100/without-cifar10"], "images": 35986, "captions": ["sea"], "device": "cpu: AVX2",
-        "parameters": {"unet": 2_000_000, "vae": 1_000_000}, "vae": {**stage, "psnr_held_out": 30.5},
-        "unet": {**stage, "held_out_loss": 0.25},
-        "sha256": {"unet/weights.safetensors": hashlib.sha256(b"weights").hexdigest()},
-    }  # fmt: skip
-    (home / "prior.json").write_text(json.dumps(told))
-    log = [{"stage": "vae", "step": 5 * s, "loss": 1 / s} for s in range(1, 3)]
-    log += [{"stage": "unet", "step": 5 * s, "loss": 2 / s} for s in range(1, 401)]
-    log[1]["psnr_held_out"], log[56]["held_out_loss"], log[-1]["held_out_loss"] = 30.5, 0.3, 0.25
-    (home / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    return home / "pipeline"
-
-
 def test_rows_of_a_run(preset: Preset, tmp_path: Path) -> None:
     """One an arm, with its own student, hours and images; what guided the images stands in the row."""
     asked = facts_of(preset, 400)
@@ -130,7 +107,9 @@ def test_a_run_is_known_by_what_was_declared_and_not_by_its_folder(preset: Prese
     assert facts_of(replace(preset, distill=replace(preset.distill, steps=7)), 400)["run"] != base
 
 
-def test_a_prior_tells_its_training_and_vouches_for_its_weights(tmp_path: Path) -> None:
+def test_a_prior_tells_its_training_and_vouches_for_its_weights(
+    prior_folder: Callable[[Path], Path], tmp_path: Path
+) -> None:
     """Size by folder; figures of other weights are refused, and no figures are none."""
     pipeline = prior_folder(tmp_path / "prior-small")
     found = prior_facts(str(pipeline))
@@ -196,86 +175,6 @@ def test_other_settings_and_controls_in_the_folder_are_run(runs: type[FakeRun], 
     assert runs.calls == [0, 0, 0]
 
 
-def _row(control: str, accuracy: float, **changes: Any) -> dict[str, Any]:
-    return {
-        "preset": "cifar10-small", "size": "small", "teacher": "resnet56", "student": "resnet20", "budget": 5000,
-        "steps": 1200, "batch_size": 128, "control": control, "seed": 0, "teacher_accuracy": 93.39, "images": 5000,
-        "student_accuracy": accuracy, "hours": 0.5, "gpu_hours": 0.0, "images_per_second": 6.0, "run": "a",
-        "device": "cpu: AVX2",
-    } | changes  # fmt: skip
-
-
-def test_the_table(tmp_path: Path) -> None:
-    """Arms with spread over seeds, of the newest run of a setting; what has no row was not run."""
-    large = {"preset": "cifar10", "size": "base", "device": "cuda: H100", "gpu_hours": 0.5, "run": "b", "steps": 40_000}
-    rows = [
-        _row("guided", 99.0, run="old", seed=7), _row("guided", 1.0), _row("guided", 50.0),
-        _row("guided", 60.0, seed=1),
-        _row("pool", 20.0, images=0, images_per_second=None),
-        _row("guided", 90.0, **large), _row("unguided", 85.5, **large), _row("pool", 90.0, **large),
-    ]  # fmt: skip
-    path = tmp_path / "evidence.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = evidence_page.recorded(path)
-    lines = evidence_page.results_table(found).splitlines()
-    small = next(line for line in lines if "cifar10-small" in line)
-    assert small == (
-        "| cifar10-small | small | resnet56 → resnet20 | 93.39 | guided | **55.00** (50.00 to 60.00, 2 seeds) | 5,000 "
-        "| 1,200 x 128 | 0.50 | 0 | 6.0 |"
-    )
-    assert next(line for line in lines if "small |" in line and "| pool |" in line).endswith(
-        "| 0 | 1,200 x 128 | 0.50 | 0 | – |"
-    )
-    assert sum("**not run**" in line for line in lines) == 5  # 2 arms of the small preset, 1 of the large, all of PACS
-    assert "| pacs-sketch | base |  |  | guided, unguided, pool, fastdfkd | **not run** |" in "\n".join(lines)
-    told = evidence_page.expectations_table(found).splitlines()
-    assert told[2] == "| cifar10 | guided: at least 90 % | 90.00 %: reached | 55.00 %: **missed** |"
-    assert told[3] == "| cifar10 | at least 5 points above unguided | 4.50 points: **missed** | **not run** |"
-    assert told[4].startswith(
-        "| cifar10 | above distillation on the pool | 0.00 points: **missed** | 35.00 points: reached"
-    )
-    assert told[5].count("**not run**") == 2
-
-
-@pytest.mark.skipif(not evidence_page.PAGE.exists(), reason="the documentation is not installed with the package")
-def test_the_page_holds_what_the_rows_say() -> None:
-    """Stale? `python -m synthkd.bench.evidence --table`."""
-    text = evidence_page.PAGE.read_text()
-    assert evidence_page.page(text, evidence_page.recorded()) == text
-
-
-def test_a_prior_is_kept_with_its_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thinned log with all looks at held-out images, a chart that is XML, and a line of the page."""
-    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
-    pipeline = prior_folder(tmp_path / "prior-small")
-    path = evidence_pictures.keep_training(pipeline.parent, "cifar10-small", tmp_path / "images")
-    told = json.loads(path.read_text())
-    unet = [row for row in told["log"] if row["stage"] == "unet"]
-    assert len(unet) < 110
-    assert [row["held_out_loss"] for row in unet if "held_out_loss" in row] == [0.3, 0.25]
-    assert unet[-1]["step"] == 2000
-    assert "captions" not in told
-    chart = (tmp_path / "images/evidence-prior-cifar10-small.svg").read_text()
-    assert len(ElementTree.fromstring(chart).findall(".//{http://www.w3.org/2000/svg}polyline")) == 3
-    (tmp_path / "teacher").mkdir()
-    how = {"steps": 3000, "seconds": 720.0, "images_per_second": 275.5}
-    taught = {"images": 3143, "parameters": 1_200_000, "test_accuracy": 92.49, "device": "cpu: AVX2", "training": how}
-    taught |= {"sha256": {"resnet.safetensors": "0f"}}
-    (tmp_path / "teacher/resnet.json").write_text(json.dumps(taught))
-    (tmp_path / "teacher/resnet.toml").touch()
-    (tmp_path / "teacher/log.jsonl").write_text('{"stage": "resnet", "step": 50, "loss": 1.0}\n')
-    kept = evidence_pictures.keep_training(tmp_path / "teacher", "pacs-sketch-small", tmp_path / "images")
-    assert json.loads(kept.read_text()) == taught | {"log": [{"stage": "resnet", "step": 50, "loss": 1.0}]}
-    lines = evidence_page.trainings_table(path.parent)
-    assert "| pacs-sketch-small | 1.2 | 3,143 | 3,000 | 0.20 | cpu: AVX2 | 92.49 | 276 |" in lines
-    assert "| cifar10-small | 3.0 | 35,986 | 10, 10 | 1.00 | cpu: AVX2 | 30.5 | 0.2500 | 70 |" in lines
-    assert hashlib.sha256(b"weights").hexdigest() in lines
-    assert "| cifar10 | **not run** |" in lines
-    assert "evidence-prior-cifar10-small.svg" in evidence_page.pictures(tmp_path / "images")
-    with pytest.raises(SynthkdError, match="no finished training"):
-        evidence_pictures.keep_training(tmp_path, "x", tmp_path / "images")
-
-
 @pytest.fixture
 def ran(
     pipeline_folder: Path, teacher_card: Path, recipe: Callable[..., Any], tmp_path: Path,
@@ -298,7 +197,7 @@ def ran(
 def test_a_real_run_and_its_contact_sheet(
     ran: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `Run` says makes the row; guided above unguided, a row per class; too large a sheet loses columns."""
+    """What `Run` says makes the row; unguided left of guided, a row per class; too large a sheet loses columns."""
     row, folder = ran
     told = json.loads((folder / "result.json").read_text())
     assert row["student_accuracy"] == told["student_accuracy"]
@@ -313,9 +212,10 @@ def test_a_real_run_and_its_contact_sheet(
     high = wide = 16
     rows = [keys for _, keys in sorted(run.main.keys.items())]
     step = high + max(1, wide // 24)
-    for set_, top in ((run.main, 0), (run.control, sheet.shape[0] - (len(rows) * step - (step - high)))):
+    side = min(8, max(map(len, rows))) * step - (step - wide)
+    for set_, left in ((run.control, 0), (run.main, sheet.shape[1] - side)):
         for i, keys in enumerate(rows):
-            cell = sheet[top + i * step : top + i * step + high, :wide]
+            cell = sheet[i * step : i * step + high, left : left + wide]
             assert torch.equal(cell, torch.tensor(set_.pixels[keys[0]]).long())
     monkeypatch.setattr(evidence_pictures, "MOST_BYTES", path.stat().st_size - 1)
     smaller = evidence_pictures.write_sheet(folder, "tiny", tmp_path / "images")
@@ -369,83 +269,3 @@ def test_a_stop_is_to_be_tried_again(runs: type[FakeRun], tmp_path: Path, monkey
     with pytest.raises(SystemExit) as end:
         cli_evidence.main(["digits", "--controls", "pool", "--out", str(tmp_path), "--minutes", "1"])
     assert end.value.code == 75
-
-
-def test_gpu_parts_are_of_what_was_carried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without files one line says so; with a pack or made files there are parts, and evidence waits for its prior."""
-    monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("SYNTHKD_EVALUATION", str(tmp_path / "pack"))
-    assert evidence_gpu.evidence_parts() == {}
-    assert [line.split(":")[0] for line in evidence_gpu.skipped()] == ["prior-cifar", "prior-pacs"]
-    (tmp_path / "pack").mkdir()
-    (tmp_path / "pack/pacs_sketch.npz").touch()
-    card = tmp_path / "data/cifar10/teacher/resnet56.toml"
-    card.parent.mkdir(parents=True)
-    card.touch()
-    parts = evidence_gpu.evidence_parts()
-    assert list(parts)[:2] == ["prior-cifar", "prior-pacs"]
-    assert {"evidence: cifar10 seed 2", "evidence: pacs-sketch seed 0"} <= parts.keys() <= gpu.parts().keys()
-    with pytest.raises(Stopped):
-        parts["evidence: cifar10 seed 0"]()
-
-
-def test_a_prior_part_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The base size into prior-base, after the files and, on PACS, the teacher; asked to stop in time."""
-    monkeypatch.setenv("SYNTHKD_DATA", str(tmp_path))
-    did: list[Any] = []
-
-    class Fit:
-        def __init__(self, **given: Any) -> None:
-            did.append((given["out"], given["spec"]))
-            self.should_stop = given["should_stop"]
-
-        def execute(self) -> dict[str, Any]:
-            if self.should_stop():
-                raise Stopped
-            return {"vae": {"psnr_held_out": 30}, "unet": {"held_out_loss": 0.2}}
-
-    def teach(words: list[str]) -> int:
-        did.append(words[0])
-        return codes.pop()
-
-    codes = [0, 75]
-    monkeypatch.setattr(evidence_gpu, "PriorFit", Fit)
-    monkeypatch.setattr(evidence_gpu, "load_captioned", lambda path: path)
-    monkeypatch.setattr(evidence_gpu.pacs_pack, "make", lambda pack, folder, side: did.append((folder, side)))
-    monkeypatch.setattr(evidence_gpu.fit_teacher, "main", teach)
-    with pytest.raises(Stopped):
-        evidence_gpu.prior_part("prior-pacs", "cpu")
-    monkeypatch.setattr(evidence_gpu, "MINUTES", 0.0)
-    with pytest.raises(Stopped):
-        evidence_gpu.prior_part("prior-pacs", "cpu")
-    pacs = tmp_path / "pacs"
-    once = [(pacs, 128), f"{pacs}/train.npz"]
-    assert did == [*once, *once, (pacs / "prior-base", prior_spec("base", {"vae_widths": [64, 128, 128]}))]
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
-def test_make_goes_on_until_a_prior_is_done(tmp_path: Path) -> None:
-    """Exit code 75 is tried again, any other ends it; without files and PACK one line says what to do."""
-    root, tools = Path(__file__).resolve().parents[2], tmp_path / "bin"
-    tools.mkdir()
-    (tmp_path / ".ready").touch()
-    script = '#!/bin/sh\necho "$@" >> {log}\nn=$(wc -l < {log})\n[ $n -ge 3 ] || exit 75\nexit {code}\n'
-
-    def make(code: int, **variables: str) -> "subprocess.CompletedProcess[str]":
-        (tmp_path / "log").unlink(missing_ok=True)
-        (tools / "synthkd").write_text(script.format(log=tmp_path / "log", code=code))
-        (tools / "synthkd").chmod(0o755)
-        given = {"VENV": str(tmp_path), "DATA": str(tmp_path / "data"), **variables}
-        words = ["make", "-C", str(root), "prior-cifar", *(f"{k}={v}" for k, v in given.items())]
-        return subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
-
-    told = make(0)
-    assert told.returncode == 2
-    assert "name the evaluation pack" in told.stderr
-    (tmp_path / "data/cifar10/teacher").mkdir(parents=True)
-    (tmp_path / "data/cifar10/teacher/resnet56.toml").touch()
-    assert make(0, SIZE="base").returncode == 0
-    calls = (tmp_path / "log").read_text().splitlines()
-    assert len(calls) == 3
-    assert all("--minutes 9" in call and call.endswith("--minutes 9") and "prior-base" in call for call in calls)
-    assert make(2).returncode == 2

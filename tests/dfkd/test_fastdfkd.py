@@ -180,6 +180,29 @@ def test_a_killed_run_ends_in_the_same_student_and_set(
     assert files(job) == files(whole[0])
 
 
+def test_a_stopped_warm_up_goes_on(
+    whole: tuple[MethodJob, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call makes the groups that are left, and none twice: one group a call comes to the same end."""
+    made, group = list[int](), MetaGenerator.group
+
+    def counted(self: MetaGenerator, unit: Any) -> Any:
+        made.append(unit.group)
+        return group(self, unit)
+
+    monkeypatch.setattr(MetaGenerator, "group", counted)
+    for _ in range(2):
+        asked = iter([False])
+        with pytest.raises(Stopped):
+            trained(replace(a_job(tmp_path), should_stop=lambda asked=asked: next(asked, True)))  # type: ignore[misc]
+    assert made == [0, 1]
+    again = trained(a_job(tmp_path))
+    assert made == list(range(8))
+    assert all(torch.equal(value, again[name]) for name, value in whole[1].items())
+    assert files(a_job(tmp_path)) == files(whole[0])
+    assert not (tmp_path / "warmup.safetensors").exists()
+
+
 def test_networks_are_looked_through_and_left_alone(tmp_path: Path) -> None:
     """A group after the warm-up, with the student in training mode: no gradient, no statistic, no mode changes."""
     job = a_job(tmp_path)

@@ -1,7 +1,9 @@
 """The main job on a tiny prior: result, report, resume, and the control that differs in one number."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from synthkd.dfkd import run, scores
+from synthkd.dfkd.evaluate import evaluate
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.presets import Preset, digits, unguided
 from synthkd.dfkd.progress import Silent
+from synthkd.dfkd.rounds import draw_set
 from synthkd.dfkd.run import Interrupted, Run
 from synthkd.dfkd.student import DistillSpec
+from synthkd.dfkd.students import train_student
 from synthkd.dfkd.training import CHECKPOINT
+from synthkd.engine import Request
 from synthkd.engine.index import flatten, read_manifest
 
 
@@ -96,6 +103,49 @@ def test_a_stop_leaves_whole_groups(preset: Preset, tmp_path: Path) -> None:
         assert not (tmp_path / "run" / name / "student.toml").exists()
     result = Run(preset, tmp_path / "run", workers=1).execute()
     assert result["num_images"] == 14
+
+
+def test_a_stop_is_heard_before_scores(
+    preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked when the students are done, the run ends without scores; the teacher's is kept, another test set's not."""
+    scored, told = [], Drawn()
+    monkeypatch.setattr(scores, "evaluate", lambda net, data: scored.append(len(data)) or evaluate(net, data))
+    monkeypatch.setattr(run, "evaluate", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(Run, "_distill", lambda *_: told.begin("distill", 2, "students") or {})
+    asked = Run(preset, tmp_path / "run", workers=1, should_stop=told.is_set)
+    for _ in range(2):
+        told.begun = False
+        with pytest.raises(Interrupted):
+            asked.execute()
+    assert scored == [30]
+    np.savez(tmp_path / "other.npz", x=np.zeros((3, 16, 16, 3), np.uint8), y=np.arange(3))
+    told.begun = False
+    with pytest.raises(Interrupted):
+        replace(asked, preset=replace(preset, test_set=str(tmp_path / "other.npz"))).execute()
+    assert scored == [30, 3]
+
+
+def test_a_student_is_known_by_its_teacher_wherever_that_lies(preset: Preset, tmp_path: Path) -> None:
+    """Another path to the same card retrains nothing, nor does a stamp that has the path; other weights do."""
+    out, spelled = tmp_path / "run", Path(preset.job.teacher)
+    draw_set(preset.job, Request(num_samples=14, seed=0), out / "shards", workers=1)
+    job = Run(preset, out)._students(14)["student"]
+    train_student(job)
+    before, seconds = (out / "student.safetensors").stat().st_mtime_ns, job.seconds
+    shutil.copytree(spelled.parent, tmp_path / "moved")
+    moved = replace(job, teacher=str(tmp_path / "moved" / spelled.name))
+    (out / ".student-of").write_text(job.stamps[1])
+    told = json.loads((out / "spent.json").read_text())
+    (out / "spent.json").write_text(json.dumps(told | {"run": hashlib.sha256(job.stamps[1].encode()).hexdigest()}))
+    train_student(job)
+    assert job.seconds == seconds > 0
+    (out / ".student-of").write_text(job.stamp)
+    train_student(moved)
+    assert (out / "student.safetensors").stat().st_mtime_ns == before
+    card = tmp_path / "moved" / spelled.name
+    card.write_text(card.read_text().replace("mean = [0.5", "mean = [0.4"))
+    assert moved.stamp != job.stamp
 
 
 def test_a_smaller_count_uses_fewer_images(preset: Preset, tmp_path: Path) -> None:

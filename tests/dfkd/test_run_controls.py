@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from synthkd.dfkd import controls, fit_prior, presets_cifar, students
-from synthkd.dfkd.choices import with_controls, with_student, with_teacher
-from synthkd.dfkd.controls import Controls
+from synthkd.dfkd.choices import takes_pool, with_controls, with_student, with_teacher
+from synthkd.dfkd.controls import Controls, arm_spec
 from synthkd.dfkd.method_run import MethodRun
 from synthkd.dfkd.nets import build_net
 from synthkd.dfkd.presets import Preset, load_preset
@@ -144,12 +144,13 @@ def test_run_with_controls_stopped_in_one_and_gone_on_with(tiny: Preset, call: A
     ("words", "said"),
     [
         (("--teacher", "resnet65"), "--teacher 'resnet65': no card there and no name; did you mean 'resnet56'?"),
-        (("--teacher", "embedded:digits"), "expected those of preset cifar10-small, airplane, automobile, bird"),
+        (("--teacher", "embedded:digits"), "its class 0 is 'zero'; expected 'airplane', as preset cifar10"),
         (("--student", "resnet9"), "--student 'resnet9': did you mean 'resnet'? known: deeplab, plain_cnn"),
         (("--student", "deeplab"), "distill: arch 'deeplab'"),
         (("--controls", "pol"), "controls: 'pol' is no method; did you mean 'pool'?"),
         (("--controls", "diffusion"), "controls: 'diffusion' is the unguided control that every run has"),
         (("--controls", "pool,pool"), "expected distinct names"),
+        (("--controls", "fastdfkd", "--num-images", "50"), "50 images are one group; make at least 81"),
         (("--controls", ","), "expected methods such as pool,fastdfkd, or none"),
         (("--controls", "pool", "--method", "pool"), "--controls are what a whole run compares with"),
         (("--method", "fastdfk"), "did you mean 'fastdfkd'?"),
@@ -166,6 +167,34 @@ def test_wrong_choices_are_one_line_and_nothing_is_drawn(
     assert not (tmp_path / "run" / "shards").exists()
     if "--controls" not in words and "deeplab" not in words:  # which is tried in a process of its own
         assert call("compare", "cifar10-small", "--out", tmp_path / "c", *words[:2]).returncode == 2
+
+
+def test_a_controls_options_are_refused_before_anything_is_drawn(tiny: Preset, tmp_path: Path) -> None:
+    """One that the method does not have, or that is out of range; a run without controls does not look at them."""
+    for options, said in (({"inners": 5}, "unknown field 'inners'"), ({"inner": 0}, "inner is 0")):
+        found = replace(tiny, methods={"fastdfkd": options})
+        with pytest.raises(SynthkdError, match=said):
+            Run(found, tmp_path, workers=1).execute()
+        assert not list(tmp_path.iterdir())
+        Controls(replace(found, controls=()), tmp_path).check(load_teacher(tiny.job.teacher))
+
+
+def test_arms_have_the_controls_labels_where_there_are_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Digits with controls train all students with the teacher beside them; without, as they always did."""
+    digits = load_preset("digits")
+    assert arm_spec(digits) is digits.distill
+    compared = with_controls(digits, "pool")
+    job = Run(compared, Path())._students(10)["student"]
+    control = MethodRun(preset=compared, method="pool", out=Path())._job(load_teacher(digits.job.teacher))
+    assert (job.spec.soft_labels, job.spec.views) == ("teacher", 0)
+    assert job.spec == control.spec
+
+
+def test_a_pool_is_looked_at_where_an_arm_takes_it() -> None:
+    """FastDFKD sees none; a method that is not ours may."""
+    digits = load_preset("digits")
+    found = [takes_pool(replace(digits, controls=names)) for names in ((), ("fastdfkd",), ("pool",), ("other",))]
+    assert found == [False, False, True, True]
 
 
 def test_a_method_without_a_prior_needs_none(
