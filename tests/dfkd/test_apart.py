@@ -182,6 +182,9 @@ def test_arrays_by_a_stranger(tmp_path: Path, kind: str, read: Callable[[Path], 
     with pytest.raises(SynthkdError) as refused:
         read(path)
     assert "\n" not in str(refused.value)
+    if read is load_captioned:  # before anything is unpacked
+        bounds = {"giant": "x.npy claims 999999999 bytes and holds", "bomb": "bytes of arrays; at most 2147483648 are"}
+        assert bounds.get(kind, "") in str(refused.value)
 
 
 def claimed(folder: Path, job: SynthJob, source: dict[str, Any]) -> None:
