@@ -12,8 +12,6 @@ import lzma
 import math
 import shutil
 import sys
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from synthkd.dfkd.npz_files import UNREADABLE, write_arrays
 from synthkd.dfkd.presets_cifar import POOL, TEACHERS, TEST
 from synthkd.engine.errors import SynthkdError
+from synthkd.engine.rows import write_atomically
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 Pixels = NDArray[np.uint8]
 POOL_FROM, TEACHER_FROM = "cifar100/without-cifar10", "cifar10/train"  # as `engine.declared` names data sets
 _SUMS, _MOST = "SHA256SUMS", 2**31  # bytes of one file's images
@@ -87,7 +86,7 @@ def read_packed(path: Path) -> tuple[Pixels, dict[str, NDArray[Any]]]:
         with np.load(path, allow_pickle=False) as data:
             images = unpacked(data["blob"].tobytes(), data["shape"].tolist())
             beside = {name: data[name] for name in data.files if name not in ("blob", "shape")}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise SynthkdError(f"pack {path}: cannot be read ({reason}); expected a packed .npz of images") from error
     wrong = [name for name, values in beside.items() if name != "classes" and len(values) != len(images)]
@@ -118,29 +117,54 @@ def make(pack: Path, out: Path) -> dict[str, int]:
     check_sums(pack, ["cifar10_test.npz", *parts, *weights.values()])
     test, beside = read_packed(pack / "cifar10_test.npz")
     out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / TEST, x=test, y=beside["y"].astype(np.int64))
-    kept = [_out_of_domain(pack / name) for name in parts]
+    labels, classes = _labels(pack / "cifar10_test.npz", beside)
+    write_arrays(out / TEST, x=test, y=labels)
+    pool = _write_pool([pack / name for name in parts], out / POOL)
+    names = ", ".join(json.dumps(name) for name in classes)
+    for name, path in TEACHERS.items():
+        (out / path).parent.mkdir(exist_ok=True)
+        fresh = (out / path).with_suffix(".tmp")
+        shutil.copyfile(pack / weights[name], fresh)
+        fresh.replace((out / path).with_suffix(".safetensors"))
+        write_atomically(out / path, _CARD.format(name=name, classes=names, trained_on=TEACHER_FROM))
+    return {"test": len(test), "pool": pool}
+
+
+def _write_pool(parts: Sequence[Path], path: Path) -> int:
+    """Images of all parts that no flag speaks against, with captions; returns how many."""
+    kept = [_out_of_domain(part) for part in parts]
+    for part, (_, _, names) in zip(parts, kept, strict=True):
+        if names != kept[0][2]:
+            raise SynthkdError(f"pack {part}: its classes are not those of {parts[0].name}; copy the files again")
     pool, labels = (np.concatenate(side) for side in zip(*(part[:2] for part in kept), strict=True))
     left = np.unique(labels)  # the classes left out have no caption
     captions = np.array([kept[0][2][int(k)].replace("_", " ") for k in left])
-    where = np.array([POOL_FROM])
-    np.savez(out / POOL, x=pool, y=np.searchsorted(left, labels), captions=captions, trained_on=where)
-    names = ", ".join(json.dumps(str(name)) for name in beside["classes"].tolist())
-    for name, path in TEACHERS.items():
-        (out / path).parent.mkdir(exist_ok=True)
-        shutil.copyfile(pack / weights[name], (out / path).with_suffix(".safetensors"))
-        (out / path).write_text(_CARD.format(name=name, classes=names, trained_on=TEACHER_FROM))
-    return {"test": len(test), "pool": len(pool)}
+    write_arrays(path, x=pool, y=np.searchsorted(left, labels), captions=captions, trained_on=np.array([POOL_FROM]))
+    return len(pool)
+
+
+def _labels(path: Path, beside: dict[str, NDArray[Any]]) -> tuple[NDArray[np.int64], list[str]]:
+    """Labels int64 [N] and the names of classes; raises SynthkdError where one is missing or they do not fit."""
+    missing = [name for name in ("y", "classes") if name not in beside]
+    if missing:
+        raise SynthkdError(f"pack {path}: {missing[0]} is missing; it says which images are of which class")
+    y, classes = beside["y"], beside["classes"]
+    if y.dtype.kind not in "iu" or y.ndim != 1 or classes.ndim != 1:
+        raise SynthkdError(f"pack {path}: y is {y.dtype} {y.shape}, classes {classes.shape}; expected labels [N], [K]")
+    if y.size and (y.min() < 0 or y.max() >= len(classes)):
+        raise SynthkdError(f"pack {path}: y is {y.min()}..{y.max()}; there are {len(classes)} classes")
+    return y.astype(np.int64), [str(name) for name in classes.tolist()]
 
 
 def _out_of_domain(path: Path) -> tuple[Pixels, NDArray[np.int64], list[str]]:
     """Images of a part of CIFAR-100 that no flag speaks against, their classes, and the names of all classes."""
     images, beside = read_packed(path)
-    missing = [name for name in (*_LEFT_OUT, "y", "classes") if name not in beside]
+    missing = [name for name in _LEFT_OUT if name not in beside]
     if missing:
-        raise SynthkdError(f"pack {path}: {missing[0]} is missing; it says which images are of which class")
+        raise SynthkdError(f"pack {path}: {missing[0]} is missing; it says which images are left out")
+    labels, classes = _labels(path, beside)
     rows = ~np.logical_or.reduce([beside[name].astype(bool) for name in _LEFT_OUT])
-    return images[rows], beside["y"][rows].astype(np.int64), [str(name) for name in beside["classes"].tolist()]
+    return images[rows], labels[rows], classes
 
 
 def main(words: Sequence[str]) -> int:

@@ -259,8 +259,8 @@ def pictures(images: Path = IMAGES) -> str:
         if (images / f"evidence-prior-{preset}.svg").exists():
             lines += [f"![Training of the prior of {preset}](images/evidence-prior-{preset}.svg)", ""]
         if (images / f"evidence-{preset}.png").exists():
-            alt = f"Contact sheet of {preset}: guided images above, unguided ones below, one row per class"
-            lines += [f"![{alt}](images/evidence-{preset}.png)", "", f"*{preset}: guided above, unguided below, the "
+            alt = f"Contact sheet of {preset}: unguided images left, guided ones right, one row per class"
+            lines += [f"![{alt}](images/evidence-{preset}.png)", "", f"*{preset}: unguided left, guided right, the "
                       "same noise at the same place, a row per class; the first ids, nothing picked.*", ""]  # fmt: skip
     return "\n".join(lines) + "\n" if lines else "No picture yet: **not run**.\n"
 

@@ -22,7 +22,7 @@ from synthkd.engine.rows import write_atomically
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 TRAINED, TEACHER = "trained", "-teacher"  # folder of bench/results; end of a teacher's name there
-MOST_BYTES = 300_000  # of a contact sheet
+MOST_BYTES = 450_000  # of a contact sheet
 _TRIES = ((8, False), (6, False), (8, True), (6, True), (4, True), (2, True))  # columns, and whether in 256 colours
 _LOG_ROWS = 120  # of a stage, as kept
 _CHART_SIZE = (360, 250)
@@ -32,7 +32,7 @@ _CHART_STYLE = """text{font:12px system-ui,sans-serif;fill:#58616b}text.name{fon
 
 
 def write_sheet(folder: Path, preset: str, images: Path = IMAGES) -> Path:
-    """evidence-PRESET.png of a finished run: guided images above, the same noise unguided below, a row per class.
+    """evidence-PRESET.png of a finished run: unguided images left, the same noise guided right, a row per class.
 
     The first ids of each class; the most of 8, 6, 4 or 2 columns that fits into MOST_BYTES, in 256 colours where it
     must. Raises SynthkdError where the folder is no run, or has no control.
@@ -57,10 +57,10 @@ def _sheet(run: Run, columns: int, reduced: bool) -> bytes:
     rows = [keys[:columns] for _, keys in sorted(run.main.keys.items()) if keys]
     parts = [Image.open(io.BytesIO(sheet_png(drawn.pixels, rows)[0])) for drawn in run.sets]
     wide, tall = parts[0].size
-    gap = max(4, tall // (4 * len(rows)))
-    out = Image.new("RGB", (wide, 2 * tall + gap), "white")
-    for i, part in enumerate(parts):
-        out.paste(part, (0, i * (tall + gap)), part)
+    gap = max(4, tall // (2 * len(rows)))
+    out = Image.new("RGB", (2 * wide + gap, tall), "white")
+    for i, part in enumerate(reversed(parts)):
+        out.paste(part, (i * (wide + gap), 0), part)
     buffer = io.BytesIO()
     (out.quantize(256) if reduced else out).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

@@ -22,16 +22,17 @@ from rich.console import Console
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from synthkd.dfkd.cli_methods import Deadline, parsed_options
+from synthkd.dfkd.cli_methods import Deadline, parsed_options, without_seed
+from synthkd.dfkd.cli_options import pick_device
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.data import LabelledImages, load_test_set
 from synthkd.dfkd.evaluate import evaluate
-from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, TABLE, TEXT, YES_NO, Kind, check_fields, is_number, is_whole, whole
+from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, SHARE, TABLE, TEXT, YES_NO, Kind, check_fields, is_whole, whole
 from synthkd.dfkd.nets import build_net, count_parameters
 from synthkd.dfkd.prior_loop import StageLoop, StagePlan, checkpoint_of, generator_of
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.student import card_toml
-from synthkd.dfkd.teachers import Teacher
+from synthkd.dfkd.teachers import Teacher, load_teacher
 from synthkd.dfkd.training import Stopped
 from synthkd.dfkd.views import ViewSpec, draw_views, looks
 from synthkd.engine.declared import check_names
@@ -40,7 +41,6 @@ from synthkd.engine.errors import SynthkdError
 from synthkd.engine.locks import folder_lock
 from synthkd.engine.rows import write_atomically
 
-_SHARE = Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1")
 _KINDS: Mapping[str, Kind] = {
     "arch": TEXT,
     "arch_args": TABLE,
@@ -48,12 +48,12 @@ _KINDS: Mapping[str, Kind] = {
     "batch_size": whole(2),
     "learning_rate": ABOVE_ZERO,
     "warmup_steps": whole(0),
-    "ema": _SHARE,
+    "ema": SHARE,
     "flip": YES_NO,
     "shift": AMOUNT,
     "rotate": AMOUNT,
-    "zoom": _SHARE,
-    "held_out": _SHARE,
+    "zoom": SHARE,
+    "held_out": SHARE,
     "seed": Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"),
 }
 _SMALL = {"widths": [32, 64, 128, 256], "blocks": [1, 1, 1, 1], "stem_stride": 2}
@@ -141,15 +141,20 @@ class TeacherFit:
     def execute(self, test: LabelledImages | None = None) -> dict[str, Any]:
         """Take the steps that are left and return what NAME.json says; raises Stopped where that is asked for.
 
-        test: scored once, at the end. Raises SynthkdError where the folder holds another training of that name, for
-        too few images, a network that does not take them, and a loss that is not finite.
+        test: scored once, at the end, or now where a training that is done has scored none. Raises SynthkdError where
+        the folder holds another training of that name, for too few images, a network that does not take them, and a
+        loss that is not finite.
         """
         self._identity = {"data": self.training.digest, **json.loads(json.dumps(asdict(self.spec)))}
         self._split()
         self._measure()
         self.out.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.out):
-            told = self._finished() or self._fitted(test)
+            told = self._finished()
+            if told is None:
+                told = self._fitted(test)
+            elif test is not None and "test_accuracy" not in told:
+                told = self._scored(told, test)
             checkpoint = checkpoint_of(self.out, self.name)
             for path in (checkpoint, *self.out.glob(f"{checkpoint.name}.*.tmp")):
                 path.unlink(missing_ok=True)
@@ -172,12 +177,23 @@ class TeacherFit:
             return None
         try:
             found: dict[str, Any] = json.loads(path.read_text())
-            same = found["identity"] == self._identity and (self.out / f"{self.name}.toml").is_file()
+            whole = {"trained_on", "images", "training"} <= set(found) and (self.out / f"{self.name}.toml").is_file()
+            same = whole and found["identity"] == self._identity
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise SynthkdError(f"{path}: not readable; delete it and run the command again") from error
         if not same:
             raise SynthkdError(f"{path}: is of other data or another spec; choose another --name or folder")
         return found
+
+    def _scored(self, told: dict[str, Any], test: LabelledImages) -> dict[str, Any]:
+        """The teacher that is there, scored: the card and what NAME.json says, with its accuracy."""
+        card = self.out / f"{self.name}.toml"
+        score = round(evaluate(load_teacher(str(card), self.device), test).accuracy, 2)
+        about = {"trained_on": told["trained_on"], "images": told["images"], "test_accuracy": score}
+        write_atomically(card, card_toml(self._card(f"{self.name}.safetensors", about)))
+        told = {**told, "test_accuracy": score}
+        write_atomically(self.out / f"{self.name}.json", json.dumps(told, indent=2) + "\n")
+        return told
 
     def _split(self) -> None:
         """Which rows are trained on, and which are left out."""
@@ -330,7 +346,7 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
 
 def _spec(args: argparse.Namespace) -> TeacherSpec:
     """Raises SynthkdError for a field it does not have, or a wrong value."""
-    changes = {"arch": args.arch, "seed": args.seed} | parsed_options(args.set, None)
+    changes = {"arch": args.arch, "seed": args.seed} | without_seed(parsed_options(args.set, None))
     if changes["arch"] != TeacherSpec.arch:
         changes = {"arch_args": {}} | changes
     check_fields("fit-teacher", changes, _KINDS)
@@ -346,13 +362,14 @@ def main(words: Sequence[str]) -> int:
     try:
         if not _NAME.fullmatch(args.name or args.arch):
             raise SynthkdError(f"--name {args.name or args.arch!r}: expected letters, digits, _ and -")
+        device = pick_device(args.device)
         training, spec = load_training_set(args.train), _spec(args)
         test = load_apart(args.test, training) if args.test else None
-        if args.device == "cpu":
+        if device == "cpu":
             torch.set_num_threads(1)
         with Bars(out) as bars, StopFlag() as stop:
             job = TeacherFit(
-                training=training, spec=spec, out=args.out, name=args.name or spec.arch, device=args.device,
+                training=training, spec=spec, out=args.out, name=args.name or spec.arch, device=device,
                 progress=bars, should_stop=Deadline(stop, args.minutes).is_set,
             )  # fmt: skip
             try:
@@ -362,9 +379,16 @@ def main(words: Sequence[str]) -> int:
     except (SynthkdError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    score = told.get("test_accuracy", told["training"].get("accuracy_held_out", "not measured"))
-    print(f"{args.out / job.name}.toml: accuracy {score} %, {time.monotonic() - began:.0f} s")
+    print(f"{args.out / job.name}.toml: {_measured(told)}, {time.monotonic() - began:.0f} s")
     return 0
+
+
+def _measured(told: Mapping[str, Any]) -> str:
+    """The accuracy in words, with what it is of."""
+    if "test_accuracy" in told:
+        return f"accuracy {told['test_accuracy']} % on the test part"
+    held = told["training"].get("accuracy_held_out")
+    return "accuracy not measured (--test scores it)" if held is None else f"accuracy {held} % on what is held out"
 
 
 if __name__ == "__main__":

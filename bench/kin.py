@@ -34,8 +34,9 @@ def shares(data: Captioned, teacher: Teacher, most: int) -> Tensor:
 
 
 def kin(found: Tensor, each: int) -> list[list[int]]:
-    """Of each class the `each` captions with the largest share, largest first."""
-    return [found[:, k].argsort(descending=True, stable=True)[:each].tolist() for k in range(found.shape[1])]
+    """Of each class the `each` captions with the largest share, largest first; never one without images."""
+    shown = torch.nonzero(found.sum(1)).flatten()
+    return [shown[found[shown, k].argsort(descending=True, stable=True)[:each]].tolist() for k in range(found.shape[1])]
 
 
 def main(words: Sequence[str]) -> int:

@@ -6,8 +6,6 @@ OUT/test.npz (sketches: the teacher's own data, and what scores). PACS: Li et al
 
 import argparse
 import sys
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from synthkd.bench.cifar_pack import check_sums
 from synthkd.dfkd.decode import decode, stored_size
+from synthkd.dfkd.npz_files import UNREADABLE, check_archive, write_arrays
 from synthkd.dfkd.presets_pacs import DOMAINS, POOL, TEST, TRAIN
 from synthkd.engine.errors import SynthkdError
 
@@ -29,7 +28,6 @@ _FILES: Mapping[str, tuple[str, str]] = {
     "cartoon": ("pacs_cartoon.npz", "pacs/cartoon"),
 }
 _SKETCH, _SKETCH_NAME = "pacs_sketch.npz", "pacs/sketch"
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _MOST_PIXELS, _MOST_BYTES = 2**20, 2**29  # of one image; of all arrays of a file
 _SIDES = range(8, 513)
 Pixels = NDArray[np.uint8]
@@ -79,16 +77,13 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
     """What a domain's file holds, read without pickles, its size bounded before anything is unpacked."""
     names = ("blob", "off", "y", "test", "classes")
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(member.file_size for member in archive.infolist())
-        if size > _MOST_BYTES:
-            raise ValueError(f"{size} bytes of arrays; at most {_MOST_BYTES} are read")
+        check_archive(path, _MOST_BYTES)
         with np.load(path, allow_pickle=False) as data:
             found = {name: data[name] for name in names}
         wrong = next((n for n in names if found[n].ndim != 1 or found[n].dtype.kind not in "uibU"), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {found[wrong].dtype} {found[wrong].shape}")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:120]
         raise SynthkdError(f"pack {path}: expected arrays {', '.join(names)} ({reason})") from error
     return found
@@ -132,7 +127,7 @@ def make(pack: Path, out: Path, side: int = 64) -> dict[str, int]:
     for name, rows in parts.items():
         where = f"{_SKETCH_NAME}/{Path(name).stem}"
         x = sketch.images(side, rows)
-        _write(out / name, x=x, y=sketch.labels[rows], classes=np.array(sketch.classes), trained_on=[where])
+        write_arrays(out / name, x=x, y=sketch.labels[rows], classes=np.array(sketch.classes), trained_on=[where])
     return {"pool": pool, "train": len(parts[TRAIN]), "test": len(parts[TEST])}
 
 
@@ -142,15 +137,8 @@ def _write_pool(pack: Path, path: Path, classes: tuple[str, ...], side: int) -> 
     captions = [f"{domain} {name}" for domain in DOMAINS for name in classes]
     x = np.concatenate([domain.images(side) for domain in domains])
     y = np.concatenate([domain.labels + i * len(classes) for i, domain in enumerate(domains)])
-    _write(path, x=x, y=y, captions=np.array(captions), trained_on=[name for _, name in _domains()])
+    write_arrays(path, x=x, y=y, captions=np.array(captions), trained_on=[name for _, name in _domains()])
     return len(x)
-
-
-def _write(path: Path, **arrays: Any) -> None:
-    """An .npz, whole or not at all."""
-    fresh = path.with_name(f"tmp-{path.name}")
-    np.savez(fresh, **arrays)
-    fresh.replace(path)
 
 
 def main(words: Sequence[str]) -> int:

@@ -6,10 +6,8 @@ told as `not declared`.
 """
 
 import io
-import math
 import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,13 @@ import numpy as np
 
 from synthkd.dfkd.cards import card_path, read_card
 from synthkd.dfkd.dense_task import POOL
+from synthkd.dfkd.npz_files import UNREADABLE, array_bytes
 from synthkd.engine.declared import (
+    DECLARATION,
     MAX_DECLARATION,
     check_apart,
     check_names,
-    from_words,
+    declared_in,
     in_words,
     read_declaration,
     write_declaration,
@@ -36,7 +36,6 @@ Names = tuple[str, ...] | None
 PRIOR, TEACHER = "prior", "teacher"
 _ARRAY = "trained_on"
 _LETTERS = ("letters",)  # what the pools that come with the package show
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
 
 
 def model_declares(reference: str) -> Names:
@@ -54,7 +53,9 @@ def card_declares(teacher: str) -> Names:
 
 
 def pool_declares(reference: str) -> Names:
-    """What a pool declares: an .npz in its array, a folder (a tar's too) in its file, a synthetic set by its prior's.
+    """What a pool declares: an .npz in its array, a folder (a tar's too) in its file, a synthetic set in its manifest.
+
+    Of a set, or one of its tars, it is what the networks that drew it declared, the teacher left out.
 
     Raises SynthkdError for a declaration that cannot be read.
     """
@@ -63,16 +64,24 @@ def pool_declares(reference: str) -> Names:
         return _LETTERS
     if path.suffix == ".npz" and path.is_file():
         return _array(path)
-    if (path / MANIFEST).is_file():
-        return set_declares(path)[PRIOR]
-    return read_declaration(path.parent if path.suffix == ".tar" else path)
+    folder = path.parent if path.suffix == ".tar" else path
+    if (folder / MANIFEST).is_file():
+        found = set_declares(folder)
+        known = dict.fromkeys(name for who, names in found.items() if who != TEACHER for name in names or ())
+        return tuple(known) or None
+    return read_declaration(folder)
 
 
 def set_declares(folder: Path) -> dict[str, Names]:
-    """What a set's manifest says that its prior and its teacher declared when it was begun."""
-    source = read_manifest(folder).get("source")
-    said = source.get("declared") if isinstance(source, Mapping) else None
-    return {name: from_words(said.get(name)) if isinstance(said, Mapping) else None for name in (PRIOR, TEACHER)}
+    """What a set's manifest says that prior, teacher, and what else drew it, declared when it was begun.
+
+    Of an older set, which says nothing, what its prior declares today, where it still lies there.
+    """
+    manifest = read_manifest(folder)
+    said, source = declared_in(manifest), manifest.get("source")
+    if said is None and isinstance(source, Mapping) and isinstance(source.get("model"), str):
+        said = {PRIOR: model_declares(source["model"])}
+    return {PRIOR: None, TEACHER: None, **(said or {})}
 
 
 def check_parts(parts: Mapping[str, Names], teacher: str) -> None:
@@ -89,8 +98,10 @@ def check_pool(pool: str | None, teacher: str) -> None:
 
 
 def check_set(folder: Path, teacher: str) -> None:
-    """Raise OverlapError where the prior that drew a set has seen the data of this teacher, who may be another one."""
-    check_parts({f"the prior of the set {str(folder)!r}": set_declares(folder)[PRIOR]}, teacher)
+    """Raise OverlapError where what drew a set has seen the data of this teacher, who may be another one."""
+    parts = {f"the {who} of the set {str(folder)!r}": names for who, names in set_declares(folder).items()
+             if who != TEACHER}  # fmt: skip
+    check_parts(parts, teacher)
 
 
 def told(**names: Names) -> dict[str, str]:
@@ -105,10 +116,15 @@ def student_seen(teacher: str, pool: str | None = None) -> dict[str, Any]:
 
 
 def hand_down(folder: Path, *names: Names, data_sha256: str = "") -> None:
-    """Declare what a network inherits from what it was fitted to, as far as that is declared; else write nothing."""
+    """Declare what a network inherits from all that it was fitted to; where one of them says nothing, nothing.
+
+    Then a declaration that an earlier fit left there goes: it is not of these weights.
+    """
     known = dict.fromkeys(name for found in names for name in found or ())
-    if known:
+    if known and None not in names:
         write_declaration(folder, tuple(known), data_sha256)
+    else:
+        (folder / DECLARATION).unlink(missing_ok=True)
 
 
 def _array(path: Path) -> Names:
@@ -121,7 +137,7 @@ def _array(path: Path) -> Names:
             with found.open(member) as packed:
                 data = packed.read(MAX_DECLARATION + 1)
         names = _texts(data)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise SynthkdError(f"pool {path}: {_ARRAY} cannot be read ({' '.join(str(error).split())[:120]})") from error
     return check_names(f"pool {path}: {_ARRAY}", names)
 
@@ -131,11 +147,11 @@ def _texts(data: bytes) -> list[Any]:
     if len(data) > MAX_DECLARATION:
         raise ValueError(f"above {MAX_DECLARATION} bytes")
     file = io.BytesIO(data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an .npy of another version")
-    shape, _, kind = np.lib.format.read_array_header_1_0(file)
-    if kind.kind != "U" or len(shape) != 1 or math.prod(shape) * kind.itemsize > len(data):
-        raise ValueError(f"an array of {kind}, {shape}; expected texts [N]")
+    if array_bytes(file) > len(data):
+        raise ValueError("it claims more than it holds")
     file.seek(0)
-    values: list[Any] = np.lib.format.read_array(file, allow_pickle=False).tolist()
+    found = np.lib.format.read_array(file, allow_pickle=False)
+    if found.dtype.kind != "U" or found.ndim != 1:
+        raise ValueError(f"an array of {found.dtype}, {found.shape}; expected texts [N]")
+    values: list[Any] = found.tolist()
     return values

@@ -139,7 +139,8 @@ def _check_card(path: Path, data: Mapping[str, Any]) -> None:
         check_value(f"teacher card {path}: {name}", data[name], _UNIT_SCALE)
     for name in _SEEN:
         found = data.get("about", {}).get(name)
-        if found is not None and (is_name(found) or not isinstance(found, str)):  # other texts are for readers
+        sentence = isinstance(found, str) and len(found.split()) > 1  # for readers
+        if found is not None and not sentence:
             check_names(f"teacher card {path}: about.{name}", [found] if isinstance(found, str) else found)
 
 

@@ -81,6 +81,13 @@ def parsed_options(entries: Sequence[str] | None, patch: int | None) -> dict[str
     return found
 
 
+def without_seed(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Changes of fields; raises SynthkdError where one is the seed, which has an option of its own."""
+    if "seed" in changes:
+        raise SynthkdError(f"--set seed={changes['seed']!r}: a seed is given by --seed; expected another field")
+    return dict(changes)
+
+
 def run_method(job: MethodRun, minutes: float | None, grace: float | None = None) -> None:
     """`synthkd run PRESET --method NAME`."""
     load_method(job.method)

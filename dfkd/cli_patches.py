@@ -50,7 +50,7 @@ def fit(
         except Stopped:
             raise typer.Exit(stop.exit_code(out, "nothing was written; the same command begins anew")) from None
     save_patches(fitted.critic, out_dir, fitted.about)
-    hand_down(out_dir, *job.seen().values(), pool_declares(pool) if pool is not None else None)
+    hand_down(out_dir, *job.seen().values(), *([pool_declares(pool)] if pool is not None else []))
     if json_output:
         print(json.dumps(fitted.held_out))
         return

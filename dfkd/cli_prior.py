@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from synthkd.dfkd import cli_options as options
-from synthkd.dfkd.cli_methods import Deadline, Minutes, parsed_options
+from synthkd.dfkd.cli_methods import Deadline, Minutes, parsed_options, without_seed
 from synthkd.dfkd.cli_progress import Bars, StopFlag
 from synthkd.dfkd.fit_prior import PIPELINE, PriorFit
 from synthkd.dfkd.prior_data import load_captioned
@@ -42,7 +42,7 @@ def fit(
     What comes out is a diffusers pipeline with a declaration of what it was trained on; --model takes it.
     """
     data = load_captioned(pool)
-    spec = prior_spec(size, parsed_options(changes, None) | {"seed": seed})
+    spec = prior_spec(size, without_seed(parsed_options(changes, None)) | {"seed": seed})
     with Bars(out) as bars, StopFlag() as stop:
         until = Deadline(stop, minutes)
         job = PriorFit(data=data, spec=spec, out=out_dir, device=options.pick_device(device), progress=bars,

@@ -56,7 +56,7 @@ class Comparison:
 
         for name in self.methods:
             load_method(name)
-        self.run.check_apart()
+            replace(self.run, method=name).check_apart()
         if len(set(self.methods)) < len(self.methods):
             raise SynthkdError(f"methods {', '.join(self.methods)}: expected distinct names")
         rows: list[Row] = []

@@ -1,8 +1,6 @@
 """Labelled images in memory: synthetic sets from shards, real test sets for scoring."""
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from synthkd.dfkd.npz_files import UNREADABLE
 from synthkd.engine.assets import embedded_path
 from synthkd.engine.errors import SynthkdError, suggest
 from synthkd.engine.index import read_manifest
 from synthkd.engine.reading import decode_image, read_set
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
@@ -130,7 +128,7 @@ def labelled_arrays(path: Path) -> tuple[Tensor, NDArray[np.int64]]:
     try:
         with np.load(path, allow_pickle=False) as data:
             x, y = data["x"], data["y"].astype(np.int64)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise SynthkdError(f"data {path}: expected arrays x and y without pickles ({error})") from error
     if not _are_pixels(x) or y.ndim not in (1, 3) or len(x) != len(y):
         raise SynthkdError(f"data {path}: x is {x.dtype} {x.shape}, y {y.shape}; expected uint8 [N,H,W,3] and [N]")
@@ -142,7 +140,7 @@ def images_from_npz(path: Path, what: str) -> Tensor:
     try:
         with np.load(path, allow_pickle=False) as data:
             x = data["x"]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise SynthkdError(f"{what} {path}: expected an array x without pickles ({error})") from error
     if not _are_pixels(x):
         raise SynthkdError(f"{what} {path}: x is {x.dtype} {x.shape}; expected uint8 [N,H,W,3] or [N,H,W]")

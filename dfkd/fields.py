@@ -48,6 +48,7 @@ TEXT, TABLE, YES_NO = kind_of(str, "a text"), kind_of(Mapping, "a table"), kind_
 TEXTS = Kind(are_texts, "a list of texts")
 AMOUNT = Kind(lambda v: is_number(v) and v >= 0, "a number >= 0")
 ABOVE_ZERO = Kind(lambda v: is_number(v) and v > 0, "a number > 0")
+SHARE = Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1")
 
 
 def check_value(where: str, value: object, kind: Kind) -> None:

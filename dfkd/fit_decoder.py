@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, Kind, check_fields, is_number, is_whole, whole
+from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, SHARE, Kind, check_fields, is_whole, whole
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.engine import Recipe, SynthkdError
 from synthkd.engine.calibration import Recorder, Trajectory, cosines, images_at_once, own_seed
@@ -32,7 +32,7 @@ _KINDS: Mapping[str, Kind] = {
     "learning_rate": ABOVE_ZERO,
     "slope": AMOUNT,
     "jitter": AMOUNT,
-    "steered": Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1"),
+    "steered": SHARE,
     "hidden": whole(0),
     "blocks": whole(0),
     "seed": Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"),

@@ -1,7 +1,8 @@
 """Trains a small text-conditional latent diffusion model on a captioned pool; killed anywhere, the same call goes on.
 
 Two stages: an autoencoder, then a denoiser with its text encoder on the latents. Batches, noise and timesteps of a step
-are a function of (seed, step), so a training that was stopped ends in the same weights, on a CPU to the bit.
+are a function of (seed, step), so a training that was stopped ends in the same weights, on a CPU to the bit where the
+number of threads is the same.
 """
 
 import json
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from synthkd.dfkd.prior_data import Captioned
 from synthkd.dfkd.prior_latents import encode_all
-from synthkd.dfkd.prior_loop import StageLoop, StagePlan, autocast, checkpoint_of, generator_of, moved
+from synthkd.dfkd.prior_loop import StageLoop, StagePlan, autocast, checkpoint_of, generator_of, is_of, moved
 from synthkd.dfkd.prior_objective import Autoencoding, Denoising, Drawn, draw, learn_words
 from synthkd.dfkd.prior_report import REPORT, write_report
-from synthkd.dfkd.prior_spec import PriorSpec
+from synthkd.dfkd.prior_spec import VAE_FIELDS, PriorSpec
 from synthkd.dfkd.progress import Progress, Silent
 from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.training import Stopped
@@ -74,6 +75,7 @@ class PriorFit:
             raise SynthkdError(f"fit-prior: held_out is {self.spec.held_out} of {len(self.data)} images; leave some")
         self._shape = self._shape_of(self.spec)
         self._identity = {"data": self.data.digest, **json.loads(json.dumps(asdict(self.spec)))}
+        self._vae_identity = {name: self._identity[name] for name in ("data", *VAE_FIELDS)}
         self.out.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.out):
             return self._locked()
@@ -92,6 +94,8 @@ class PriorFit:
             path.unlink(missing_ok=True)
         told = self._finished()
         if told is None:
+            for name in (SHEET, REPORT):  # of a training that was deleted
+                (self.out / name).unlink(missing_ok=True)
             rows = torch.randperm(len(self.data), generator=generator_of(self.spec.seed, "held out", 0))
             self._held, self._taken = rows[: self.spec.held_out], rows[self.spec.held_out :]
             with torch.random.fork_rng(devices=[]):
@@ -101,8 +105,8 @@ class PriorFit:
             self._draw_sheet()
         if not (self.out / REPORT).is_file():
             write_report(self.out, told, self._shown(), (self.out / SHEET).read_bytes())
-        for path in (checkpoint_of(self.out, "vae"), checkpoint_of(self.out, "unet"), self.out / _VAE,
-                     self.out / _LATENTS):  # fmt: skip
+        halves = [checkpoint_of(self.out, stage) for stage in ("vae", "latents", "unet")]
+        for path in (*halves, self.out / _VAE, self.out / _LATENTS):
             path.unlink(missing_ok=True)
         return told
 
@@ -155,7 +159,7 @@ class PriorFit:
             vae = new_vae(self._shape)
         checkpoint_of(self.out, "vae").unlink(missing_ok=True)
         tensors, note = read_tensors(path)
-        if note.get("identity") != self._identity:
+        if not is_of(note, self._vae_identity):
             raise SynthkdError(f"{path}: is of another pool or spec; choose another folder, or delete this one")
         try:
             vae.load_state_dict(tensors)
@@ -169,7 +173,7 @@ class PriorFit:
         spec = self.spec
         plan = StagePlan("vae", spec.vae_steps, spec.vae_learning_rate, 100, 0.995, spec.vae_batch_size)
         net = Autoencoding(vae, spec.latent_noise)
-        loop = StageLoop(plan, net, self.out, self._identity, self.device, self.progress, self.should_stop)
+        loop = StageLoop(plan, net, self.out, self._vae_identity, self.device, self.progress, self.should_stop)
 
         def loss(step: int) -> Tensor:
             random = generator_of(spec.seed, "vae", step)
@@ -182,7 +186,7 @@ class PriorFit:
         trained = loop.run(loss, lambda ema: {"psnr_held_out": self._psnr(ema.vae)}).vae
         settle_vae(trained, torch.cat([self._means(trained, rows) for rows in self._parts(self._taken[:_SETTLE_ON])]))
         figures = {"vae": {**loop.figures, "psnr_held_out": self._psnr(trained)}}
-        write_tensors(self.out / _VAE, trained.state_dict(), {"identity": self._identity, "figures": figures})
+        write_tensors(self.out / _VAE, trained.state_dict(), {"identity": self._vae_identity, "figures": figures})
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Rows in parts that a network takes at once: fewer where images are large."""
@@ -224,7 +228,7 @@ class PriorFit:
         torch.manual_seed(spec.seed + 1)
         tokenizer = new_tokenizer(self._shape)
         ids = token_ids(tokenizer, [*self.data.captions, ""])
-        net = Denoising(new_unet(self._shape), new_text_encoder(self._shape, tokenizer), spec.dropout)
+        net = Denoising(new_unet(self._shape), new_text_encoder(self._shape, tokenizer))
         plan = StagePlan(
             "unet", spec.steps, spec.learning_rate, spec.warmup_steps, spec.ema, spec.batch_size, {"text.": _TEXT_RATE}
         )

@@ -133,7 +133,7 @@ class SynthJob:
         if self.patch > 0 and self.patches:
             named[f"patches {self.patches!r}"] = self.patches
         kind, _, decoder = self.recipe.guidance.decoder.partition(":")
-        if kind == "fitted" and not decoder.startswith(EMBEDDED):
+        if kind in ("fitted", "tiny") and not decoder.startswith(EMBEDDED):
             named[f"decoder {decoder!r}"] = decoder
         return {what: apart.model_declares(reference) for what, reference in named.items()}
 
@@ -175,9 +175,17 @@ class SynthJob:
         return out
 
     def trained_on(self) -> dict[str, str]:
-        """What teacher and prior declare that they were trained on, in words; no prior where the job names none."""
-        prior = {apart.PRIOR: apart.model_declares(self.model)} if self.model else {}
-        return apart.told(**{apart.TEACHER: apart.card_declares(self.teacher)}, **prior)
+        """What the teacher and all that draws declare that they were trained on, in words, by what they are.
+
+        Keys: `teacher`, `prior`, `lora`, `patches` and `decoder`, each where there is one; LoRAs from the second on are
+        `lora 2` and so on.
+        """
+        found: dict[str, apart.Names] = {apart.TEACHER: apart.card_declares(self.teacher)}
+        for what, names in self.seen().items():
+            kind = what.partition(" ")[0]
+            several = sum(1 for name in found if name.partition(" ")[0] == kind)
+            found[f"{kind} {several + 1}" if several else kind] = names
+        return apart.told(**found)
 
     def origin(self) -> dict[str, Any]:
         """What a manifest keeps of the networks: `source`, and what they declare, which no fingerprint knows."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from synthkd.dfkd.apart import check_pool, pool_declares, student_seen, told
+from synthkd.dfkd.apart import card_declares, check_pool, pool_declares, student_seen, told
 from synthkd.dfkd.choices import teacher_name
 from synthkd.dfkd.distill_spec import DistillSpec
 from synthkd.dfkd.evaluate import named, test_scores
@@ -32,6 +32,9 @@ from synthkd.engine.rows import write_atomically
 from synthkd.engine.workers import one_thread
 
 RESULT = "result.json"
+# Methods that draw with no prior, and those that take no pool.
+_WITHOUT_PRIOR = {"pool", "mosaickd", "fastdfkd", "deepinversion"}
+_WITHOUT_POOL = {"diffdfkd", "diffusion", "fastdfkd", "deepinversion"}
 
 
 @dataclass(kw_only=True)
@@ -83,9 +86,20 @@ class MethodRun:
             return self._identity(job)
 
     def check_apart(self) -> None:
-        """Raise OverlapError where the preset's prior, or the pool, has seen the teacher's data, as they declare it."""
-        self.preset.job.check_apart()
-        check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
+        """Raise OverlapError where what the method uses, prior or pool, declares that it has seen the teacher's data.
+
+        A method that is not of this package may use both.
+        """
+        if self.method not in _WITHOUT_PRIOR:
+            self.preset.job.check_apart()
+        if self.method not in _WITHOUT_POOL:
+            check_pool(self.pool or self.preset.pool, self.preset.job.teacher)
+
+    def _declared(self, pool: str | None) -> dict[str, str]:
+        """What the teacher and what the method used declare, in words."""
+        asked = self.preset.job
+        drawn = asked.trained_on() if self.method not in _WITHOUT_PRIOR else told(teacher=card_declares(asked.teacher))
+        return drawn | (told(pool=pool_declares(pool)) if pool else {})
 
     def _about(self, job: MethodJob) -> dict[str, Any]:
         """What the student's card says beside its network."""
@@ -158,7 +172,7 @@ class MethodRun:
             "teacher": teacher_name(self.preset),
             "student": job.spec.arch,
             "pool": pool,
-            "declared": self.preset.job.trained_on() | (told(pool=pool_declares(pool)) if pool else {}),
+            "declared": self._declared(pool),
             **scores,
             "agreement": student.agreement,
             **facts,

@@ -2,8 +2,6 @@
 
 import hashlib
 import re
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from synthkd.dfkd.npz_files import UNREADABLE, check_archive
 from synthkd.engine.declared import check_names
 from synthkd.engine.errors import SynthkdError
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 _CAPTION = re.compile(r"[a-z]+( [a-z]+)*")
 
 
@@ -50,18 +48,21 @@ class Captioned:
 def load_captioned(path: Path) -> Captioned:
     """An .npz of x (uint8 [N,H,W,3]), y (integers [N]), captions (texts [K]) and trained_on (texts), no pickles.
 
-    Raises SynthkdError where one of them is missing or does not fit.
+    Raises SynthkdError where one of them is missing or does not fit, and for a file that would unpack to far more than
+    it is (see `check_archive`).
     """
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as data:
+            if "captions" not in data.files:
+                raise ValueError("captions are missing; a file of `bench.cifar_pack` or `bench.pacs_pack` that has "
+                                 "none is of an earlier version: make it again")  # fmt: skip
             x, y = data["x"], data["y"]
             captions, trained_on = (_texts(data, name) for name in ("captions", "trained_on"))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         reason = " ".join(str(error).split())[:160]
         raise SynthkdError(f"pool {path}: expected arrays x, y, captions and trained_on ({reason})") from error
     _check(path, x, y, captions)
-    if not trained_on:
-        raise SynthkdError(f"pool {path}: trained_on is empty; name the data sets that the images are from")
     check_names(f"pool {path}: trained_on", list(trained_on))
     images, labels = torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y.astype(np.int64))
     return Captioned(images, labels, captions, trained_on)

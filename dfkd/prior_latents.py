@@ -31,30 +31,43 @@ def encode_all(
     known = _found(path, note)
     if known is not None:
         return known
-    half = checkpoint_of(path.parent, path.stem)
+    half, sizes = checkpoint_of(path.parent, path.stem), [len(rows) for rows, _ in parts]
     begun = _found(half, note)
-    sizes = [len(rows) for rows, _ in parts]
-    done = _parts_in(sizes, 0 if begun is None else len(begun))
     made = [] if begun is None else [begun]
+    done = _parts_in(sizes, sum(map(len, made)))
     progress.begin(path.stem, sum(sizes), "images")
     progress.advance(path.stem, sum(sizes[:done]))
+    try:
+        latents = _encoded(encode, parts[done:], made, half, note, progress, should_stop)
+    finally:
+        progress.end(path.stem)
+    write_tensors(path, {"latents": latents}, note)
+    half.unlink(missing_ok=True)
+    return latents
+
+
+def _encoded(
+    encode: Encode,
+    parts: Sequence[tuple[Tensor, bool]],
+    made: list[Tensor],
+    half: Path,
+    note: Mapping[str, Any],
+    progress: Progress,
+    should_stop: Callable[[], bool],
+) -> Tensor:
+    """The latents in `made` and those of the parts that are left; now and then, and at a stop, in the file `half`."""
     saved = time.monotonic()
-    for rows, mirrored in parts[done:]:
+    for rows, mirrored in parts:
         made.append(encode(rows, mirrored))
-        progress.advance(path.stem, len(rows))
+        progress.advance(half.name.partition(".")[0], len(rows))
         stop = should_stop()
         if stop or time.monotonic() - saved > SAVE_SECONDS:
             made = [torch.cat(made)]
             write_tensors(half, {"latents": made[0]}, note)
             saved = time.monotonic()
         if stop:
-            progress.end(path.stem)
             raise Stopped
-    latents = torch.cat(made)
-    write_tensors(path, {"latents": latents}, note)
-    half.unlink(missing_ok=True)
-    progress.end(path.stem)
-    return latents
+    return torch.cat(made)
 
 
 def _found(path: Path, note: Mapping[str, Any]) -> Tensor | None:
@@ -64,8 +77,7 @@ def _found(path: Path, note: Mapping[str, Any]) -> Tensor | None:
     tensors, found = read_tensors(path)
     if found != note or "latents" not in tensors:
         return None
-    latents = tensors["latents"]
-    return latents.flatten(0, 1) if latents.dim() == 5 else latents  # [F,N,C,h,w] of an earlier version
+    return tensors["latents"]
 
 
 def _parts_in(sizes: Sequence[int], count: int) -> int:

@@ -51,6 +51,12 @@ def checkpoint_of(folder: Path, stage: str) -> Path:
     return folder / f"{stage}.checkpoint.safetensors"
 
 
+def is_of(note: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether a file's note agrees with all fields of a stage's identity; others, of other stages, do not count."""
+    found = note.get("identity")
+    return isinstance(found, dict) and all(name in found and found[name] == value for name, value in identity.items())
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """slower: beginnings of parameters' names -> factor of their learning rate; command: how errors begin."""
@@ -83,7 +89,10 @@ class StageLoop:
         progress: Progress,
         should_stop: Callable[[], bool],
     ) -> None:
-        """net: new weights, or any where the folder has a checkpoint. Raises SynthkdError for one of another run."""
+        """net: new weights, or any where the folder has a checkpoint. Raises SynthkdError for one of another run.
+
+        identity: what the stage is a function of.
+        """
         self._plan, self._folder, self._identity, self._device = plan, folder, dict(identity), device
         self._progress, self._should_stop = progress, should_stop
         self._live = net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -113,7 +122,7 @@ class StageLoop:
             self._cut_log(0)
             return
         tensors, note = read_tensors(path)
-        if note.get("identity") != self._identity:
+        if not is_of(note, self._identity):
             raise SynthkdError(f"{path}: is of another pool or spec; choose another folder, or delete this one")
         try:
             self._load(tensors, note)
@@ -143,10 +152,6 @@ class StageLoop:
         note = {"identity": self._identity, "step": self._step, "seconds": self._seconds, "figures": self.figures}
         write_tensors(checkpoint_of(self._folder, self._plan.name), tensors, note)
 
-    def forget(self) -> None:
-        """Delete the checkpoint of a stage whose result is kept elsewhere."""
-        checkpoint_of(self._folder, self._plan.name).unlink(missing_ok=True)
-
     def run(self, loss: Callable[[int], Tensor], held: Callable[[Any], dict[str, float]]) -> Any:
         """Take the steps that are left and return the averaged network, frozen.
 
@@ -173,8 +178,6 @@ class StageLoop:
                 told.end(plan.name)
                 raise Stopped
         told.end(plan.name)
-        if not self.figures:  # saved at the last step by an earlier version
-            self.figures = {"steps": plan.steps, "batch_size": plan.batch_size, **held(self._ema)}
         return self._ema
 
     def _one(self, loss: Callable[[int], Tensor]) -> Tensor:

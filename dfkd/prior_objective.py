@@ -40,9 +40,9 @@ class Denoising(nn.Module):
     The floor keeps the noisiest timesteps, where an image's layout is decided, from being left out.
     """
 
-    def __init__(self, unet: Any, text: Any, dropout: float) -> None:
+    def __init__(self, unet: Any, text: Any) -> None:
         super().__init__()
-        self.unet, self.text, self._dropout = unet, text, dropout
+        self.unet, self.text = unet, text
         alphas: Tensor = new_scheduler().alphas_cumprod
         self.register_buffer("alphas_cumprod", alphas.float(), persistent=False)
 

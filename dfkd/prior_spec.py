@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, YES_NO, Kind, check_fields, is_number, is_whole, whole
+from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, SHARE, YES_NO, Kind, check_fields, is_whole, whole
 from synthkd.engine.errors import SynthkdError, suggest
 
 _WIDTHS = Kind(
     lambda v: isinstance(v, (list, tuple)) and bool(v) and all(is_whole(w, 16) and w % 16 == 0 for w in v),
     "a list of multiples of 16",
 )
-_SHARE = Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1")
 # What each field takes, and what it is, for `--help`.
 _FIELDS: Mapping[str, tuple[Kind, str]] = {
     "vae_widths": (_WIDTHS, "channels of the autoencoder from full size down, each stage half as large"),
@@ -28,11 +27,11 @@ _FIELDS: Mapping[str, tuple[Kind, str]] = {
     "batch_size": (whole(2), "their images a step"),
     "learning_rate": (ABOVE_ZERO, "the denoiser's highest learning rate"),
     "warmup_steps": (whole(0), "steps of a linear rise, before half a cosine"),
-    "ema": (_SHARE, "decay of the averaged weights, which are what is kept"),
-    "dropout": (_SHARE, "share of captions that are left out, for classifier-free guidance"),
+    "ema": (SHARE, "decay of the averaged weights, which are what is kept"),
+    "dropout": (SHARE, "share of captions that are left out, for classifier-free guidance"),
     "flip": (YES_NO, "mirror half of the images"),
     "held_out": (whole(2), "images that are not trained on and tell how it goes"),
-    "seed": (Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"), "of weights, batches and noise; see --seed"),
+    "seed": (Kind(lambda v: is_whole(v, 0, 2**63), "0 <= seed < 2**63"), "of weights, batches and noise: see --seed"),
 }
 _KINDS = {name: kind for name, (kind, _) in _FIELDS.items()}
 
@@ -70,6 +69,12 @@ class PriorSpec:
             value = getattr(self, f.name)
             object.__setattr__(self, f.name, tuple(value) if isinstance(value, list) else value)
 
+
+# Of these the autoencoder is a function, beside the data; the others are the denoiser's.
+VAE_FIELDS = (
+    "vae_widths", "latent_channels", "vae_steps", "vae_batch_size", "vae_learning_rate", "latent_noise", "flip",
+    "held_out", "seed",
+)  # fmt: skip
 
 SIZES: Mapping[str, PriorSpec] = {
     # 4.0 million weights, 4.2e14 floating point operations for images of 32 pixels: an hour or two of one core.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from synthkd.engine.columns import index_digest, is_complete, set_plan, shard_columns
-from synthkd.engine.declared import NOT_DECLARED, from_words, in_words
+from synthkd.engine.declared import NOT_DECLARED, declared_in, in_words
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import flatten, read_environments, read_manifest
 from synthkd.engine.models import EMBEDDED
@@ -219,9 +219,12 @@ def _source(manifest: Mapping[str, Any], name: str) -> str:
 
 def _declared(manifest: Mapping[str, Any], name: str) -> str:
     """What a network declares that it was trained on, as the set's manifest has it."""
-    source = manifest.get("source")
-    said = source.get("declared") if isinstance(source, Mapping) else None
-    return in_words(from_words(said.get(name)) if isinstance(said, Mapping) else None)
+    return in_words((declared_in(manifest) or {}).get(name))
+
+
+def _others(manifest: Mapping[str, Any]) -> list[str]:
+    """What took part beside prior and teacher, as the manifest calls it."""
+    return [name for name in declared_in(manifest) or {} if name not in ("prior", "teacher")]
 
 
 def _named(reference: str) -> str:
@@ -263,7 +266,7 @@ def _what(manifest: Mapping[str, Any], recipe: Mapping[str, Any], tally: Tally) 
         drawn = f"the method {code(manifest['guidance']['kind'])}"
     text = f"{total:,} labelled images of {size} pixels in {classes:,} classes, drawn by {drawn} without any image "
     text += "that the teacher was trained on. A label says which class was asked for; nobody has looked at the images."
-    if NOT_DECLARED in (_declared(manifest, "prior"), _declared(manifest, "teacher")):
+    if NOT_DECLARED in (_declared(manifest, name) for name in ("prior", "teacher", *_others(manifest))):
         text += " Whether the prior had seen such images in its own training is not declared."
     if recipe["previews"]:
         text += " Beside each image its shard holds previews of it, as samples of their own; the counts leave them out."
@@ -279,6 +282,7 @@ def _origin(manifest: Mapping[str, Any], licence: str) -> list[str]:
         "prior's SHA-256": manifest["model_sha256"],
         "teacher": _named(_source(manifest, "teacher")) or "not recorded",
         "teacher trained on": _declared(manifest, "teacher"),
+        **{f"{plain(name)} trained on": _declared(manifest, name) for name in _others(manifest)},
         "teacher's SHA-256": guidance.get("teacher_sha256", "no teacher took part"),
         "seed": manifest["seed"],
         "fingerprint": manifest["fingerprint"],

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from synthkd.engine.declared import check_weights
 from synthkd.engine.decoders import Decoder, VaeDecoder, latent_layout
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.families import PARTS, XL, check_index
@@ -43,8 +44,8 @@ def load_model(
     """Load a local folder, a hub id or `embedded:NAME`; safetensors only, never a pickle, never a folder's own code.
 
     loras: `PATH[@WEIGHT]` each, a folder or .safetensors file or hub id, fused into the weights in this order.
-    Raises SynthkdError with one line for a missing folder, an unsupported pipeline class, missing or
-    unreadable weights, half precision on a CPU, or a missing diffusers or peft.
+    Raises SynthkdError with one line for a missing folder, an unsupported pipeline class, missing or unreadable
+    weights, weights that are not those that were declared, half precision on a CPU, or a missing diffusers or peft.
     """
     if torch.device(device).type == "cpu" and dtype == torch.float16:
         raise SynthkdError("recipe: dtype is 'float16' on a CPU; expected 'float32' or 'bfloat16', or a GPU")
@@ -52,6 +53,7 @@ def load_model(
     index = _local_index(where)
     if index is not None:
         _check_files(where, check_index(f"model {where!r}", index))
+        check_weights(Path(where))
     diffusers = _import_diffusers()
     pipe = _load_pipeline(diffusers, reference, where, index, dtype)
     for path, weight in adapters:

@@ -125,7 +125,7 @@ def new_text_encoder(shape: PriorShape, tokenizer: Any) -> Any:
 def new_tokenizer(shape: PriorShape) -> Any:
     """A CLIPTokenizer whose merges make one token of every word."""
     _, transformers = libraries()
-    ranks = _merges(shape.words)
+    ranks = word_merges(shape.words)
     letters = sorted({c for word in shape.words for c in word})
     pieces = [_START, _END, *letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in ranks)]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
@@ -140,7 +140,7 @@ def new_tokenizer(shape: PriorShape) -> Any:
     return tokenizer
 
 
-def _merges(words: Sequence[str]) -> dict[_Merge, int]:
+def word_merges(words: Sequence[str]) -> dict[_Merge, int]:
     """Merges by rank, word by word until each one is a single token; later ones never disturb earlier words."""
     ranks: dict[_Merge, int] = {}
     for word in words:
@@ -186,12 +186,13 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
 def settle_vae(vae: Any, latents: Tensor) -> None:
     """Centre and level the latents' channels, and set the scaling factor that gives them a deviation of 1.
 
-    latents: [N,C,h,w], the means of many images. Both are folded into the 1x1 convolutions around the latents, so that
-    reconstructions stay as they are; the posterior's deviation, which training did not use, becomes 0.05.
+    latents: [N,C,h,w], the means of many images, on any device. Both are folded into the 1x1 convolutions around the
+    latents, so that reconstructions stay as they are; the posterior's deviation, which training did not use, becomes
+    0.05.
     """
-    channels = latents.shape[1]
+    channels, before, after = latents.shape[1], vae.quant_conv, vae.post_quant_conv
+    latents = latents.to(before.weight.device)
     shift, spread = latents.mean((0, 2, 3)), latents.std((0, 2, 3)).clamp_min(1e-6)
-    before, after = vae.quant_conv, vae.post_quant_conv
     before.weight[:channels] /= spread.view(-1, 1, 1, 1)
     before.bias[:channels] = (before.bias[:channels] - shift) / spread
     before.weight[channels:], before.bias[channels:] = 0, 2 * math.log(0.05)
@@ -209,14 +210,9 @@ def save_pipeline(
     returned. Raises SynthkdError for a weight that is not finite in float16, and where the disk is full.
     """
     diffusers, _ = libraries()
-    parts = {"unet": unet, "text_encoder": text_encoder, "vae": vae}
-    halves = {name: deepcopy(part).to("cpu").half() for name, part in parts.items()}
-    for name, part in halves.items():
-        if not all(bool(p.isfinite().all()) for p in part.parameters()):
-            raise SynthkdError(f"prior: a weight of the {name} is not finite in float16; lower the learning rate")
     pipe = diffusers.StableDiffusionPipeline(
-        **halves, tokenizer=tokenizer, scheduler=new_scheduler(), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        **_halves({"unet": unet, "text_encoder": text_encoder, "vae": vae}), tokenizer=tokenizer,
+        scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     fresh = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -231,6 +227,15 @@ def save_pipeline(
         raise SynthkdError(f"{folder}: cannot be written ({reason}); free space or make it writable") from error
     _replace(folder, fresh)
     return told
+
+
+def _halves(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies in float16 on the host; raises SynthkdError for a weight that is not finite there."""
+    halves = {name: deepcopy(part).to("cpu").half() for name, part in parts.items()}
+    for name, part in halves.items():
+        if not all(bool(p.isfinite().all()) for p in part.parameters()):
+            raise SynthkdError(f"prior: a weight of the {name} is not finite in float16; lower the learning rate")
+    return halves
 
 
 def _to_disk(folder: Path) -> None:

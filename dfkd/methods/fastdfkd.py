@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from synthkd.dfkd.feed import Batch
-from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, YES_NO, Kind, is_number, is_whole, whole
+from synthkd.dfkd.fields import ABOVE_ZERO, AMOUNT, SHARE, YES_NO, Kind, is_number, is_whole, whole
 from synthkd.dfkd.generators import Generator
 from synthkd.dfkd.losses import bn_distance, class_scores, disagreement
 from synthkd.dfkd.methods.base import MethodFeed, MethodJob
@@ -40,7 +40,7 @@ _WIDTHS = Kind(
 )
 _KINDS = {
     "inner": whole(1), "samples_per_class": whole(1), "lr_g": ABOVE_ZERO, "lr_z": ABOVE_ZERO, "bn": AMOUNT,
-    "oh": AMOUNT, "adv": AMOUNT, "bn_momentum": Kind(lambda v: is_number(v) and 0 <= v < 1, "0 <= share < 1"),
+    "oh": AMOUNT, "adv": AMOUNT, "bn_momentum": SHARE,
     "meta": Kind(lambda v: v in METAS, " or ".join(map(repr, METAS))), "noise": whole(1), "widths": _WIDTHS,
     "warmup": whole(2), "fill": Kind(lambda v: is_number(v) and 0 < v <= 1, "0 < share <= 1"), "shift": whole(0),
     "flip": YES_NO,

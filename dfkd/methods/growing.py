@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from synthkd.dfkd.apart import TEACHER, card_declares, pool_declares
 from synthkd.dfkd.methods.base import MethodJob
 from synthkd.dfkd.sets import SetSource, open_set
 from synthkd.dfkd.teachers import teacher_digest
 from synthkd.dfkd.training import Stopped
 from synthkd.engine.batch import Batch
 from synthkd.engine.config import GuidanceSpec, Recipe, Request, fingerprint
+from synthkd.engine.declared import in_words
 from synthkd.engine.environment import environment, versions
 from synthkd.engine.errors import SynthkdError
 from synthkd.engine.index import claim_folder
@@ -74,7 +76,13 @@ class DrawnSet:
         folder = self.job.shards
         folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(folder):
-            claim_folder(folder, self.identity, self.plan.request.num_samples, {})
+            claim_folder(folder, self.identity, self.plan.request.num_samples, {"declared": self._declared()})
+
+    def _declared(self) -> dict[str, str]:
+        """What took part declares, in words: the teacher, the prior where one draws, the pool where one was opened."""
+        synth, pool = self.job.preset.job, self.job.notes.get("pool")
+        told = synth.trained_on() if "prior" in self.settings else {TEACHER: in_words(card_declares(synth.teacher))}
+        return told | ({"pool": in_words(pool_declares(pool))} if pool is not None else {})
 
     def draw(self, units: Iterable[WorkUnit]) -> Iterator[Batch]:
         """One Batch per unit, in the given order."""

@@ -197,7 +197,7 @@ def ran(
 def test_a_real_run_and_its_contact_sheet(
     ran: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What `Run` says makes the row; guided above unguided, a row per class; too large a sheet loses columns."""
+    """What `Run` says makes the row; unguided left of guided, a row per class; too large a sheet loses columns."""
     row, folder = ran
     told = json.loads((folder / "result.json").read_text())
     assert row["student_accuracy"] == told["student_accuracy"]
@@ -212,9 +212,10 @@ def test_a_real_run_and_its_contact_sheet(
     high = wide = 16
     rows = [keys for _, keys in sorted(run.main.keys.items())]
     step = high + max(1, wide // 24)
-    for set_, top in ((run.main, 0), (run.control, sheet.shape[0] - (len(rows) * step - (step - high)))):
+    side = min(8, max(map(len, rows))) * step - (step - wide)
+    for set_, left in ((run.control, 0), (run.main, sheet.shape[1] - side)):
         for i, keys in enumerate(rows):
-            cell = sheet[top + i * step : top + i * step + high, :wide]
+            cell = sheet[i * step : i * step + high, left : left + wide]
             assert torch.equal(cell, torch.tensor(set_.pixels[keys[0]]).long())
     monkeypatch.setattr(evidence_pictures, "MOST_BYTES", path.stat().st_size - 1)
     smaller = evidence_pictures.write_sheet(folder, "tiny", tmp_path / "images")

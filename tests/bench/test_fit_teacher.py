@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import tomllib
 from collections.abc import Callable
@@ -117,9 +118,17 @@ def test_the_command(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     said = capsys.readouterr().out
     told = json.loads((data / "t" / "n.json").read_text())
-    assert f"n.toml: accuracy {told['test_accuracy']} %" in said
+    assert f"n.toml: accuracy {told['test_accuracy']} % on the test part" in said
     assert told["images"] == 36
     assert 0 <= told["training"]["accuracy_held_out"] <= 100
+    untested = [words[0], *words[3:]]
+    (data / "t" / "n.json").unlink()
+    assert main(untested) == 0
+    assert re.search(r"accuracy [\d.]+ % on what is held out", capsys.readouterr().out)
+    assert main(words) == 0, "scored now, though it is trained"
+    assert "on the test part" in capsys.readouterr().out
+    assert json.loads((data / "t" / "n.json").read_text())["test_accuracy"] == told["test_accuracy"]
+    assert tomllib.loads((data / "t" / "n.toml").read_text())["about"]["test_accuracy"] == told["test_accuracy"]
     assert main([*words, "--set", "steps=5"]) == 2
     assert "n.json: is of other data or another spec" in capsys.readouterr().err
 
@@ -158,6 +167,8 @@ def test_wrong_training_data(
         (["--test", "none.npz"], "none.npz: expected an .npz"),
         (["--minutes", "-1"], "--minutes is -1.0"),
         (["--name", "../up"], "--name '../up': expected letters"),
+        (["--set", "seed=5"], "--set seed=5: a seed is given by --seed"),
+        (["--device", "gpu"], "--device 'gpu'"),
     ],
 )
 def test_wrong_options(words: list[str], expected: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ def test_captions_go_to_the_class_that_the_teacher_names() -> None:
     assert found[1, 1] > 0.99
     assert found[3].tolist() == [0, 0]
     assert kin(found, 2) == [[0, 2], [1, 2]]
+    assert kin(found, 9) == [[0, 2, 1], [1, 2, 0]], "a caption without images is no class's"
 
 
 def test_the_command_prints_a_targets_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

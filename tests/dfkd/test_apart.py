@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from synthkd.bench.cifar_pack import read_packed
 from synthkd.dfkd import apart, presets
 from synthkd.dfkd.cards import read_card
+from synthkd.dfkd.data import labelled_arrays
 from synthkd.dfkd.job import SynthJob
 from synthkd.dfkd.method_run import MethodRun
 from synthkd.dfkd.presets import Preset
+from synthkd.dfkd.prior_data import load_captioned
 from synthkd.dfkd.rounds import draw_set
 from synthkd.engine import GuidanceSpec, Request, SynthkdError
-from synthkd.engine.declared import DECLARATION, OverlapError, write_declaration
+from synthkd.engine.declared import DECLARATION, OverlapError, read_declaration, write_declaration
+from synthkd.engine.index import claim_folder
 
 Card = Callable[[str], Path]
 
@@ -82,7 +86,9 @@ def test_what_a_card_declares(card: Card, about: str, names: Any) -> None:
     assert read_card(card(about)).trained_on == names
 
 
-@pytest.mark.parametrize("value", ["3", "[]", "[1]", '["CIFAR-10"]', '"unknown"', "{a = 1}", "[nan]", "true"])
+@pytest.mark.parametrize(
+    "value", ["3", "[]", "[1]", '["CIFAR-10"]', '"CIFAR-10"', '"unknown"', '""', "{a = 1}", "[nan]", "true"]
+)
 @pytest.mark.parametrize("field", ["trained_on", "teacher_trained_on"])
 def test_a_card_that_declares_no_names(card: Card, field: str, value: str) -> None:
     """Refused when it is read, by its field."""
@@ -129,7 +135,7 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("kind", [*HOSTILE, "no zip", "pipe"])
+@pytest.mark.parametrize("kind", [*HOSTILE, "no zip", "pipe", "encrypted", "unknown packing"])
 def test_a_pool_by_a_stranger(tmp_path: Path, kind: str) -> None:
     """One line, no pickle is opened, and nothing is unpacked beyond a bound."""
     path = tmp_path / "pool.npz"
@@ -140,10 +146,101 @@ def test_a_pool_by_a_stranger(tmp_path: Path, kind: str) -> None:
     path.write_bytes(b"no zip at all")
     if kind != "no zip":
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-            file.writestr("trained_on.npy", HOSTILE[kind])
+            file.writestr("trained_on.npy", HOSTILE.get(kind, HOSTILE["numbers"]))
+    if kind in ("encrypted", "unknown packing"):
+        path.write_bytes(spoilt(path.read_bytes(), kind))
     with pytest.raises(SynthkdError, match=r"^pool .*pool\.npz: trained_on ") as refused:
         apart.pool_declares(str(path))
     assert "\n" not in str(refused.value)
+
+
+def spoilt(data: bytes, kind: str) -> bytes:
+    """A zip whose members claim to be encrypted, or packed as nobody packs."""
+    offset, value = (6, b"\1\0") if kind == "encrypted" else (8, b"\x63\0")
+    out = bytearray(data)
+    for mark, shift in ((b"PK\3\4", 0), (b"PK\1\2", 2)):  # each member's own head, and the list of all
+        at = out.find(mark)
+        while at >= 0:
+            out[at + offset + shift : at + offset + shift + 2] = value
+            at = out.find(mark, at + 4)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "unknown packing", "giant", "bomb"])
+@pytest.mark.parametrize("read", [load_captioned, labelled_arrays, read_packed])
+def test_arrays_by_a_stranger(tmp_path: Path, kind: str, read: Callable[[Path], object]) -> None:
+    """Each reader of an .npz: one line, whatever zipfile and numpy stumble over."""
+    path, x = tmp_path / "pool.npz", np.zeros((4, 8, 8, 3), np.uint8)
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("x", "y", "captions", "trained_on", "blob", "shape"):
+            file.writestr(f"{name}.npy", _npy(x, "(999999999,)" if kind == "giant" else ""))
+    data = path.read_bytes()
+    if kind == "bomb":  # the list of all says that x unpacks to 4 GB
+        at = data.index(b"PK\1\2")
+        data = data[: at + 24] + b"\xf0\xff\xff\xff" + data[at + 28 :]
+    path.write_bytes(spoilt(data, kind) if kind in ("encrypted", "unknown packing") else data)
+    with pytest.raises(SynthkdError) as refused:
+        read(path)
+    assert "\n" not in str(refused.value)
+
+
+def claimed(folder: Path, job: SynthJob, source: dict[str, Any]) -> None:
+    """The manifest of a set without images."""
+    told = {"recipe": job.recipe.to_dict(), "seed": 0, "guidance": {}, "fingerprint": "", "model_sha256": ""}
+    claim_folder(folder, told, 6, source)
+
+
+def test_a_set_of_many_networks(tmp_path: Path, leak: Preset) -> None:
+    """What a LoRA and a tiny decoder declare stands in the manifest, refuses the set, and is what the set has shown."""
+    out = tmp_path / "set"
+    (Path(leak.job.model) / DECLARATION).unlink()
+    for name, seen in (("lora", "cinic10"), ("tiny", "svhn")):
+        (tmp_path / name).mkdir()
+        write_declaration(tmp_path / name, [seen], "")
+    look = replace(leak.job.recipe, guidance=GuidanceSpec(scale=0.2, decoder=f"tiny:{tmp_path / 'tiny'}"))
+    job = replace(leak.job, loras=(str(tmp_path / "lora"),), recipe=look)
+    claimed(out, job, job.origin())
+    told = json.loads((out / "manifest.json").read_text())["source"]["declared"]
+    assert told == {"teacher": "cifar10/train", "prior": "not declared", "lora": "cinic10", "decoder": "svhn"}
+    assert set(apart.pool_declares(str(out)) or ()) == {"cinic10", "svhn"}
+    assert apart.pool_declares(str(out / "shard-000000.tar")) == apart.pool_declares(str(out))
+    with pytest.raises(OverlapError, match=r"^the lora of the set .*'cinic10'"):
+        apart.check_set(out, leak.job.teacher)
+
+
+def test_an_older_set_is_asked_by_its_prior(tmp_path: Path, leak: Preset) -> None:
+    """Its manifest names the prior and says nothing of data."""
+    claimed(tmp_path / "set", leak.job, leak.job.source())
+    with pytest.raises(OverlapError, match=r"^the prior of the set .*'tiny-images'"):
+        apart.check_set(tmp_path / "set", leak.job.teacher)
+
+
+def test_what_is_handed_down(tmp_path: Path) -> None:
+    """All names where all declare; nothing, and no older word, where one does not."""
+    apart.hand_down(tmp_path, ("glyphs",), ("svhn", "glyphs"))
+    assert read_declaration(tmp_path) == ("glyphs", "svhn")
+    apart.hand_down(tmp_path, ("glyphs",), None)
+    assert read_declaration(tmp_path) is None
+    apart.hand_down(tmp_path)
+    assert not (tmp_path / DECLARATION).exists()
+
+
+def test_a_method_answers_for_what_it_uses(leak: Preset, tmp_path: Path) -> None:
+    """The prior for what draws with it, the pool for what opens it, both for what is not of this package."""
+    seen = pool(tmp_path / "pool.npz", "cifar10")
+
+    def refused(method: str, of: str | None) -> bool:
+        try:
+            MethodRun(preset=leak, method=method, out=tmp_path / "out", pool=of).check_apart()
+        except OverlapError:
+            return True
+        return False
+
+    assert [refused(name, None) for name in ("diffdfkd", "diffusion", "dda", "theirs")] == [True] * 4
+    assert [refused(name, None) for name in ("pool", "mosaickd", "fastdfkd", "deepinversion")] == [False] * 4
+    (Path(leak.job.model) / DECLARATION).unlink()
+    assert [refused(name, seen) for name in ("pool", "mosaickd", "dda", "theirs")] == [True] * 4
+    assert [refused(name, seen) for name in ("diffdfkd", "diffusion", "fastdfkd", "deepinversion")] == [False] * 4
 
 
 COMMANDS = {
@@ -248,7 +345,7 @@ def test_what_a_student_tells(leak: Preset, tmp_path: Path) -> None:
         method="pool", out=tmp_path / "out", pool=pool(tmp_path / "pool.npz", "svhn"),
     )  # fmt: skip
     result = run.execute()
-    assert result["declared"] == {"teacher": "cifar10/train", "prior": "glyphs", "pool": "svhn"}
+    assert result["declared"] == {"teacher": "cifar10/train", "pool": "svhn"}
     about = read_card(tmp_path / "out" / "student.toml").about
     assert (about["trained_on"], about["teacher_trained_on"]) == (["svhn"], ["cifar10/train"])
     assert apart.card_declares(str(tmp_path / "out" / "student.toml")) == ("svhn", "cifar10/train")

@@ -121,3 +121,29 @@ def test_what_is_missing_or_damaged_is_one_line(
     part.unlink()
     assert main([str(pack), str(tmp_path / "data")]) == 2
     assert "cifar100_part2.npz is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"classes": np.arange(1, 101)}, "its classes are not those of cifar100_part0.npz"),
+        ({"y": np.array([0, 1, 100])}, r"y is 0..100; there are 100 classes"),
+        ({"y": np.array([0, -1, 2])}, r"y is -1..2; there are 100 classes"),
+        ({"y": np.array([0.0, 1.0, 2.0])}, "y is float64"),
+        ({"classes": None}, "classes is missing"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(
+    changes: dict[str, Any], expected: str, pack: Path, tmp_path: Path
+) -> None:
+    """Though their sums are right; no pool is left."""
+    part = pack / "cifar100_part2.npz"
+    old = hashlib.sha256(part.read_bytes()).hexdigest()
+    with np.load(part) as found:
+        arrays = {**found, **changes}
+    np.savez(part, **{name: values for name, values in arrays.items() if values is not None})
+    sums = pack / "SHA256SUMS"
+    sums.write_text(sums.read_text().replace(old, hashlib.sha256(part.read_bytes()).hexdigest()))
+    with pytest.raises(SynthkdError, match=expected):
+        make(pack, tmp_path / "data")
+    assert not (tmp_path / "data" / "pool.npz").exists()

@@ -21,6 +21,7 @@ from synthkd.dfkd.prior_loop import StageLoop, StagePlan, checkpoint_of, generat
 from synthkd.dfkd.prior_objective import Denoising, draw, learn_words
 from synthkd.dfkd.prior_spec import SIZES, PriorSpec, prior_spec
 from synthkd.dfkd.progress import Silent
+from synthkd.dfkd.tensor_files import read_tensors, write_tensors
 from synthkd.dfkd.training import Stopped
 from synthkd.engine import SynthkdError
 from synthkd.engine.declared import read_declaration
@@ -231,6 +232,58 @@ def test_the_command_stops_in_time_and_goes_on(
     assert "million weights" in again.stdout
     other = call(*words, "--set", "steps=6")
     assert (other.returncode, "holds a prior of another pool or spec" in other.stderr) == (2, True)
+    seeded = call(*words, "--set", "seed=5")
+    assert (seeded.returncode, "--set seed=5: a seed is given by --seed" in seeded.stderr) == (2, True)
+
+
+def test_an_autoencoder_outlives_a_change_of_the_denoiser(pool: Path, tmp_path: Path) -> None:
+    """Also one that an earlier version noted with the whole spec; one of other fields, or no note, is refused."""
+    one = job(pool, tmp_path / "p", vae_steps=1)
+    looks = iter(range(100))
+    one.should_stop = lambda: next(looks) >= 1  # the autoencoder's step, then its latents
+    with pytest.raises(Stopped):
+        one.execute()
+    path = tmp_path / "p" / "vae.safetensors"
+    tensors, note = read_tensors(path)
+    assert not {"learning_rate", "steps", "unet_widths"} & set(note["identity"])
+    for identity in (note["identity"], one._identity, {**one._identity, "learning_rate": 7.0}):
+        write_tensors(path, tensors, {**note, "identity": identity})
+        other = job(pool, tmp_path / "p", vae_steps=1, learning_rate=1e-4)
+        other.should_stop = lambda: True
+        with pytest.raises(Stopped):  # in the latents, not in an autoencoder
+            other.execute()
+        assert not checkpoint_of(tmp_path / "p", "vae").exists()
+    for identity in ({**note["identity"], "vae_learning_rate": 7.0}, {}, None):
+        write_tensors(path, tensors, {**note, "identity": identity})
+        with pytest.raises(SynthkdError, match="is of another pool or spec"):
+            other.execute()
+
+
+def test_a_folder_of_a_deleted_training_shows_nothing_of_it(
+    pool: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Page and sheet go when a training begins; a checkpoint that a kill left goes at its end."""
+    out = tmp_path / "p"
+    out.mkdir()
+    for name in ("training.html", "samples.png"):
+        (out / name).write_text("of another prior")
+    one = job(pool, out)
+    one.should_stop = lambda: True
+    with pytest.raises(Stopped):
+        one.execute()
+    assert not (out / "training.html").exists()
+    assert not (out / "samples.png").exists()
+    checkpoint_of(out, "latents").write_bytes(b"left by a kill")
+    for path, data in whole.items():
+        if path.startswith("pipeline"):
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            (out / path).write_bytes(data)
+    (out / "prior.json").write_text(json.dumps({**json.loads(whole["prior.json"]), "identity": one._identity}))
+    one.should_stop = lambda: False
+    (out / "samples.png").write_bytes(whole["samples.png"])
+    (out / "training.html").write_text("told")
+    one.execute()
+    assert not list(out.glob("*.safetensors"))
 
 
 def test_one_folder_is_one_trainings(pool: Path, tmp_path: Path) -> None:
@@ -260,6 +313,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(pool: Path, tmp_path: Path)
     ("changes", "words"),
     [
         ({"y": None}, "expected arrays x, y, captions and trained_on"),
+        ({"captions": None}, "captions are missing; a file of `bench.cifar_pack` or `bench.pacs_pack` that has none"),
         ({"x": np.zeros((9, 8, 8, 1), np.uint8)}, "x is uint8 (9, 8, 8, 1); expected uint8 [N,H,W,3]"),
         ({"x": np.full((9, 8, 8, 3), np.nan)}, "x is float64 (9, 8, 8, 3); expected uint8"),
         ({"y": np.zeros(8, int)}, "y is int64 (8,); expected the whole number of a caption for all 9 images"),
@@ -269,8 +323,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(pool: Path, tmp_path: Path)
         ({"captions": np.array([1, 2, 3])}, "captions is int64 (3,), not a list of texts"),
         ({"captions": np.array(["red", "blue", "Größe 2"])}, "caption 'Größe 2'; expected words of letters a to z"),
         ({"captions": np.array(["red", "blue", None], object)}, "expected arrays x, y, captions and trained_on"),
-        ({"trained_on": np.array([], str)}, "trained_on is empty"),
-        ({"trained_on": np.array(["CIFAR 100"])}, "trained_on is 'CIFAR 100'; expected names of data sets"),
+        ({"trained_on": np.array([], str)}, "trained_on has 0 names; expected 1 to"),
+        ({"trained_on": np.array(["CIFAR 100"])}, "trained_on is 'CIFAR 100'; expected a list of names"),
     ],
 )
 def test_a_pool_that_does_not_fit_is_refused_at_once(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -306,7 +360,7 @@ def test_sizes_and_fields_by_name(call: Callable[..., Any]) -> None:
         with pytest.raises(SynthkdError, match=words):
             prior_spec(size, changes)
     shown = " ".join(call("fit-prior", "--help").stdout.split())
-    for words in ("warmup_steps: steps of a linear rise", "small 6000, base 60000", "Example: synthkd fit-prior"):
+    for words in ("warmup_steps: steps of a linear rise", "small 4000, base 60000", "Example: synthkd fit-prior"):
         assert words in shown
 
 
@@ -319,7 +373,7 @@ def test_the_objective_is_what_it_says() -> None:
             told.update(noisy=noisy, states=states)
             return (torch.full_like(noisy, 0.25),)
 
-    net = Denoising(Denoiser(), lambda ids: (ids * 2.0,), 0.1)
+    net = Denoising(Denoiser(), lambda ids: (ids * 2.0,))
     steps, random = torch.tensor([0, 3, 20, 100, 300, 500, 900, 999]), torch.Generator().manual_seed(1)
     clean, noise = torch.randn(2, 8, 4, 3, 3, generator=random)
     found = float(net(clean, noise, steps, torch.arange(8).view(8, 1)))

@@ -12,6 +12,7 @@ from synthkd.engine.declared import (
     OverlapError,
     check_apart,
     check_names,
+    check_weights,
     from_words,
     in_words,
     overlap,
@@ -41,6 +42,16 @@ from synthkd.engine.errors import SynthkdError
         ("tu-berlin", "pacs/sketch/train"),
         ("pacs", "sketchy"),
         ("emnist/letters", "mnist"),
+        ("pacs/train", "pacs/sketch/train"),
+        ("pacs/test", "pacs/sketch/train"),
+        ("imagenet1k/train", "imagenet1k/n01440764"),
+        ("imagenet32", "imagenet64/train"),
+        ("imagenet32/train", "tiny-imagenet"),
+        ("cinic10", "imagenet1k/train"),
+        ("cinic10", "imagenet21k/without-imagenet"),
+        ("tiny-images", "cinic10"),
+        ("cinic10", "cifar100"),
+        ("tiny-images/without-cifar10", "cifar100/without-cifar10"),
     ],
 )
 def test_in_common(one: str, other: str) -> None:
@@ -63,6 +74,10 @@ def test_in_common(one: str, other: str) -> None:
         ("tu-berlin", "pacs/photo"),
         ("glyphs", "letters"),
         ("train", "test-images"),
+        ("cinic10", "cifar100/without-cifar10"),
+        ("tiny-images/without-cifar10/without-cifar100", "cinic10"),
+        ("pacs/without-sketch", "tu-berlin"),
+        ("cinic10", "tiny-imagenet"),
     ],
 )
 def test_apart(one: str, other: str) -> None:
@@ -121,6 +136,28 @@ def test_a_declaration_is_read_as_written(tmp_path: Path) -> None:
     assert read_declaration(tmp_path) == ("pacs/art", "pacs/photo")
     with pytest.raises(SynthkdError, match="trained_on has 0 names"):
         write_declaration(tmp_path, [], "")
+
+
+def test_other_weights_than_were_declared(tmp_path: Path) -> None:
+    """Swapped, missing or outside: refused where the declaration has sums; one by hand has none."""
+    (tmp_path / "unet").mkdir()
+    weights = tmp_path / "unet" / "w.safetensors"
+    weights.write_bytes(b"abc")
+    check_weights(tmp_path)
+    write_declaration(tmp_path, ["glyphs"], "")
+    check_weights(tmp_path)
+    weights.write_bytes(b"abd")
+    with pytest.raises(SynthkdError, match=r"unet/w.safetensors is missing, or not the file"):
+        check_weights(tmp_path)
+    weights.unlink()
+    with pytest.raises(SynthkdError, match="is missing"):
+        check_weights(tmp_path)
+    for sums in ({"../w.safetensors": ""}, {"/etc/w.safetensors": ""}, {"config.json": ""}, [1], {"a.safetensors": 1}):
+        (tmp_path / DECLARATION).write_text(json.dumps({**GOOD, "sha256": sums}))
+        with pytest.raises(SynthkdError, match=f"{DECLARATION}: sha256 "):
+            check_weights(tmp_path)
+    (tmp_path / DECLARATION).write_text(json.dumps(GOOD))
+    check_weights(tmp_path)
 
 
 GOOD = {"format": 1, "trained_on": ["glyphs"]}

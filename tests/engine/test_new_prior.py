@@ -1,6 +1,7 @@
 """New priors: words as single tokens, a settled autoencoder that says the same, a pipeline that anyone can load."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from synthkd.engine import Recipe, Request, Synthesizer, SynthkdError
+from synthkd.engine.declared import write_declaration
 from synthkd.engine.models import load_model
 from synthkd.engine.new_prior import (
     PriorShape,
@@ -101,6 +103,24 @@ def test_settling_changes_no_reconstruction() -> None:
     assert (posterior.mean - after).abs().max() < 1e-12
     assert (posterior.std - 0.05).abs().max() < 1e-10
     assert vae.config.scaling_factor == 1.0
+
+
+def test_settling_takes_latents_of_the_host_to_the_autoencoder() -> None:
+    """As `fit-prior` has them on a GPU; here it is `meta`, where mixing devices raises too."""
+    vae = new_vae(shape()).to("meta")
+    settle_vae(vae, torch.randn(5, 4, 8, 4))
+    assert vae.config.scaling_factor == 1.0
+
+
+def test_weights_that_are_not_those_declared_are_not_loaded(saved: Path, tmp_path: Path) -> None:
+    """A folder whose denoiser was exchanged says nothing of the new one."""
+    folder = tmp_path / "p"
+    shutil.copytree(saved, folder)
+    write_declaration(folder, ["glyphs"], "")
+    load_model(str(folder), device="cpu", dtype=torch.float32)
+    next((folder / "unet").glob("*.safetensors")).write_bytes(b"other")
+    with pytest.raises(SynthkdError, match=r"unet/.* not the file that it declares"):
+        load_model(str(folder), device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from pathlib import Path
 
 import glyphs
 from transformers import CLIPTokenizer
 
+from synthkd.engine.new_prior import word_merges
+
 LENGTH = 28
 START, END = "<|startoftext|>", "<|endoftext|>"
-Merge = tuple[str, str]
-
-
-def apply_merges(word: str, ranks: dict[Merge, int]) -> list[str]:
-    """Split one word as byte-pair encoding would."""
-    parts = [*word[:-1], word[-1] + "</w>"]
-    while len(parts) > 1:
-        rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
-        if rank == len(ranks):
-            break
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-    return parts
-
-
-def make_merges(words: tuple[str, ...]) -> dict[Merge, int]:
-    """Add merges word by word until each one is a single token; later merges never disturb earlier words."""
-    ranks: dict[Merge, int] = {}
-    for word in words:
-        while len(parts := apply_merges(word, ranks)) > 1:
-            ranks[(parts[0], parts[1])] = len(ranks)
-    return ranks
 
 
 def write(folder: Path) -> CLIPTokenizer:
     """Write the tokenizer's files, load it back and check that ids round-trip."""
     folder.mkdir(parents=True, exist_ok=True)
     words = tuple(dict.fromkeys(glyphs.WORDS))
-    ranks = make_merges(words)
+    ranks = word_merges(words)
     letters = sorted({c for word in words for c in word})
     pieces = [START, END, ",", ",</w>", *letters, *(f"{c}</w>" for c in letters), *(a + b for a, b in ranks)]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
