@@ -85,10 +85,7 @@ def fastdfkd(job: MethodJob) -> MethodFeed:
 
 
 def check_fastdfkd(job: MethodJob) -> FastSpec:
-    """The method's settings; raises SynthkdError for a wrong one, and for a set of fewer than two groups.
-
-    And for a statistics term on a teacher without statistics, and views that need a second image.
-    """
+    """The settings; raises SynthkdError for a wrong one, too few images, no statistics, views of a second image."""
     job.need_classifier()
     spec, view = job.settings(FastSpec, _KINDS), ViewSpec.of(job.spec)
     if view.crop < 1 or view.mix:
@@ -327,9 +324,7 @@ class FastFeed:
 
     def _go_on(self, kept: Path) -> None:
         """Take up the generator that a stopped call left, if it is of this very set, whose groups are all there."""
-        if not kept.is_file():
-            return
-        state, note = read_tensors(kept)
+        state, note = read_tensors(kept) if kept.is_file() else ({}, {})
         if note.get("set") == self.set.fingerprint and int(state["made"]) <= self.set.on_disk():
             self.load(state)
 
