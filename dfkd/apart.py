@@ -116,12 +116,12 @@ def student_seen(teacher: str, pool: str | None = None) -> dict[str, Any]:
 
 
 def hand_down(folder: Path, *names: Names, data_sha256: str = "") -> None:
-    """Declare what a network inherits from all that it was fitted to; where one of them says nothing, nothing.
+    """Declare what a network inherits from all that it was fitted to, as far as that is declared: this at least.
 
-    Then a declaration that an earlier fit left there goes: it is not of these weights.
+    Where none of it is, a declaration that an earlier fit left there goes: it is not of these weights.
     """
     known = dict.fromkeys(name for found in names for name in found or ())
-    if known and None not in names:
+    if known:
         write_declaration(folder, tuple(known), data_sha256)
     else:
         (folder / DECLARATION).unlink(missing_ok=True)
