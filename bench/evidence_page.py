@@ -18,7 +18,7 @@ NOT_RUN = "**not run**"
 
 
 class Own(NamedTuple):
-    """What a preset of the page is by itself: a row of anything else is a shortened run's.
+    """What a preset of the page is by itself: a row of anything else is of another budget.
 
     names, parameters: of teacher and student; side: of images, pixels; gpu: whether a CPU's row is none of it.
     """
@@ -75,7 +75,7 @@ class Setting(NamedTuple):
             return self.preset
         mine = (self.size, self.pair, self.side, self.budget, self.steps, self.batch_size)
         whole = mine == (own.size, own.pair, own.side, own.budget, own.steps, own.batch_size)
-        return self.preset + ("" if whole else ", shortened") + (", on a CPU" if own.gpu and not self.cuda else "")
+        return self.preset + ("" if whole else ", other budget") + (", on a CPU" if own.gpu and not self.cuda else "")
 
     @property
     def whole(self) -> bool:
@@ -125,7 +125,8 @@ def results_table(found: Found) -> str:
             lines.append([preset, own.size, own.pair, "", ", ".join(ARMS), NOT_RUN, "", "", "", "", ""])
         for setting in mine:
             arms = found[setting]
-            for arm in [*ARMS, *(a for a in arms if a not in ARMS)]:
+            named = ARMS if setting.whole else tuple(a for a in ARMS if a in arms)
+            for arm in [*named, *(a for a in arms if a not in ARMS)]:
                 lines.append(_arm_line(setting, arm, arms.get(arm, [])))
     return _markdown(head, lines)
 
