@@ -218,7 +218,7 @@ def save_pipeline(
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         pipe.save_pretrained(fresh, safe_serialization=True)
-        _tidy(fresh)
+        tidy_configs(fresh)
         told = declare(fresh)
         _to_disk(fresh)
     except (OSError, SafetensorError) as error:
@@ -256,7 +256,7 @@ def _replace(folder: Path, fresh: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _tidy(folder: Path) -> None:
+def tidy_configs(folder: Path) -> None:
     """Drop local paths from the configs, and let every part load in the same dtype."""
     for path in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
         fields = json.loads(path.read_text())

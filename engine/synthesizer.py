@@ -242,16 +242,12 @@ class Synthesizer:
         return noise(self._shape, ids, seed, "latents", attempt).to(device=self.model.device, dtype=self.model.dtype)
 
     def prompts(self, unit: WorkUnit, seed: int) -> tuple[str, ...]:
-        """The prompt of each member of a group: a template drawn per sample, with its class name."""
+        """The prompt of each member of a group: template and word for its class, drawn per sample."""
         templates = self.recipe.prompts
         picks = [rng.integer(seed, i, "prompt", len(templates)) for i in unit.ids]
-        words = [self._word(c, i, seed) for i, c in zip(unit.ids, unit.classes, strict=True)]
+        called = [(i, self.recipe.words(c)) for i, c in zip(unit.ids, unit.classes, strict=True)]
+        words = [known[rng.integer(seed, i, "word", len(known)) if known[1:] else 0] for i, known in called]
         return tuple(templates[pick].replace("{class}", word) for pick, word in zip(picks, words, strict=True))
-
-    def _word(self, class_number: int, sample: int, seed: int) -> str:
-        """What the prompt of a sample calls its class."""
-        words = self.recipe.words(class_number)
-        return words[rng.integer(seed, sample, "word", len(words))] if len(words) > 1 else words[0]
 
     def _draw(self, unit: WorkUnit, seed: int, attempt: int, start: Start | None = None) -> Batch | None:
         """One attempt at a group; None where a latent, a term or an image is not finite."""

@@ -23,6 +23,7 @@ from train_vae import mean_latents, to_tensor, update_ema
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from synthkd.dfkd.nets import PlainCNN
+from synthkd.engine.new_prior import tidy_configs
 from synthkd.engine.declared import write_declaration
 
 SEED = 23
@@ -189,16 +190,6 @@ def make_pipeline(prior: Prior, vae: AutoencoderKL, tokenizer: CLIPTokenizer) ->
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def tidy_configs(folder: Path) -> None:
-    """Drop local paths from the configs; make the text encoder load as float32, as the other parts do."""
-    for config in (*folder.glob("*.json"), *folder.glob("*/*config.json")):
-        fields = json.loads(config.read_text())
-        fields.pop("_name_or_path", None)
-        if "dtype" in fields:
-            fields["dtype"] = "float32"
-        config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def publish(pipe: StableDiffusionPipeline, target: Path) -> None:
